@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What every binding asks of its tensors. The sentences are those of aspp_ext/ops/checks.py; the
+// tests hold the two together.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace aspp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+template <typename... Parts>
+void require(bool rule, const Parts&... parts) {
+  if (!rule) refuse(parts...);
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: return "dtype " + std::to_string(int(dtype));
+  }
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// PyTorch's rule for "these strides are channels_last".
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least) return false;
+    if (d == 0 && least == t.stride(1)) return false;
+    least = t.stride(d);
+    if (t.size(d) > 1) least *= t.size(d);
+  }
+  return true;
+}
+
+// Shapes of a pyramid, after its checks.
+struct PyramidShape {
+  int64_t batch = 0, channels = 0, height = 0, width = 0, out_channels = 0;
+};
+
+inline void check_image(const char* op, const char* name, const Tensor& x) {
+  require(x.dim() == 4, op, ": ", name, " must be [N, C, H, W], got shape ", shape_of(x));
+  require(is_supported(x.scalar_type()), op, ": ", name,
+          " must be float32, float64, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
+  require(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op, ": ", name,
+          " needs at least one channel, row and column, got shape ", shape_of(x));
+}
+
+inline void check_like(const char* op, const std::string& name, const Tensor& t, const Tensor& x) {
+  require(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype ",
+          dtype_name(x.scalar_type()), ", got ", dtype_name(t.scalar_type()));
+  require(t.device() == x.device(), op, ": ", name, " must be on x's device");
+}
+
+inline std::string entry(const char* list, size_t index) {
+  return std::string(list) + "[" + std::to_string(index) + "]";
+}
+
+inline void check_kernel(const char* op, const std::string& name, const Tensor& w) {
+  require(w.dim() == 4, op, ": ", name, " must be [O, C, kh, kw], got shape ", shape_of(w));
+  require(w.size(2) % 2 == 1 && w.size(3) % 2 == 1, op, ": ", name,
+          " must have odd kernel sizes, got ", w.size(2), "x", w.size(3));
+  require(w.size(0) >= 1, op, ": ", name, " needs at least one output channel, got shape ",
+          shape_of(w));
+}
+
+// rates: (rate_h, rate_w) of every branch.
+inline void check_rates(const char* op, const std::vector<int64_t>& rates, size_t branches) {
+  require(branches >= 1, op, ": weights must hold at least one branch, got an empty list");
+  require(rates.size() == 2 * branches, op, ": atrous_rates must have one rate per branch, got ",
+          rates.size() / 2, " for ", branches, " branches");
+  for (size_t i = 0; i < rates.size(); ++i) {
+    require(rates[i] >= 1, op, ": ", entry("atrous_rates", i / 2), " must be >= 1, got ", rates[i]);
+  }
+}
+
+inline void check_vector(const char* op, const char* name, const std::optional<Tensor>& v,
+                         const Tensor& x, int64_t channels, int64_t batch_or_zero) {
+  if (!v.has_value()) return;
+  check_like(op, name, *v, x);
+  const bool per_sample =
+      batch_or_zero > 0 && v->dim() == 2 && v->size(0) == batch_or_zero && v->size(1) == channels;
+  require(per_sample || (v->dim() == 1 && v->size(0) == channels), op, ": ", name,
+          " must have one value per output channel (", channels, "), got shape ", shape_of(*v));
+}
+
+}  // namespace aspp

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "forward.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "parallel.h"
+
+namespace aspp {
+
+namespace {
+
+// Rows a rate apart share taps, so rows are taken by residue: with rates 12/24/36 the rows y, y+12,
+// y+24, ... read nobody else's rows, whatever the rate.
+std::vector<int64_t> order_rows(const std::vector<BranchParams>& branches, int64_t height) {
+  int64_t step = 0;
+  for (const BranchParams& b : branches) {
+    if (b.kernel_h > 1) step = std::gcd(step, b.rate_h);
+  }
+  step = std::clamp<int64_t>(step, 1, height);
+  std::vector<int64_t> order;
+  order.reserve(size_t(height));
+  for (int64_t residue = 0; residue < step; ++residue) {
+    for (int64_t y = residue; y < height; y += step) order.push_back(y);
+  }
+  return order;
+}
+
+}  // namespace
+
+Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, int64_t height,
+                     int64_t width) {
+  // Accumulators of a chunk live in the second-level cache; dense weights are worth longer chunks,
+  // since each chunk streams all of them.
+  bool dense = false;
+  for (const BranchParams& b : branches) {
+    dense = dense || (b.depthwise == nullptr && b.kernel_h * b.kernel_w > 1);
+  }
+  const int64_t target = dense ? 384 : 192;
+  constexpr int64_t kTileRows = 6;
+  Schedule s;
+  s.row_order = order_rows(branches, height);
+  if (width >= target) {
+    // Wide rows: a chunk never leaves its row, so that only a window of the row is staged.
+    const int64_t pieces = (width + target - 1) / target;
+    const int64_t length = ((width + pieces - 1) / pieces + kTileRows - 1) / kTileRows * kTileRows;
+    for (int64_t row = 0; row < height; ++row) {
+      for (int64_t x = 0; x < width; x += length) {
+        s.begin.push_back(row * width + x);
+        s.end.push_back(row * width + std::min(x + length, width));
+      }
+    }
+  } else {
+    const int64_t pixels = height * width;
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    int64_t chunks = (pixels + target - 1) / target;
+    if (batch < threads) chunks = (chunks + threads - 1) / threads * threads;
+    const int64_t length = ((pixels + chunks - 1) / chunks + kTileRows - 1) / kTileRows * kTileRows;
+    for (int64_t q = 0; q < pixels; q += length) {
+      s.begin.push_back(q);
+      s.end.push_back(std::min(q + length, pixels));
+    }
+  }
+  s.chunks_per_image = int64_t(s.begin.size());
+  for (size_t i = 0; i < s.begin.size(); ++i) {
+    s.chunk_pixels = std::max(s.chunk_pixels, s.end[i] - s.begin[i]);
+  }
+  return s;
+}
+
+void run_forward(PyramidParams params, const Schedule& schedule, bool double_precision) {
+  params.row_order = schedule.row_order.data();
+  const Kernels& k = kernels();
+  run_tasks(params.batch * schedule.chunks_per_image,
+            k.forward_scratch(params, schedule.chunk_pixels, double_precision),
+            [&](int64_t task, void* scratch) {
+              const int64_t chunk = task % schedule.chunks_per_image;
+              k.forward_chunk(params, task / schedule.chunks_per_image, task,
+                              schedule.begin[size_t(chunk)], schedule.end[size_t(chunk)],
+                              schedule.chunk_pixels, scratch, double_precision);
+            });
+}
+
+}  // namespace aspp

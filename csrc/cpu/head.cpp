@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CPU binding of aspp_inference: the folded head in one pass over the input. The branches of a chunk
+// of pixels are projected while they are in cache; the image pooling is summed on the way and, being
+// constant over the plane, joins as a per-sample bias in the last, small pass.
+#include <torch/csrc/stable/library.h>
+
+#include "branches.h"
+#include "forward.h"
+#include "parallel.h"
+
+namespace aspp {
+namespace {
+
+constexpr const char* kOp = "aspp_inference";
+
+struct HeadShape {
+  PyramidShape pyramid;
+  int64_t pooled = 0, projected = 0;
+};
+
+HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
+                     const std::vector<Tensor>& weights, const std::vector<int64_t>& rates,
+                     const Tensor& shift, const std::optional<Tensor>& pool_weight,
+                     const std::optional<Tensor>& pool_shift, const Tensor& project_weight,
+                     const Tensor& project_shift) {
+  require(depthwise.size() == weights.size(), kOp,
+          ": depthwise_weights must have one entry per branch, got ", depthwise.size(), " for ",
+          weights.size(), " branches");
+  HeadShape shape;
+  shape.pyramid = check_dense(kOp, x, weights, rates);
+  std::vector<Tensor> deep, point;
+  std::vector<int64_t> deep_rates;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    if (depthwise[b].numel() == 0) continue;
+    deep.push_back(depthwise[b]);
+    point.push_back(weights[b]);
+    deep_rates.insert(deep_rates.end(), {rates[2 * b], rates[2 * b + 1]});
+  }
+  if (!deep.empty()) check_separable(kOp, x, deep, point, deep_rates);
+  check_vector(kOp, "shift", shift, x, shape.pyramid.out_channels, 0);
+  require(pool_weight.has_value() == pool_shift.has_value(), kOp,
+          ": pool_weight and pool_shift must be given together");
+  if (pool_weight.has_value()) {
+    check_like(kOp, "pool_weight", *pool_weight, x);
+    require(pool_weight->dim() == 2 && pool_weight->size(1) == shape.pyramid.channels, kOp,
+            ": pool_weight must be [Q, ", shape.pyramid.channels, "], got shape ",
+            shape_of(*pool_weight));
+    shape.pooled = pool_weight->size(0);
+    check_vector(kOp, "pool_shift", pool_shift, x, shape.pooled, 0);
+  }
+  check_like(kOp, "project_weight", project_weight, x);
+  const int64_t inputs = shape.pyramid.out_channels + shape.pooled;
+  require(project_weight.dim() == 2 && project_weight.size(1) == inputs &&
+              project_weight.size(0) >= 1,
+          kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
+  shape.projected = project_weight.size(0);
+  check_vector(kOp, "project_shift", project_shift, x, shape.projected, 0);
+  return shape;
+}
+
+// Columns [first, first + count) of [O, K], as the [O, count, 1, 1] that Operands::weight takes.
+Tensor as_kernel(Tensor matrix, int64_t first, int64_t count) {
+  const Tensor part = torch::stable::narrow(matrix, 1, first, count);
+  return torch::stable::unsqueeze(torch::stable::unsqueeze(part, 2), 3);
+}
+
+// One row of the projection per accumulator column; padding columns project to nothing.
+Matrix project_rows(Operands& operands, const Tensor& project,
+                    const std::vector<BranchParams>& branches, int64_t columns) {
+  int64_t outputs = 0;
+  for (const BranchParams& branch : branches) outputs += branch.out_channels;
+  if (columns == outputs) return operands.weight(as_kernel(project, 0, outputs));
+  const int64_t row = padded(project.size(0));
+  const Tensor padded_rows = operands.allocate_zeros(columns * row);
+  int64_t first = 0;
+  for (const BranchParams& branch : branches) {
+    const Matrix part = operands.weight(as_kernel(project, first, branch.out_channels));
+    operands.copy_rows(part, branch.out_channels, row,
+                       operands.offset(padded_rows.data_ptr(), branch.column * row));
+    first += branch.out_channels;
+  }
+  return {padded_rows.data_ptr(), 0, row};
+}
+
+// bias[n, :] = project_shift + project[:, pool] relu(pool_weight mean(x[n]) + pool_shift)
+template <typename T>
+void head_bias(const T* sums, int64_t chunks, double pixels, int64_t channels, const Matrix* pool,
+               const T* pool_shift, int64_t pooled, const Matrix* project, const T* project_shift,
+               int64_t width, T* bias) {
+  for (int64_t o = 0; o < width; ++o) bias[o] = project_shift[o];
+  if (pool == nullptr) return;
+  const int64_t stride = padded(channels);
+  std::vector<T> hidden(size_t(padded(pooled)), T(0));
+  for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] = pool_shift[q];
+  for (int64_t c = 0; c < channels; ++c) {
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += double(sums[chunk * stride + c]);
+    const T mean = T(total / pixels);
+    const T* row = static_cast<const T*>(pool->data) + c * pool->row;
+    for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] += mean * row[q];
+  }
+  for (int64_t q = 0; q < pooled; ++q) {
+    const T h = hidden[size_t(q)] < T(0) ? T(0) : hidden[size_t(q)];
+    const T* row = static_cast<const T*>(project->data) + q * project->row;
+    for (int64_t o = 0; o < width; ++o) bias[o] += h * row[o];
+  }
+}
+
+Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
+                 std::vector<int64_t> rates, const Tensor& shift,
+                 std::optional<Tensor> pool_weight, std::optional<Tensor> pool_shift,
+                 const Tensor& project_weight, const Tensor& project_shift) {
+  const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
+                                    project_weight, project_shift);
+  const PyramidShape& shape = head.pyramid;
+  const Tensor out = empty_image(x, shape.batch, head.projected, shape, is_channels_last(x));
+  if (shape.batch == 0) return out;
+
+  Operands operands(x);
+  const bool wide = operands.double_precision();
+  std::vector<BranchParams> branches;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    branches.push_back(dense_branch(operands, weights[b], rates[2 * b], rates[2 * b + 1]));
+    if (depthwise[b].numel() == 0) continue;
+    branches.back().depthwise = operands.depthwise(depthwise[b]);
+    branches.back().kernel_h = depthwise[b].size(2);
+    branches.back().kernel_w = depthwise[b].size(3);
+  }
+  PyramidParams params = params_of(x, shape, branches);
+  set_epilogue(params, operands, branches, std::nullopt, shift, true);
+  const Matrix project = project_rows(operands, project_weight, branches, params.columns);
+  const int64_t width = padded(head.projected), pixels = shape.height * shape.width;
+  params.project = project.data;
+  params.project_row = project.row;
+  params.project_columns = width;
+  params.raw = operands.allocate(shape.batch * pixels * width);
+  const Schedule schedule = schedule_of(branches, shape.batch, shape.height, shape.width);
+  if (head.pooled > 0) {
+    params.pixel_sums = operands.allocate(shape.batch * schedule.chunks_per_image *
+                                          padded(shape.channels));
+  }
+  run_forward(params, schedule, wide);
+
+  void* bias = operands.allocate(shape.batch * width);
+  Matrix pool, pool_project;
+  const void* pool_bias = nullptr;
+  if (head.pooled > 0) {
+    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels));
+    pool_project = operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled));
+    pool_bias = operands.vector(*pool_shift);
+  }
+  const void* base = operands.vector(project_shift);
+  const auto fill = [&](auto element) {
+    using T = decltype(element);
+    for (int64_t n = 0; n < shape.batch; ++n) {
+      const int64_t first = n * schedule.chunks_per_image * padded(shape.channels);
+      head_bias<T>(static_cast<const T*>(params.pixel_sums) + (head.pooled > 0 ? first : 0),
+                   schedule.chunks_per_image, double(pixels), shape.channels,
+                   head.pooled > 0 ? &pool : nullptr, static_cast<const T*>(pool_bias), head.pooled,
+                   &pool_project, static_cast<const T*>(base), width,
+                   static_cast<T*>(bias) + n * width);
+    }
+  };
+  wide ? fill(double{}) : fill(float{});
+
+  const FinishParams finish{params.raw, width, bias, image_of(out), shape.height, shape.width,
+                            head.projected};
+  const Kernels& k = kernels();
+  run_tasks(shape.batch * shape.height, shape.width * width * (wide ? 8 : 4),
+            [&](int64_t task, void* scratch) {
+              const int64_t y = task % shape.height;
+              k.finish_rows(finish, task / shape.height, y, y + 1, scratch, wide);
+            });
+  return out;
+}
+
+std::string cpu_isa() { return kernels().isa; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("aspp_inference", TORCH_BOX(&inference)); }
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+}  // namespace aspp

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Forward of a pyramid for one chunk of output pixels: stage the input rows the chunk needs, a block
+// of channels at a time, and add each branch's product to accumulators that stay in cache.
+//
+//   separable   depthwise(staged rows) -> a cache-resident block -> GEMM with the pointwise weights
+//   dense       per live tap: GEMM of the staged rows, shifted, with that tap's weights
+//
+// A separable pyramid takes its branches together (one staging serves every rate); a dense branch
+// goes alone, because its weights (kh * kw times as many) must be streamed past fewer accumulators.
+#pragma once
+
+#include <type_traits>
+
+#include "depthwise.h"
+#include "gemm.h"
+#include "params.h"
+#include "pixels.h"
+
+namespace aspp::ASPP_ISA {
+
+inline constexpr ptrdiff_t kStageBytes = 1 << 20;
+
+// Branches [first, last) that are computed together.
+struct Group {
+  int64_t first, last;
+};
+inline bool is_dense(const BranchParams& b) {
+  return b.depthwise == nullptr && b.kernel_h * b.kernel_w > 1;
+}
+inline Group group_from(const PyramidParams& p, int64_t first) {
+  int64_t last = first + 1;
+  if (!is_dense(p.branches[first])) {
+    while (last < p.branch_count && !is_dense(p.branches[last])) ++last;
+  }
+  return {first, last};
+}
+
+// Columns and rows around the chunk that a group can touch.
+struct Window {
+  ptrdiff_t x0, x1;       // staged columns
+  ptrdiff_t slots;        // upper bound of staged rows
+};
+inline Window window_of(const PyramidParams& p, const Group& group, int64_t begin, int64_t end) {
+  ptrdiff_t reach = 0, row_offsets = 1;
+  for (int64_t b = group.first; b < group.last; ++b) {
+    const BranchParams& branch = p.branches[b];
+    const ptrdiff_t across = branch.kernel_w / 2 * branch.rate_w;
+    if (across > reach) reach = across;
+    row_offsets += branch.kernel_h - 1;
+  }
+  const ptrdiff_t first_row = begin / p.width, last_row = (end - 1) / p.width;
+  Window window{0, p.width, (last_row - first_row + 1) * row_offsets};
+  if (window.slots > p.height) window.slots = p.height;
+  if (first_row == last_row) {
+    const ptrdiff_t left = begin - first_row * p.width - reach;
+    const ptrdiff_t right = end - first_row * p.width + reach;
+    if (left > 0) window.x0 = left;
+    if (right < p.width) window.x1 = right;
+  }
+  return window;
+}
+
+template <typename T>
+inline ptrdiff_t channel_block(const PyramidParams& p, ptrdiff_t staged_pixels) {
+  ptrdiff_t block = 512 / sizeof(T);
+  while (block > kPad && staged_pixels * block * ptrdiff_t(sizeof(T)) > kStageBytes) block /= 2;
+  const ptrdiff_t all = padded(p.channels);
+  return block < all ? block : all;
+}
+
+template <typename T>
+struct ForwardScratch {
+  T* staged;         // [slots, window, block]
+  T* depthwise;      // [pixels, block]
+  T* accumulators;   // [pixels, columns]
+  T* projected;      // [pixels, project columns]
+  int64_t* slot_of;  // [H]
+  int64_t bytes;
+};
+
+template <typename T>
+ForwardScratch<T> lay_out_forward(const PyramidParams& p, int64_t chunk_pixels, void* memory) {
+  // The worst chunk: one that begins at the end of a row, or a single row with its halo.
+  ptrdiff_t staged = 0;
+  for (int64_t b = 0; b < p.branch_count;) {
+    const Group group = group_from(p, b);
+    const int64_t start = chunk_pixels < p.width ? 0 : p.width - 1;
+    const Window w = window_of(p, group, start, start + chunk_pixels);
+    const ptrdiff_t reach_all = chunk_pixels < p.width ? p.width : w.x1 - w.x0;
+    const ptrdiff_t pixels = w.slots * reach_all;
+    const ptrdiff_t budget = kStageBytes / ptrdiff_t(sizeof(T));  // see channel_block
+    ptrdiff_t size = pixels * kPad > budget ? pixels * kPad : budget;
+    if (pixels * ptrdiff_t(512 / sizeof(T)) < size) size = pixels * ptrdiff_t(512 / sizeof(T));
+    if (size > staged) staged = size;
+    b = group.last;
+  }
+  const ptrdiff_t block = 512 / sizeof(T);
+  char* at = static_cast<char*>(memory);
+  const auto take = [&at](ptrdiff_t bytes) {
+    char* here = at;
+    at += (bytes + 127) / 64 * 64;
+    return here;
+  };
+  ForwardScratch<T> s;
+  s.staged = reinterpret_cast<T*>(take(staged * ptrdiff_t(sizeof(T))));
+  s.depthwise = reinterpret_cast<T*>(take(chunk_pixels * block * ptrdiff_t(sizeof(T))));
+  s.accumulators = reinterpret_cast<T*>(take(chunk_pixels * p.columns * ptrdiff_t(sizeof(T))));
+  s.projected = reinterpret_cast<T*>(take(chunk_pixels * p.project_columns * ptrdiff_t(sizeof(T))));
+  s.slot_of = reinterpret_cast<int64_t*>(take(p.height * 8));
+  s.bytes = at - static_cast<char*>(memory);
+  return s;
+}
+
+// Calls body(row y, x0, x1, first pixel within the chunk) for each run of the chunk within one row.
+template <typename F>
+inline void for_each_run(const PyramidParams& p, int64_t begin, int64_t end, F&& body) {
+  for (int64_t q = begin; q < end;) {
+    const int64_t row = q / p.width, x0 = q - row * p.width;
+    const int64_t x1 = end - row * p.width < p.width ? end - row * p.width : p.width;
+    body(p.row_order[row], x0, x1, q - begin);
+    q += x1 - x0;
+  }
+}
+
+template <typename T>
+class ChunkForward {
+ public:
+  ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
+               int64_t chunk_pixels, void* scratch)
+      : p_(p), n_(n), chunk_(chunk), begin_(begin), end_(end),
+        s_(lay_out_forward<T>(p, chunk_pixels, scratch)) {}
+
+  void run() {
+    for (int64_t b = 0; b < p_.branch_count;) {
+      const Group group = group_from(p_, b);
+      run_group(group);
+      b = group.last;
+    }
+    activate();
+    if (p_.project != nullptr) {
+      project();
+    } else {
+      write();
+    }
+  }
+
+ private:
+  void run_group(const Group& group) {
+    window_ = window_of(p_, group, begin_, end_);
+    const ptrdiff_t slots = assign_slots(group);
+    const ptrdiff_t block = channel_block<T>(p_, slots * (window_.x1 - window_.x0));
+    for (ptrdiff_t c = 0; c < p_.channels; c += block) {
+      const ptrdiff_t channels = p_.channels - c < block ? p_.channels - c : block;
+      stride_ = padded(channels);
+      stage(c, channels);
+      if (p_.pixel_sums != nullptr && group.first == 0) add_pixel_sums(c);
+      for (int64_t b = group.first; b < group.last; ++b) {
+        if (is_dense(p_.branches[b])) {
+          dense_block(p_.branches[b], c, channels);
+        } else {
+          separable_block(p_.branches[b], c, channels);
+        }
+      }
+    }
+  }
+
+  // Which input rows the group's live taps touch, in the order they are met.
+  ptrdiff_t assign_slots(const Group& group) {
+    for (int64_t y = 0; y < p_.height; ++y) s_.slot_of[y] = -1;
+    ptrdiff_t next = 0;
+    const auto touch = [&](int64_t y) {
+      if (s_.slot_of[y] < 0) s_.slot_of[y] = next++;
+    };
+    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t, int64_t, int64_t) {
+      touch(y);
+      for (int64_t b = group.first; b < group.last; ++b) {
+        const BranchParams& branch = p_.branches[b];
+        const LiveTaps live = live_taps(y, branch.kernel_h, branch.rate_h, p_.height);
+        for (ptrdiff_t i = 0; i < live.count; ++i) {
+          touch(y + (live.first + i - branch.kernel_h / 2) * branch.rate_h);
+        }
+      }
+    });
+    return next;
+  }
+
+  void stage(ptrdiff_t c, ptrdiff_t channels) {
+    with_storage(p_.x.dtype, [&](auto* tag) {
+      using S = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (kMatches<T, S>) {
+        const Plane<S> plane = plane_of<S>(p_.x, n_, c);
+        for (int64_t y = 0; y < p_.height; ++y) {
+          if (s_.slot_of[y] < 0) continue;
+          load_row<T, S>(plane, y, window_.x0, window_.x1, channels, stride_,
+                         s_.staged + s_.slot_of[y] * (window_.x1 - window_.x0) * stride_, stride_);
+        }
+      }
+    });
+  }
+
+  // Where pixel x = 0 of a staged row would stand.
+  const T* row_of(ptrdiff_t y) const {
+    return s_.staged + (s_.slot_of[y] * (window_.x1 - window_.x0) - window_.x0) * stride_;
+  }
+
+  void separable_block(const BranchParams& branch, ptrdiff_t c, ptrdiff_t channels) {
+    if (branch.depthwise == nullptr) {
+      dense_block(branch, c, channels);
+      return;
+    }
+    DepthwiseRows<T> d{};
+    d.weights = static_cast<const T*>(branch.depthwise) + c;
+    d.weight_stride = padded(p_.channels);
+    d.kernel_h = branch.kernel_h;
+    d.kernel_w = branch.kernel_w;
+    d.rate_h = branch.rate_h;
+    d.rate_w = branch.rate_w;
+    d.height = p_.height;
+    d.width = p_.width;
+    d.channels = stride_;
+    d.pixel_stride = stride_;
+    if (branch.between_scale != nullptr) {
+      d.scale = static_cast<const T*>(branch.between_scale) + c;
+      d.shift = static_cast<const T*>(branch.between_shift) + c;
+      d.relu = branch.between_relu;
+    }
+    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+      depthwise_row(d, y, x0, x1, [this](ptrdiff_t row) { return row_of(row); },
+                    s_.depthwise + at * stride_, stride_);
+    });
+    multiply(branch, branch.weight, s_.depthwise, 0, end_ - begin_, c, channels, c > 0);
+  }
+
+  void dense_block(const BranchParams& branch, ptrdiff_t c, ptrdiff_t channels) {
+    const ptrdiff_t taps = branch.kernel_h * branch.kernel_w;
+    const ptrdiff_t centre = taps / 2;
+    for (ptrdiff_t t = 0; t < taps; ++t) {
+      // The centre tap is always live: it goes first and initialises the accumulators.
+      const ptrdiff_t tap = t == 0 ? centre : t <= centre ? t - 1 : t;
+      const ptrdiff_t dy = (tap / branch.kernel_w - branch.kernel_h / 2) * branch.rate_h;
+      const ptrdiff_t dx = (tap % branch.kernel_w - branch.kernel_w / 2) * branch.rate_w;
+      const T* weight =
+          static_cast<const T*>(branch.weight) + tap * branch.weight_tap;
+      for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+        if (y + dy < 0 || y + dy >= p_.height) return;
+        const int64_t from = x0 + dx < 0 ? -dx : x0;
+        const int64_t to = x1 + dx > p_.width ? p_.width - dx : x1;
+        if (from >= to) return;
+        multiply(branch, weight, row_of(y + dy) + (from + dx) * stride_, at + from - x0, to - from,
+                 c, channels, c > 0 || t > 0);
+      });
+    }
+  }
+
+  void multiply(const BranchParams& branch, const void* weight, const T* a, ptrdiff_t at,
+                ptrdiff_t pixels, ptrdiff_t c, ptrdiff_t channels, bool accumulate) {
+    gemm(Gemm<T>{a, stride_, 1, static_cast<const T*>(weight) + c * branch.weight_row,
+                 branch.weight_row, s_.accumulators + at * p_.columns + branch.column,
+                 p_.columns, pixels, padded(branch.out_channels), channels, accumulate});
+  }
+
+  void add_pixel_sums(ptrdiff_t c) {
+    const int64_t stride = padded(p_.channels);
+    T* sums = static_cast<T*>(p_.pixel_sums) + chunk_ * stride + c;
+    for (ptrdiff_t v = 0; v < stride_; v += kLanes<T>) {
+      Vec<T> total{};
+      for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t) {
+        for (int64_t x = x0; x < x1; ++x) total += load(row_of(y) + x * stride_ + v);
+      });
+      store(sums + v, total);
+    }
+  }
+
+  // y = relu(acc * scale + shift), in place.
+  void activate() {
+    const T* scale = static_cast<const T*>(p_.scale);
+    const T* shift = static_cast<const T*>(p_.shift);
+    if (shift != nullptr) shift += n_ * p_.shift_n_stride;
+    if (scale == nullptr && shift == nullptr && !p_.relu) return;
+    for (ptrdiff_t q = 0; q < end_ - begin_; ++q) {
+      T* row = s_.accumulators + q * p_.columns;
+      for (ptrdiff_t c = 0; c < p_.columns; c += kLanes<T>) {
+        Vec<T> v = load(row + c);
+        if (scale != nullptr) v *= load(scale + c);
+        if (shift != nullptr) v += load(shift + c);
+        if (p_.relu) v = at_least<T>(v, Vec<T>{});
+        store(row + c, v);
+      }
+    }
+  }
+
+  void project() {
+    constexpr ptrdiff_t block = 512 / sizeof(T);
+    for (ptrdiff_t k = 0; k < p_.columns; k += block) {
+      gemm(Gemm<T>{s_.accumulators + k, p_.columns, 1,
+                   static_cast<const T*>(p_.project) + k * p_.project_row, p_.project_row,
+                   s_.projected, p_.project_columns, end_ - begin_, p_.project_columns,
+                   p_.columns - k < block ? p_.columns - k : block, k > 0});
+    }
+    T* raw = static_cast<T*>(p_.raw) + n_ * p_.height * p_.width * p_.project_columns;
+    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+      std::memcpy(raw + (y * p_.width + x0) * p_.project_columns,
+                  s_.projected + at * p_.project_columns,
+                  size_t((x1 - x0) * p_.project_columns) * sizeof(T));
+    });
+  }
+
+  void write() {
+    with_storage(p_.out.dtype, [&](auto* tag) {
+      using S = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (kMatches<T, S>) {
+        int64_t channel = 0;
+        for (int64_t b = 0; b < p_.branch_count; ++b) {
+          const BranchParams& branch = p_.branches[b];
+          const Plane<S> plane = plane_of<S>(p_.out, n_, channel);
+          for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+            store_row<T, S>(s_.accumulators + at * p_.columns + branch.column, p_.columns,
+                            branch.out_channels, plane, y, x0, x1);
+          });
+          channel += branch.out_channels;
+        }
+      }
+    });
+  }
+
+  const PyramidParams& p_;
+  const int64_t n_, chunk_, begin_, end_;
+  ForwardScratch<T> s_;
+  Window window_{};
+  ptrdiff_t stride_ = 0;  // channels of a staged pixel, whole vectors
+};
+
+}  // namespace aspp::ASPP_ISA

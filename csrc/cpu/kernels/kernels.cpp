@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Compiled once per instruction set; ASPP_ISA names the namespace and the table.
+#include "kernels.h"
+
+#include "backward.h"
+#include "forward.h"
+
+namespace aspp::ASPP_ISA {
+namespace {
+
+template <typename F>
+auto with_compute_type(bool double_precision, F&& body) {
+  return double_precision ? body(double{}) : body(float{});
+}
+
+int64_t forward_scratch(const PyramidParams& p, int64_t chunk_pixels, bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return lay_out_forward<decltype(t)>(p, chunk_pixels, nullptr).bytes;
+  });
+}
+
+void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
+                   int64_t chunk_pixels, void* scratch, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    ChunkForward<decltype(t)>(p, n, chunk, begin, end, chunk_pixels, scratch).run();
+  });
+}
+
+int64_t backward_scratch(const SeparableBackwardParams& p, bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return lay_out_backward<decltype(t)>(p, nullptr).bytes;
+  });
+}
+
+void backward_block(const SeparableBackwardParams& p, int64_t channel, void* scratch,
+                    bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    BlockBackward<decltype(t)>(p, channel, scratch).run();
+  });
+}
+
+void to_pixels(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
+               int64_t last, void* dst, int64_t stride, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    with_storage(x.dtype, [&](auto* tag) {
+      using S = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (kMatches<T, S>) {
+        for (int64_t y = first; y < last; ++y) {
+          load_row<T, S>(plane_of<S>(x, n, 0), y, 0, width, channels, padded(channels),
+                         static_cast<T*>(dst) + (y - first) * width * stride, stride);
+        }
+      }
+    });
+  });
+}
+
+void from_pixels(const void* rows, int64_t stride, int64_t count, int64_t channels,
+                 const Image& out, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    with_storage(out.dtype, [&](auto* tag) {
+      using S = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (kMatches<T, S>) {
+        store_row<T, S>(static_cast<const T*>(rows), stride, channels, plane_of<S>(out, 0, 0), 0, 0,
+                        count);
+      }
+    });
+  });
+}
+
+void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, void* scratch,
+                 bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    T* row = static_cast<T*>(scratch);
+    const T* bias = static_cast<const T*>(p.bias) + n * p.raw_stride;
+    for (int64_t y = first; y < last; ++y) {
+      const T* raw = static_cast<const T*>(p.raw) + (n * p.height + y) * p.width * p.raw_stride;
+      for (int64_t x = 0; x < p.width; ++x) {
+        for (int64_t c = 0; c < p.raw_stride; c += kLanes<T>) {
+          const int64_t at = x * p.raw_stride + c;
+          store(row + at, at_least<T>(load(raw + at) + load(bias + c), Vec<T>{}));
+        }
+      }
+      with_storage(p.out.dtype, [&](auto* tag) {
+        using S = std::remove_pointer_t<decltype(tag)>;
+        if constexpr (kMatches<T, S>) {
+          store_row<T, S>(row, p.raw_stride, p.channels, plane_of<S>(p.out, n, 0), y, 0, p.width);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace
+
+#define ASPP_STRING_OF(name) #name
+#define ASPP_STRING(name) ASPP_STRING_OF(name)
+
+extern const Kernels table;
+const Kernels table{ASPP_STRING(ASPP_ISA), forward_scratch,   forward_chunk, backward_scratch,
+                    kBackwardChannels,     backward_block, to_pixels,     from_pixels, finish_rows};
+
+}  // namespace aspp::ASPP_ISA

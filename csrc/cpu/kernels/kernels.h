@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The functions every instruction set provides, and the one that is picked for this machine.
+#pragma once
+
+#include "params.h"
+
+namespace aspp {
+
+// `double_precision` chooses the compute type T. `scratch_bytes` returns what a call of the same
+// name needs per thread; the caller owns scratch (64-byte aligned) and threads.
+struct Kernels {
+  const char* isa;
+  int64_t (*forward_scratch)(const PyramidParams&, int64_t chunk_pixels, bool double_precision);
+  // pixels [begin, end) of image n; `chunk` counts over the batch; chunk_pixels is the longest chunk
+  void (*forward_chunk)(const PyramidParams&, int64_t n, int64_t chunk, int64_t begin, int64_t end,
+                        int64_t chunk_pixels, void* scratch, bool double_precision);
+  int64_t (*backward_scratch)(const SeparableBackwardParams&, bool double_precision);
+  int64_t backward_channels;  // channels of one backward block
+  void (*backward_block)(const SeparableBackwardParams&, int64_t channel, void* scratch,
+                         bool double_precision);
+  // rows [first, last) of image n into dst [rows * W, stride] T, channel last, padding columns zero
+  void (*to_pixels)(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
+                    int64_t last, void* dst, int64_t stride, bool double_precision);
+  // rows [count, stride] T -> out element (channel, x = row) of image 0, row 0
+  void (*from_pixels)(const void* rows, int64_t stride, int64_t count, int64_t channels,
+                      const Image& out, bool double_precision);
+  // scratch: [W, raw_stride] T
+  void (*finish_rows)(const FinishParams&, int64_t n, int64_t first, int64_t last, void* scratch,
+                      bool double_precision);
+};
+
+const Kernels& kernels();  // decided once: the best instruction set this machine runs
+
+}  // namespace aspp

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "operands.h"
+
+#include <cstring>
+
+#include "parallel.h"
+
+namespace aspp {
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: refuse("aspp_ext: no CPU kernel for ", dtype_name(t.scalar_type()));
+  }
+}
+
+Image image_of(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Operands::Operands(const Tensor& x)
+    : double_precision_(x.scalar_type() == ScalarType::Double), like_(x) {}
+
+Tensor Operands::allocate_zeros(int64_t count) {
+  const int64_t size[] = {count};
+  storage_.push_back(torch::stable::new_zeros(
+      like_, {size, 1}, double_precision_ ? ScalarType::Double : ScalarType::Float));
+  return storage_.back();
+}
+
+void* Operands::allocate(int64_t count) {
+  const int64_t size[] = {count};
+  storage_.push_back(torch::stable::new_empty(
+      like_, {size, 1}, double_precision_ ? ScalarType::Double : ScalarType::Float));
+  return storage_.back().data_ptr();
+}
+
+void Operands::copy_rows(const Matrix& from, int64_t rows, int64_t count, void* to) const {
+  const int64_t size = double_precision_ ? 8 : 4;
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(static_cast<char*>(to) + i * count * size,
+                static_cast<const char*>(from.data) + i * from.row * size, size_t(count * size));
+  }
+}
+
+char* Operands::offset(void* base, int64_t elements) const {
+  return static_cast<char*>(base) + elements * (double_precision_ ? 8 : 4);
+}
+
+namespace {
+
+char* at_element(const Image& image, int64_t elements) {
+  const int64_t size = image.dtype == Dtype::kFloat64 ? 8 : image.dtype == Dtype::kFloat32 ? 4 : 2;
+  return static_cast<char*>(image.data) + elements * size;
+}
+
+}  // namespace
+
+Matrix Operands::weight(const Tensor& w) {
+  const int64_t out = w.size(0), in = w.size(1), kh = w.size(2), kw = w.size(3);
+  const int64_t taps = kh * kw, row = padded(out);
+  const bool compute_type = dtype_of(w) == (double_precision_ ? Dtype::kFloat64 : Dtype::kFloat32);
+  const bool one_step = kh == 1 || kw == 1 || w.stride(2) == kw * w.stride(3);
+  if (compute_type && out == row && w.stride(0) == 1 && w.stride(1) >= out && one_step) {
+    return {w.data_ptr(), kw > 1 ? w.stride(3) : w.stride(2), w.stride(1)};
+  }
+  // Source columns in the order they lie in memory: all (c, tap) at once when a row of w is
+  // contiguous, else tap by tap.
+  const bool contiguous_rows = one_step && w.stride(1) == taps * (kw > 1 ? w.stride(3) : 1) &&
+                               (taps == 1 || (kw > 1 ? w.stride(3) : w.stride(2)) == 1);
+  const int64_t passes = contiguous_rows ? 1 : taps;
+  const int64_t length = contiguous_rows ? in * taps : in;
+  constexpr int64_t kSlice = 256;
+  const int64_t slices = (length + kSlice - 1) / kSlice;
+  void* packed = allocate(in * taps * row);
+  run_tasks(passes * slices, 0, [&](int64_t task, void*) {
+    const int64_t tap = task / slices, first = task % slices * kSlice;
+    const int64_t count = length - first < kSlice ? length - first : kSlice;
+    Image source = image_of(w);
+    const int64_t start = tap / kw * w.stride(2) + tap % kw * w.stride(3);
+    source.x_stride = contiguous_rows && taps > 1 ? 1 : w.stride(1);
+    source.c_stride = w.stride(0);
+    source.data = at_element(source, start + first * source.x_stride);
+    kernels().to_pixels(source, 0, out, count, 0, 1, offset(packed, (tap * in + first) * row), row,
+                        double_precision_);
+  });
+  return contiguous_rows ? Matrix{packed, row, taps * row} : Matrix{packed, in * row, row};
+}
+
+const void* Operands::depthwise(const Tensor& w) {
+  const int64_t stride = padded(w.size(0));
+  void* packed = allocate(w.size(2) * w.size(3) * stride);
+  Image source = image_of(w);
+  source.c_stride = w.stride(0);
+  kernels().to_pixels(source, 0, w.size(0), w.size(3), 0, w.size(2), packed, stride,
+                      double_precision_);
+  return packed;
+}
+
+void Operands::vector(const Tensor& v, int64_t n, int64_t first, int64_t count, void* to) {
+  const bool matrix = v.dim() == 2;
+  const int64_t step = matrix ? v.stride(1) : v.stride(0);
+  Image source{v.data_ptr(), dtype_of(v), 0, step, 0, 0};
+  source.data = at_element(source, (matrix ? n * v.stride(0) : 0) + first * step);
+  kernels().to_pixels(source, 0, count, 1, 0, 1, to, padded(count), double_precision_);
+}
+
+const void* Operands::vector(const Tensor& v) {
+  void* to = allocate(padded(v.size(0)));
+  vector(v, 0, 0, v.size(0), to);
+  return to;
+}
+
+const void* columns_of(Operands& operands, const Tensor& v, int64_t rows,
+                       const std::vector<BranchParams>& branches, int64_t columns) {
+  void* to = operands.allocate(rows * columns);
+  for (int64_t n = 0; n < rows; ++n) {
+    int64_t first = 0;
+    for (const BranchParams& branch : branches) {
+      operands.vector(v, n, first, branch.out_channels,
+                      operands.offset(to, n * columns + branch.column));
+      first += branch.out_channels;
+    }
+  }
+  return to;
+}
+
+int64_t assign_columns(std::vector<BranchParams>& branches) {
+  int64_t columns = 0;
+  for (BranchParams& branch : branches) {
+    branch.column = columns;
+    columns += padded(branch.out_channels);
+  }
+  return columns;
+}
+
+}  // namespace aspp

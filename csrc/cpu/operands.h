@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From tensors in any format and dtype to the operands the kernels read: weights with channels in
+// rows and outputs contiguous, vectors padded to whole SIMD vectors. A weight that already lies
+// that way (float32 or float64, stride 1 over O) is read in place: folding it so once is the cache.
+#pragma once
+
+#include <vector>
+
+#include "../checks.h"
+#include "kernels/kernels.h"
+
+namespace aspp {
+
+Dtype dtype_of(const Tensor& t);
+Image image_of(const Tensor& t);  // [N, C, H, W]
+
+struct Matrix {  // rows of `stride` elements in the compute type
+  const void* data = nullptr;
+  int64_t tap = 0, row = 0;
+};
+
+class Operands {
+ public:
+  explicit Operands(const Tensor& x);
+
+  bool double_precision() const { return double_precision_; }
+  // `count` elements in the compute type, alive as long as this object; not initialised
+  void* allocate(int64_t count);
+  Tensor allocate_zeros(int64_t count);
+  char* offset(void* base, int64_t elements) const;
+  void copy_rows(const Matrix& from, int64_t rows, int64_t count, void* to) const;
+
+  // weight [O, C, kh, kw] -> element (tap, c, o) at tap * m.tap + c * m.row + o
+  Matrix weight(const Tensor& w);
+  // [C, 1, kh, kw] -> [kh * kw, padded C]
+  const void* depthwise(const Tensor& w);
+  // [count] at `first` of row `n` of v -> to[0 .. padded(count)), zeros behind
+  void vector(const Tensor& v, int64_t n, int64_t first, int64_t count, void* to);
+  const void* vector(const Tensor& v);
+
+ private:
+  bool double_precision_;
+  Tensor like_;
+  std::vector<Tensor> storage_;
+};
+
+// Epilogue vectors laid out like the accumulator row of `branches`.
+const void* columns_of(Operands& operands, const Tensor& v, int64_t rows,
+                       const std::vector<BranchParams>& branches, int64_t columns);
+
+// Gives every branch its columns; returns their number.
+int64_t assign_columns(std::vector<BranchParams>& branches);
+
+}  // namespace aspp

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CPU binding of atrous_pyramid. The forward is ours (padding-free, no concat copy); the gradients
+// are oneDNN's, reached through the dispatcher so that no Python is needed.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+
+#include "branches.h"
+#include "forward.h"
+
+namespace aspp {
+namespace {
+
+constexpr const char* kOp = "atrous_pyramid";
+
+Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
+               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu) {
+  const PyramidShape shape = check_dense(kOp, x, weights, rates);
+  check_vector(kOp, "scale", scale, x, shape.out_channels, 0);
+  check_vector(kOp, "shift", shift, x, shape.out_channels, shape.batch);
+  const bool channels_last = is_channels_last(x) || any_channels_last(weights);
+  const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
+  if (shape.batch == 0) return out;
+
+  Operands operands(x);
+  std::vector<BranchParams> branches;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    branches.push_back(dense_branch(operands, weights[b], rates[2 * b], rates[2 * b + 1]));
+  }
+  PyramidParams params = params_of(x, shape, branches);
+  set_epilogue(params, operands, branches, scale, shift, relu);
+  params.out = image_of(out);
+  run_forward(params, schedule_of(branches, shape.batch, shape.height, shape.width),
+              operands.double_precision());
+  return out;
+}
+
+// One branch of aten::convolution_backward: the gradient of the input or of the weight.
+Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                            const int64_t* rate, bool of_weight) {
+  const int64_t stride[] = {1, 1}, none[] = {0, 0};
+  const int64_t padding[] = {weight.size(2) / 2 * rate[0], weight.size(3) / 2 * rate[1]};
+  const int32_t mask[] = {!of_weight, of_weight, false};
+  AtenTensorHandle result[3] = {nullptr, nullptr, nullptr};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+      grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, rate, 2, 0, none, 2, 1,
+      mask, 3, &result[0], &result[1], &result[2]));
+  Tensor wanted;
+  for (int i = 0; i < 3; ++i) {
+    if (result[i] == nullptr) continue;
+    const Tensor owned(result[i]);
+    if (i == int(of_weight)) wanted = owned;
+  }
+  return wanted;
+}
+
+// The shapes of the gradient are the only thing convolution_backward reads of the missing operand.
+Tensor placeholder(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
+}
+
+Tensor channels_last_copy(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates) {
+  check_image("atrous_pyramid_grad_input", "grad", grad);
+  const int64_t channels = weights.empty() ? 0 : weights[0].size(1);
+  const Tensor x =
+      placeholder(grad, {grad.size(0), channels > 0 ? channels : 1, grad.size(2), grad.size(3)});
+  const PyramidShape shape = check_dense(kOp, x, weights, rates);
+  check_grad(kOp, grad, x, shape);
+  const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
+  Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
+  if (shape.batch == 0) return result;
+  Tensor source = channels_last_copy(grad);
+  const Tensor like = channels_last_copy(x);
+  Tensor sum;
+  int64_t first = 0;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const Tensor part = channels_last_copy(
+        torch::stable::narrow(source, 1, first, weights[b].size(0)));
+    const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
+    first += weights[b].size(0);
+    sum = b == 0 ? one : torch::stable::subtract(sum, one, -1.0);  // there is no stable add
+  }
+  torch::stable::copy_(result, sum);
+  return result;
+}
+
+std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
+                                std::vector<int64_t> out_channels, std::vector<int64_t> rates) {
+  check_image("atrous_pyramid_grad_weight", "x", x);
+  std::vector<Tensor> weights;
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    weights.push_back(
+        placeholder(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
+  }
+  const PyramidShape shape = check_dense(kOp, x, weights, rates);
+  check_grad(kOp, grad, x, shape);
+  std::vector<Tensor> result;
+  if (shape.batch == 0) {
+    for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));
+    return result;
+  }
+  Tensor source = channels_last_copy(grad);
+  const Tensor input = channels_last_copy(x);
+  int64_t first = 0;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const Tensor part =
+        channels_last_copy(torch::stable::narrow(source, 1, first, out_channels[b]));
+    const Tensor one = convolution_gradient(part, input, weights[b], &rates[2 * b], true);
+    first += out_channels[b];
+    result.push_back(torch::stable::contiguous(one));
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
+  m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
+  m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
+  m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
+}
+
+}  // namespace aspp

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every operator's schema. Fakes, gradients and autocast are in aspp_ext/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(aspp_ext, m) {
+  // x [N, C, H, W], weights[b] [O_b, C, kh_b, kw_b], rates (rate_h, rate_w) per branch,
+  // scale [sum O], shift [sum O] or [N, sum O] -> [N, sum O, H, W]
+  m.def(
+      "atrous_pyramid(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
+      "Tensor? shift=None, bool relu=False) -> Tensor");
+  // grad [N, sum O, H, W] -> [N, C, H, W]
+  m.def("atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates) -> Tensor");
+  // kernels (kh, kw) per branch, out_channels O_b -> gradients [O_b, C, kh_b, kw_b]
+  m.def(
+      "atrous_pyramid_grad_weight(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
+      "int[] rates) -> Tensor[]");
+  // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
+  // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
+  // the two lists themselves may be empty
+  m.def(
+      "atrous_separable_pyramid(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
+      "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
+      "Tensor? scale=None, Tensor? shift=None, bool relu=False) -> Tensor");
+  // -> gradients of x, depthwise, pointwise, between_scale, between_shift; what is not needed is an
+  // empty tensor or an empty list
+  m.def(
+      "atrous_separable_pyramid_backward(Tensor grad, Tensor x, Tensor[] depthwise, "
+      "Tensor[] pointwise, int[] rates, Tensor[] between_scale, Tensor[] between_shift, "
+      "bool between_relu, bool need_x, bool need_depthwise, bool need_pointwise, "
+      "bool need_between) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
+  // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
+  // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]
+  m.def(
+      "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
+      "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift) "
+      "-> Tensor");
+  m.def("cpu_isa() -> str");
+}

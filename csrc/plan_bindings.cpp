@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// aspp_ext._plan: the planner, seen from Python. Types and documentation: aspp_ext/_plan.pyi.
+#include <pybind11/operators.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <variant>
+
+#include "plan/plan.h"
+
+namespace py = pybind11;
+using namespace aspp::plan;
+
+namespace {
+
+using Pair = std::array<Index, 2>;
+using OneOrTwo = std::variant<Index, Pair>;  // of kernels and rates: one number for both axes
+
+Extent extent(const OneOrTwo& value) {
+  if (const Index* both = std::get_if<Index>(&value)) return {*both, *both};
+  const auto& [h, w] = std::get<Pair>(value);
+  return {h, w};
+}
+
+py::tuple tuple(const Extent& extent) { return py::make_tuple(extent.h, extent.w); }
+
+template <class T>
+std::string repr(const T& value) {
+  return sentence(value);
+}
+
+Group group(const Problem& problem, std::optional<Index> branch) {
+  if (!branch) return groups(problem, Pass::grad_input).front();
+  branch_at(problem, *branch);
+  return {Pass::forward, {*branch}};
+}
+
+std::vector<Region> ordered_regions(const Problem& problem, std::optional<Index> branch,
+                                    const std::string& order, const Tile& tile) {
+  const Group branches = group(problem, branch);
+  const Order chosen = order_named(order);
+  if (chosen == Order::regions) return exact_regions(problem, branches);
+  if (chosen == Order::merged) return merged_regions(problem, branches, tile);
+  return tiling(problem, branches, chosen, tile).regions;
+}
+
+Axis checked_axis(Index size, Index kernel, Index rate) {
+  const auto pass = rate < 0 ? Pass::grad_input : Pass::forward;
+  require(rate != 0 && rate != INT64_MIN, "an axis' rate must not be 0 but is ", rate);
+  return col_axis(Problem(1, 1, size, {{{1, kernel}, {1, std::abs(rate)}}}), 0, pass);
+}
+
+Index checked_tap(const Axis& axis, Index tap) {
+  if (tap < 0 || tap >= axis.kernel)
+    throw std::out_of_range(
+        sentence("plan: tap must be in [0, ", axis.kernel, ") but is ", tap));
+  return tap;
+}
+
+Interval inside(Interval positions, Index size, const char* what) {
+  require(!positions.empty() && Interval{0, size}.contains(positions), what,
+          " must be a part of [0, ", size, ") that is not empty but is ", positions);
+  return positions;
+}
+
+void bind_geometry(py::module_& module) {
+  py::class_<Interval>(module, "Interval")
+      .def(py::init([](Index begin, Index end) { return Interval{begin, end}; }),
+           py::arg("begin"), py::arg("end"))
+      .def(py::init([](Pair both) { return Interval{both[0], both[1]}; }), py::arg("both"))
+      .def_readonly("begin", &Interval::begin)
+      .def_readonly("end", &Interval::end)
+      .def_property_readonly("size", &Interval::size)
+      .def("__iter__", [](const Interval& i) { return py::iter(py::make_tuple(i.begin, i.end)); })
+      .def("__hash__", [](const Interval& i) { return py::hash(py::make_tuple(i.begin, i.end)); })
+      .def(py::self == py::self)
+      .def("__repr__", repr<Interval>);
+  py::implicitly_convertible<py::tuple, Interval>();
+
+  py::class_<Axis>(module, "Axis")
+      .def(py::init(&checked_axis), py::arg("size"), py::arg("kernel"), py::arg("rate"))
+      .def_readonly("size", &Axis::size)
+      .def_readonly("kernel", &Axis::kernel)
+      .def_readonly("rate", &Axis::rate)
+      .def("offset", [](const Axis& a, Index tap) { return offset(a, checked_tap(a, tap)); },
+           py::arg("tap"))
+      .def("live_positions",
+           [](const Axis& a, Index tap) { return live_positions(a, checked_tap(a, tap)); },
+           py::arg("tap"))
+      .def("live_taps",
+           [](const Axis& a, Interval p) { return live_taps(a, inside(p, a.size, "positions")); },
+           py::arg("positions"))
+      .def("cuts", [](const Axis& a) { return cuts({a}); })
+      .def("__repr__", repr<Axis>);
+
+  py::class_<Tap>(module, "Tap")
+      .def_readonly("branch", &Tap::branch)
+      .def_readonly("row", &Tap::row)
+      .def_readonly("col", &Tap::col)
+      .def_readonly("dy", &Tap::dy)
+      .def_readonly("dx", &Tap::dx)
+      .def(py::self == py::self)
+      .def("__repr__", repr<Tap>);
+
+  py::class_<TapBlock>(module, "TapBlock")
+      .def_readonly("branch", &TapBlock::branch)
+      .def_readonly("rows", &TapBlock::rows)
+      .def_readonly("cols", &TapBlock::cols)
+      .def_property_readonly("first", [](const TapBlock& block) { return tuple(block.first); })
+      .def_property_readonly("step", [](const TapBlock& block) { return tuple(block.step); })
+      .def_property_readonly("size", &TapBlock::size)
+      .def(py::self == py::self)
+      .def("__repr__", repr<TapBlock>);
+
+  py::class_<Region>(module, "Region")
+      .def_readonly("rows", &Region::rows)
+      .def_readonly("cols", &Region::cols)
+      .def_readonly("live", &Region::live)
+      .def_readonly("padded", &Region::padded)
+      .def_property_readonly("area", &Region::area)
+      .def_property_readonly("tap_count", &Region::tap_count)
+      .def_property_readonly("taps", &taps)
+      .def(py::self == py::self)
+      .def("__repr__", repr<Region>);
+}
+
+void bind_work(py::module_& module) {
+  py::class_<Tile>(module, "Tile")
+      .def(py::init([](Index m, Index n, Index k, std::optional<Index> tail) {
+             const Tile tile{m, n, k, tail.value_or(m)};
+             check_tile(tile);
+             return tile;
+           }),
+           py::arg("m") = Tile{}.m, py::arg("n") = Tile{}.n, py::arg("k") = Tile{}.k,
+           py::arg("tail") = py::none())
+      .def_readonly("m", &Tile::m)
+      .def_readonly("n", &Tile::n)
+      .def_readonly("k", &Tile::k)
+      .def_readonly("tail", &Tile::tail)
+      .def("__repr__", repr<Tile>);
+
+  py::class_<Unit>(module, "Unit")
+      .def_readonly("region", &Unit::region)
+      .def_readonly("tile", &Unit::tile)
+      .def_readonly("slice", &Unit::slice)
+      .def_readonly("slices", &Unit::slices)
+      .def_readonly("m", &Unit::m)
+      .def_readonly("n", &Unit::n)
+      .def_readonly("k", &Unit::k)
+      .def("__repr__", repr<Unit>);
+
+  py::class_<Plan>(module, "Plan")
+      .def_property_readonly("pass_", [](const Plan& plan) { return name(plan.pass); })
+      .def_readonly("tile", &Plan::tile)
+      .def_readonly("regions", &Plan::regions)
+      .def_readonly("units", &Plan::units)
+      .def_property_readonly("longest", &Plan::longest)
+      .def_property_readonly("total", &Plan::total)
+      .def("__repr__", repr<Plan>);
+
+  py::class_<Cost>(module, "Cost")
+      .def_readonly("dense", &Cost::dense)
+      .def_readonly("linear", &Cost::linear)
+      .def_readonly("regions", &Cost::regions)
+      .def_readonly("regions_tails", &Cost::regions_tails)
+      .def_readonly("merged", &Cost::merged)
+      .def_readonly("merged_tails", &Cost::merged_tails)
+      .def_readonly("ideal", &Cost::ideal)
+      .def("__repr__", repr<Cost>);
+
+  py::class_<WeightCost>(module, "WeightCost")
+      .def_readonly("dense", &WeightCost::dense)
+      .def_readonly("live", &WeightCost::live)
+      .def_readonly("ideal", &WeightCost::ideal)
+      .def("__repr__", repr<WeightCost>);
+}
+
+void bind_problem(py::module_& module) {
+  py::class_<Branch>(module, "Branch")
+      .def(py::init([](const OneOrTwo& kernel, const OneOrTwo& rate, Index out_channels) {
+             return Branch{extent(kernel), extent(rate), out_channels};
+           }),
+           py::arg("kernel") = 1, py::arg("rate") = 1, py::arg("out_channels") = 1)
+      .def_property_readonly("kernel", [](const Branch& branch) { return tuple(branch.kernel); })
+      .def_property_readonly("rate", [](const Branch& branch) { return tuple(branch.rate); })
+      .def_readonly("out_channels", &Branch::out_channels)
+      .def("__repr__", repr<Branch>);
+
+  py::class_<Problem>(module, "Problem")
+      .def(py::init<Index, Index, Index, std::vector<Branch>, Index>(), py::arg("batch"),
+           py::arg("height"), py::arg("width"), py::arg("branches"), py::arg("in_channels") = 1)
+      .def_readonly("batch", &Problem::batch)
+      .def_readonly("height", &Problem::height)
+      .def_readonly("width", &Problem::width)
+      .def_readonly("branches", &Problem::branches)
+      .def_readonly("in_channels", &Problem::in_channels)
+      .def("regions", &ordered_regions, py::arg("branch"), py::arg("order") = "regions",
+           py::arg("tile") = Tile{})
+      .def("joint_regions",
+           [](const Problem& problem, const std::string& order, const Tile& tile) {
+             return ordered_regions(problem, std::nullopt, order, tile);
+           },
+           py::arg("order") = "regions", py::arg("tile") = Tile{})
+      .def("region_at",
+           [](const Problem& problem, std::optional<Index> branch, Interval rows, Interval cols) {
+             return region_at(problem, group(problem, branch),
+                              inside(rows, problem.height, "rows"),
+                              inside(cols, problem.width, "cols"));
+           },
+           py::arg("branch"), py::arg("rows"), py::arg("cols"))
+      .def("tap_rectangles", &tap_rectangles)
+      .def("plan",
+           [](const Problem& problem, const std::string& pass, const std::string& order,
+              const Tile& tile, Index processors, Index shortest_slice) {
+             return make_plan(problem, pass_named(pass),
+                              {order_named(order), tile, processors, shortest_slice});
+           },
+           py::arg("pass_") = "forward", py::arg("order") = "cheapest", py::arg("tile") = Tile{},
+           py::arg("processors") = Options{}.processors,
+           py::arg("shortest_slice") = Options{}.shortest_slice)
+      .def("cost",
+           [](const Problem& problem, const std::string& pass, Index pixels, Index tail) {
+             return cost(problem, pass_named(pass), pixels, tail);
+           },
+           py::arg("pass_") = "forward", py::arg("pixels") = 128, py::arg("tail") = 64)
+      .def("weight_cost", &weight_cost, py::arg("pixels") = 64)
+      .def("live_share",
+           [](const Problem& problem, std::optional<Index> branch) {
+             return branch ? live_share(problem, *branch) : live_share(problem);
+           },
+           py::arg("branch") = py::none())
+      .def("__repr__", repr<Problem>);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_plan, module) {
+  module.doc() = "The planner: live taps, regions, units of work and what they cost.";
+  bind_geometry(module);
+  bind_work(module);
+  bind_problem(module);
+}
