@@ -19,6 +19,8 @@ namespace aspp {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline constexpr int64_t kMaxRate = (int64_t(1) << 31) - 1;  // taps * rate stays far from overflow
+
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream sentence;
@@ -57,6 +59,16 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
+inline std::string device_name(const Tensor& t) {
+  using torch::headeronly::DeviceType;
+  const auto device = t.device();
+  const std::string type = device.type() == DeviceType::CPU    ? "cpu"
+                           : device.type() == DeviceType::CUDA ? "cuda"
+                           : device.type() == DeviceType::Meta ? "meta"
+                                                               : "another device";
+  return device.index() < 0 ? type : type + ":" + std::to_string(device.index());
+}
+
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
@@ -91,7 +103,8 @@ inline void check_image(const char* op, const char* name, const Tensor& x) {
 inline void check_like(const char* op, const std::string& name, const Tensor& t, const Tensor& x) {
   require(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype ",
           dtype_name(x.scalar_type()), ", got ", dtype_name(t.scalar_type()));
-  require(t.device() == x.device(), op, ": ", name, " must be on x's device");
+  require(t.device() == x.device(), op, ": ", name, " must be on x's device ", device_name(x),
+          ", got ", device_name(t));
 }
 
 inline std::string entry(const char* list, size_t index) {
@@ -113,6 +126,8 @@ inline void check_rates(const char* op, const std::vector<int64_t>& rates, size_
           rates.size() / 2, " for ", branches, " branches");
   for (size_t i = 0; i < rates.size(); ++i) {
     require(rates[i] >= 1, op, ": ", entry("atrous_rates", i / 2), " must be >= 1, got ", rates[i]);
+    require(rates[i] <= kMaxRate, op, ": ", entry("atrous_rates", i / 2), " must be <= ", kMaxRate,
+            ", got ", rates[i]);
   }
 }
 

@@ -54,8 +54,7 @@ Axis checked_axis(Index size, Index kernel, Index rate) {
 
 Index checked_tap(const Axis& axis, Index tap) {
   if (tap < 0 || tap >= axis.kernel)
-    throw std::out_of_range(
-        sentence("plan: tap must be in [0, ", axis.kernel, ") but is ", tap));
+    throw std::out_of_range(sentence("plan: tap must be in [0, ", axis.kernel, ") but is ", tap));
   return tap;
 }
 
@@ -67,8 +66,8 @@ Interval inside(Interval positions, Index size, const char* what) {
 
 void bind_geometry(py::module_& module) {
   py::class_<Interval>(module, "Interval")
-      .def(py::init([](Index begin, Index end) { return Interval{begin, end}; }),
-           py::arg("begin"), py::arg("end"))
+      .def(py::init([](Index begin, Index end) { return Interval{begin, end}; }), py::arg("begin"),
+           py::arg("end"))
       .def(py::init([](Pair both) { return Interval{both[0], both[1]}; }), py::arg("both"))
       .def_readonly("begin", &Interval::begin)
       .def_readonly("end", &Interval::end)
@@ -84,14 +83,17 @@ void bind_geometry(py::module_& module) {
       .def_readonly("size", &Axis::size)
       .def_readonly("kernel", &Axis::kernel)
       .def_readonly("rate", &Axis::rate)
-      .def("offset", [](const Axis& a, Index tap) { return offset(a, checked_tap(a, tap)); },
-           py::arg("tap"))
-      .def("live_positions",
-           [](const Axis& a, Index tap) { return live_positions(a, checked_tap(a, tap)); },
-           py::arg("tap"))
-      .def("live_taps",
-           [](const Axis& a, Interval p) { return live_taps(a, inside(p, a.size, "positions")); },
-           py::arg("positions"))
+      .def(
+          "offset", [](const Axis& a, Index tap) { return offset(a, checked_tap(a, tap)); },
+          py::arg("tap"))
+      .def(
+          "live_positions",
+          [](const Axis& a, Index tap) { return live_positions(a, checked_tap(a, tap)); },
+          py::arg("tap"))
+      .def(
+          "live_taps",
+          [](const Axis& a, Interval p) { return live_taps(a, inside(p, a.size, "positions")); },
+          py::arg("positions"))
       .def("cuts", [](const Axis& a) { return cuts({a}); })
       .def("__repr__", repr<Axis>);
 
@@ -198,39 +200,43 @@ void bind_problem(py::module_& module) {
       .def_readonly("in_channels", &Problem::in_channels)
       .def("regions", &ordered_regions, py::arg("branch"), py::arg("order") = "regions",
            py::arg("tile") = Tile{})
-      .def("joint_regions",
-           [](const Problem& problem, const std::string& order, const Tile& tile) {
-             return ordered_regions(problem, std::nullopt, order, tile);
-           },
-           py::arg("order") = "regions", py::arg("tile") = Tile{})
-      .def("region_at",
-           [](const Problem& problem, std::optional<Index> branch, Interval rows, Interval cols) {
-             return region_at(problem, group(problem, branch),
-                              inside(rows, problem.height, "rows"),
-                              inside(cols, problem.width, "cols"));
-           },
-           py::arg("branch"), py::arg("rows"), py::arg("cols"))
+      .def(
+          "joint_regions",
+          [](const Problem& problem, const std::string& order, const Tile& tile) {
+            return ordered_regions(problem, std::nullopt, order, tile);
+          },
+          py::arg("order") = "regions", py::arg("tile") = Tile{})
+      .def(
+          "region_at",
+          [](const Problem& problem, std::optional<Index> branch, Interval rows, Interval cols) {
+            return region_at(problem, group(problem, branch), inside(rows, problem.height, "rows"),
+                             inside(cols, problem.width, "cols"));
+          },
+          py::arg("branch"), py::arg("rows"), py::arg("cols"))
       .def("tap_rectangles", &tap_rectangles)
-      .def("plan",
-           [](const Problem& problem, const std::string& pass, const std::string& order,
-              const Tile& tile, Index processors, Index shortest_slice) {
-             return make_plan(problem, pass_named(pass),
-                              {order_named(order), tile, processors, shortest_slice});
-           },
-           py::arg("pass_") = "forward", py::arg("order") = "cheapest", py::arg("tile") = Tile{},
-           py::arg("processors") = Options{}.processors,
-           py::arg("shortest_slice") = Options{}.shortest_slice)
-      .def("cost",
-           [](const Problem& problem, const std::string& pass, Index pixels, Index tail) {
-             return cost(problem, pass_named(pass), pixels, tail);
-           },
-           py::arg("pass_") = "forward", py::arg("pixels") = 128, py::arg("tail") = 64)
+      .def(
+          "plan",
+          [](const Problem& problem, const std::string& pass, const std::string& order,
+             const Tile& tile, Index processors, Index shortest_slice) {
+            return make_plan(problem, pass_named(pass),
+                             {order_named(order), tile, processors, shortest_slice});
+          },
+          py::arg("pass_") = "forward", py::arg("order") = "cheapest", py::arg("tile") = Tile{},
+          py::arg("processors") = Options{}.processors,
+          py::arg("shortest_slice") = Options{}.shortest_slice)
+      .def(
+          "cost",
+          [](const Problem& problem, const std::string& pass, Index pixels, Index tail) {
+            return cost(problem, pass_named(pass), pixels, tail);
+          },
+          py::arg("pass_") = "forward", py::arg("pixels") = 128, py::arg("tail") = 64)
       .def("weight_cost", &weight_cost, py::arg("pixels") = 64)
-      .def("live_share",
-           [](const Problem& problem, std::optional<Index> branch) {
-             return branch ? live_share(problem, *branch) : live_share(problem);
-           },
-           py::arg("branch") = py::none())
+      .def(
+          "live_share",
+          [](const Problem& problem, std::optional<Index> branch) {
+            return branch ? live_share(problem, *branch) : live_share(problem);
+          },
+          py::arg("branch") = py::none())
       .def("__repr__", repr<Problem>);
 }
 

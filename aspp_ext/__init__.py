@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Atrous Spatial Pyramid Pooling as one fused operator.
+
+>>> model = aspp_ext.fuse(model)        # same parameters, same state dict, same numbers, sooner
+"""
+
+from . import autograd, reference
+from .dispatch import explain
+from .fuse import fuse, unfuse
+from .modules import ASPP
+from .ops import (
+    aspp_inference,
+    atrous_pyramid,
+    atrous_separable_conv2d,
+    atrous_separable_pyramid,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASPP",
+    "aspp_inference",
+    "atrous_pyramid",
+    "atrous_separable_conv2d",
+    "atrous_separable_pyramid",
+    "autograd",
+    "explain",
+    "fuse",
+    "reference",
+    "unfuse",
+]

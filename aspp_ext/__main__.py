@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""`python -m aspp_ext`: what was built, what this machine has, and which implementation runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import __version__, _native, dispatch
+
+Row = tuple[str, str]
+
+
+def read_build_info() -> dict:
+    """What setup.py wrote beside the libraries; empty where nothing was built."""
+    path = _native.library_dir() / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def describe_versions() -> Iterator[Row]:
+    yield "aspp_ext", f"{__version__} in {Path(__file__).parent}"
+    yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    found = importlib.util.find_spec("triton") is not None
+    yield "triton", importlib.metadata.version("triton") if found else "not installed"
+
+
+def describe_build() -> Iterator[Row]:
+    info = read_build_info()
+    if not info:
+        yield "build", "no native library was built; `make build` builds them"
+        return
+    yield "compiler", info["compiler"]
+    yield "headers", f"torch {info['torch']}; loads in torch 2.11 and newer"
+    yield "ISAs", ", ".join(isa.removeprefix("isa_") for isa in info["isas"])
+    if info["cuda"]:
+        yield "nvcc", f"CUDA {info['cuda']} for {', '.join(info['architectures'])}"
+    else:
+        yield "nvcc", "not used"
+
+
+def picked_isa() -> str:
+    return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")
+
+
+def describe_libraries() -> Iterator[Row]:
+    yield "libaspp_cpu.so", _native.cpu_missing or f"loaded, runs {picked_isa()}"
+    yield "libaspp_cuda.so", _native.cuda_missing or "loaded"
+    try:
+        importlib.import_module("aspp_ext._plan")
+        yield "_plan", "loaded"
+    except ImportError as error:
+        yield "_plan", f"not loaded: {error}"
+
+
+def describe_devices() -> Iterator[Row]:
+    yield "cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        size = f"{gpu.multi_processor_count} SMs, {gpu.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {size}"
+    if not torch.cuda.device_count():
+        yield "cuda", "no device"
+
+
+def describe_environment() -> Iterator[Row]:
+    for name in sorted(os.environ):
+        if name.startswith("ASPP_EXT_"):
+            yield name, os.environ[name]
+
+
+def describe_implementations() -> Iterator[Row]:
+    for op, implementation, why_not in dispatch.report():
+        yield f"{op}: {implementation}", why_not or "runs"
+
+
+def main() -> None:
+    sections = {
+        "Versions": describe_versions(),
+        "Build": describe_build(),
+        "Libraries": describe_libraries(),
+        "Devices": describe_devices(),
+        "Environment": describe_environment(),
+        "Implementations": describe_implementations(),
+    }
+    for title, section in sections.items():
+        if rows := list(section):
+            width = max(len(name) for name, _ in rows)
+            print(f"{title}\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows))
+
+
+if __name__ == "__main__":
+    main()

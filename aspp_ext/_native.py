@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loads the native libraries, once, and remembers in words why one is absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+
+def library_dir() -> Path:
+    """Where the libraries are looked for; ``ASPP_EXT_LIBRARY_DIR`` points at another build."""
+    return Path(os.environ.get("ASPP_EXT_LIBRARY_DIR") or Path(__file__).parent)
+
+
+def _load(name: str) -> str | None:
+    path = library_dir() / f"lib{name}.so"
+    if not path.exists():
+        return f"{path.name} was not built (see `python -m aspp_ext`)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} could not be loaded: {error}"
+    return None
+
+
+cpu_missing: str | None = _load("aspp_cpu")
+"""None when the schemas and the CPU kernels are loaded."""
+
+
+def _load_cuda() -> str | None:
+    if cpu_missing is not None:
+        return "libaspp_cpu.so, which holds the schemas, is missing"
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    return _load("aspp_cuda")
+
+
+cuda_missing: str | None = _load_cuda()

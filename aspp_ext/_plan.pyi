@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The planner: which taps are live where, in which regions, in which units of work, at which cost.
+
+Pure geometry on 64-bit integers, without torch. Bad input raises ValueError, sizes beyond 64 bits
+OverflowError and an index out of range IndexError, each with the rule, what was expected and what
+was got. Intervals are half open; pixels count in the order column, row, image.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+Pass = Literal["forward", "grad_input", "grad_weight"]
+Order = Literal["regions", "merged", "linear", "cheapest"]
+
+class Interval:
+    """[begin, end). Unpacks, hashes and compares like the tuple (begin, end)."""
+
+    def __init__(self, begin: int, end: int) -> None: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
+    def __hash__(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+
+class Axis:
+    """One axis of a branch: tap t reads position p + offset(t); a negative rate mirrors it."""
+
+    def __init__(self, size: int, kernel: int, rate: int) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def kernel(self) -> int: ...
+    @property
+    def rate(self) -> int: ...
+    def offset(self, tap: int) -> int: ...
+    def live_positions(self, tap: int) -> Interval:
+        """The positions at which the tap reads inside; empty where it never does."""
+
+    def live_taps(self, positions: Interval | tuple[int, int]) -> Interval:
+        """The taps that read inside at one of the positions at least."""
+
+    def cuts(self) -> list[int]:
+        """Where the set of live taps changes, with both ends of the axis."""
+
+class Tap:
+    """weight[:, :, row, col] of a branch, which meets the pixel at (y + dy, x + dx)."""
+
+    @property
+    def branch(self) -> int: ...
+    @property
+    def row(self) -> int: ...
+    @property
+    def col(self) -> int: ...
+    @property
+    def dy(self) -> int: ...
+    @property
+    def dx(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+
+class TapBlock:
+    """The taps rows x cols of a branch: `first` is the offset of the first, `step` to the next."""
+
+    @property
+    def branch(self) -> int: ...
+    @property
+    def rows(self) -> Interval: ...
+    @property
+    def cols(self) -> Interval: ...
+    @property
+    def first(self) -> tuple[int, int]: ...
+    @property
+    def step(self) -> tuple[int, int]: ...
+    @property
+    def size(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+
+class Region:
+    """A rectangle of the map and the taps to take in it.
+
+    Unless `padded`, each of them reads inside the map at each pixel; if it is, what falls outside
+    counts as zero.
+    """
+
+    @property
+    def rows(self) -> Interval: ...
+    @property
+    def cols(self) -> Interval: ...
+    @property
+    def live(self) -> list[TapBlock]: ...
+    @property
+    def padded(self) -> bool: ...
+    @property
+    def area(self) -> int: ...
+    @property
+    def tap_count(self) -> int: ...
+    @property
+    def taps(self) -> list[Tap]:
+        """The taps of `live` one by one: the order in which K runs through them."""
+
+    def __eq__(self, other: object) -> bool: ...
+
+class Tile:
+    """What a kernel computes at a time: m x n of the output, k deep; m shrinks in steps of tail.
+
+    In forward m counts pixels, n output channels, k input channels of one tap; in grad_input n
+    counts input and k output channels; in grad_weight m counts output channels, n input channels
+    and k pixels. `tail` defaults to m.
+    """
+
+    def __init__(
+        self, m: int = 128, n: int = 256, k: int = 64, tail: int | None = None
+    ) -> None: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def tail(self) -> int: ...
+
+class Unit:
+    """An output tile m x n of a region, or the slice k (in blocks of tile.k) of its sum.
+
+    Units with the same `tile` add up in the order of `slice`; one with an empty k writes zeros.
+    """
+
+    @property
+    def region(self) -> int: ...
+    @property
+    def tile(self) -> int: ...
+    @property
+    def slice(self) -> int: ...
+    @property
+    def slices(self) -> int: ...
+    @property
+    def m(self) -> Interval: ...
+    @property
+    def n(self) -> Interval: ...
+    @property
+    def k(self) -> Interval: ...
+
+class Plan:
+    """The units of one pass, image by image, and the regions they index."""
+
+    @property
+    def pass_(self) -> Pass: ...
+    @property
+    def tile(self) -> Tile: ...
+    @property
+    def regions(self) -> list[Region]: ...
+    @property
+    def units(self) -> list[Unit]: ...
+    @property
+    def longest(self) -> int:
+        """The k blocks of the longest unit."""
+
+    @property
+    def total(self) -> int:
+        """The k blocks of all units."""
+
+class Cost:
+    """Tile-taps of each way to compute: one tile of pixels times one tap, whatever the channels."""
+
+    @property
+    def dense(self) -> float:
+        """Every tap of every tile."""
+
+    @property
+    def linear(self) -> float:
+        """Pixels in linear order, without the (tile, tap) pairs that are wholly dead."""
+
+    @property
+    def regions(self) -> float:
+        """Exact rectangles."""
+
+    @property
+    def regions_tails(self) -> float:
+        """The same, with the last tile of a region cut to a multiple of the tail."""
+
+    @property
+    def merged(self) -> float:
+        """The best merge of them."""
+
+    @property
+    def merged_tails(self) -> float:
+        """The best merge with tails."""
+
+    @property
+    def ideal(self) -> float:
+        """The live multiply-adds alone."""
+
+class WeightCost:
+    """Block-taps (one block of pixels of the sum times one tap) of grad_weight."""
+
+    @property
+    def dense(self) -> float: ...
+    @property
+    def live(self) -> float: ...
+    @property
+    def ideal(self) -> float: ...
+
+class Branch:
+    """One atrous convolution: kernel (odd) and rate, per axis or one number for both."""
+
+    def __init__(
+        self,
+        kernel: int | tuple[int, int] = 1,
+        rate: int | tuple[int, int] = 1,
+        out_channels: int = 1,
+    ) -> None: ...
+    @property
+    def kernel(self) -> tuple[int, int]: ...
+    @property
+    def rate(self) -> tuple[int, int]: ...
+    @property
+    def out_channels(self) -> int: ...
+
+class Problem:
+    """A pyramid on x [batch, in_channels, height, width]: stride 1, "same" padding.
+
+    1-D is height 1 with kernels (1, k). The channels matter to plans alone.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        height: int,
+        width: int,
+        branches: Sequence[Branch],
+        in_channels: int = 1,
+    ) -> None: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def branches(self) -> list[Branch]: ...
+    @property
+    def in_channels(self) -> int: ...
+    def regions(self, branch: int, order: Order = "regions", tile: Tile = ...) -> list[Region]:
+        """The regions of one branch in forward (at most nine for a 3x3 kernel)."""
+
+    def joint_regions(self, order: Order = "regions", tile: Tile = ...) -> list[Region]:
+        """The regions of grad_input, where all branches add into one output."""
+
+    def region_at(
+        self,
+        branch: int | None,
+        rows: Interval | tuple[int, int],
+        cols: Interval | tuple[int, int],
+    ) -> Region:
+        """Any rectangle with the union of its live taps; branch None: all, for grad_input."""
+
+    def tap_rectangles(self) -> list[Region]:
+        """For grad_weight: per (branch, tap) the output pixels where it is live, perhaps none."""
+
+    def plan(
+        self,
+        pass_: Pass = "forward",
+        order: Order = "cheapest",
+        tile: Tile = ...,
+        processors: int = 0,
+        shortest_slice: int = 8,
+    ) -> Plan:
+        """The work list. With `processors` > 0, units longer than half of total / processors are
+        split along K, in slices of `shortest_slice` blocks or more, and the last wave (all of
+        grad_weight) goes longest first."""
+
+    def cost(self, pass_: Pass = "forward", pixels: int = 128, tail: int = 64) -> Cost:
+        """What each way of computing forward or grad_input costs, in tiles of `pixels`."""
+
+    def weight_cost(self, pixels: int = 64) -> WeightCost:
+        """What grad_weight costs, in blocks of `pixels`."""
+
+    def live_share(self, branch: int | None = None) -> float:
+        """Live / all multiply-adds, of a branch or of the whole pyramid."""

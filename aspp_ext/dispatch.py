@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which implementation runs a call, and in words why not another.
+
+"On which device" is PyTorch's dispatcher; "by which implementation" is :func:`select`: the first in
+the tuple that has no reason against it. Everything here is pure Python on shapes, dtypes and
+devices, so ``torch.compile`` traces through it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+from ._autograd_key import unavailable as autograd_unavailable
+
+MAX_CPU_KERNEL = 63
+"""Largest kernel size of the CPU kernels (csrc/cpu/branches.h)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: the operator, its input ``[N, C, H, W]`` and every weight that has a kernel."""
+
+    op: str
+    x: Tensor
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``why_not(problem)`` is None when it can run; ``call`` takes the operator's arguments."""
+
+    name: str
+    why_not: Callable[[Problem], str | None]
+    call: Callable[..., Any]
+
+
+def _no_operators() -> str | None:
+    return _native.cpu_missing or autograd_unavailable
+
+
+def _cpu_why_not(problem: Problem) -> str | None:
+    if (missing := _no_operators()) is not None:
+        return missing
+    if problem.x.device.type not in ("cpu", "meta"):
+        return f"it runs on the CPU but x is on {problem.x.device.type}"
+    for w in problem.weights:
+        if w.size(2) > MAX_CPU_KERNEL or w.size(3) > MAX_CPU_KERNEL:
+            return f"kernel sizes go up to {MAX_CPU_KERNEL}, got {w.size(2)}x{w.size(3)}"
+    return None
+
+
+def _native_op(name: str) -> Callable[..., Any]:
+    return lambda *arguments: getattr(torch.ops.aspp_ext, name)(*arguments)
+
+
+def _pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
+    return [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
+
+
+def _or_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [t if t.numel() else None for t in tensors]
+
+
+def _reference_pyramid(
+    x: Tensor, weights: Any, rates: Any, scale: Any, shift: Any, relu: bool
+) -> Tensor:
+    return reference.atrous_pyramid(
+        x, weights, _pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None
+    )
+
+
+def _reference_separable(
+    x: Tensor,
+    depthwise: Any,
+    pointwise: Any,
+    rates: Any,
+    between_scale: Any,
+    between_shift: Any,
+    between_relu: bool,
+    scale: Any,
+    shift: Any,
+    relu: bool,
+) -> Tensor:
+    between = [
+        (s, t) if s.numel() else None for s, t in zip(between_scale, between_shift, strict=True)
+    ]
+    return reference.atrous_separable_pyramid(
+        x,
+        _or_none(depthwise),
+        pointwise,
+        _pairs(rates),
+        between=between or None,
+        between_activation="relu" if between_relu else None,
+        scale=scale,
+        shift=shift,
+        activation="relu" if relu else None,
+    )
+
+
+def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
+    return reference.aspp_inference(x, _or_none(depthwise), weights, _pairs(rates), *rest)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "atrous_pyramid": _reference_pyramid,
+    "atrous_separable_pyramid": _reference_separable,
+    "aspp_inference": _reference_head,
+}
+
+
+def _always(problem: Problem) -> str | None:
+    return None
+
+
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
+    op: (
+        Implementation("cpu", _cpu_why_not, _native_op(op)),
+        Implementation("reference", _always, call),
+    )
+    for op, call in _REFERENCE.items()
+}
+"""Per operator, every implementation in the order of preference."""
+
+
+def select(problem: Problem, backend: str | None = None) -> Implementation:
+    """The implementation that runs this call.
+
+    Args:
+        backend: a name to force; None reads ``ASPP_EXT_BACKEND``, and without it takes the first
+            that can.
+
+    Raises:
+        ValueError: no implementation has that name.
+        RuntimeError: the forced one cannot run this call; the message is its reason.
+    """
+    candidates = IMPLEMENTATIONS[problem.op]
+    forced = backend or os.environ.get("ASPP_EXT_BACKEND") or None
+    if forced is None:
+        for candidate in candidates:
+            if candidate.why_not(problem) is None:
+                return candidate
+    for candidate in candidates:
+        if candidate.name == forced:
+            reason = candidate.why_not(problem)
+            if reason is not None:
+                raise RuntimeError(f"{problem.op}: backend '{forced}' cannot run this: {reason}")
+            return candidate
+    names = ", ".join(c.name for c in candidates)
+    raise ValueError(f"{problem.op}: backend must be one of {names}, got {forced!r}")
+
+
+def report(device: str = "cpu") -> list[tuple[str, str, str | None]]:
+    """(operator, implementation, why not) for a plain float32 3x3 problem on ``device``."""
+    rows = []
+    for op, candidates in IMPLEMENTATIONS.items():
+        try:
+            x = torch.empty(1, 8, 9, 9, device=device)
+            weight = torch.empty(8, 8, 3, 3, device=device)
+        except (RuntimeError, AssertionError) as error:
+            rows.extend((op, c.name, f"no {device} device: {error}") for c in candidates)
+            continue
+        rows.extend((op, c.name, c.why_not(Problem(op, x, (weight,)))) for c in candidates)
+    return rows
+
+
+def explain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    atrous_rates: Sequence[int | tuple[int, int]],
+    *,
+    depthwise_weights: Sequence[Tensor | None] | None = None,
+) -> str:
+    """Prints and returns who would compute a pyramid, why nobody else, and how much is skipped.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weights: per branch ``[O_b, C, kh, kw]``; pointwise ``[O_b, C, 1, 1]`` with
+            ``depthwise_weights``.
+        atrous_rates: per branch an int or a pair.
+        depthwise_weights: per branch ``[C, 1, kh, kw]`` or None; explains the separable operator.
+
+    Raises:
+        ValueError, TypeError: as the operator itself.
+    """
+    from .explanation import explain_pyramid
+
+    text = explain_pyramid(x, weights, atrous_rates, depthwise_weights)
+    print(text)
+    return text

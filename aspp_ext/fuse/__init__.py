@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Drop-in replacement of the ASPP modules inside third-party models.
+
+To support another implementation: write its fused class (one small file like ``torchvision.py``)
+and add one line to ``ADAPTERS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Literal, NamedTuple, TypeVar
+
+from torch import nn
+
+from aspp_ext.modules.aspp import ASPP
+from aspp_ext.modules.fused import FusedForward
+from aspp_ext.modules.head import check_pool_batch_of_one
+from aspp_ext.modules.parts import Unfusable
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Adapter(NamedTuple):
+    """One known ASPP class and the fused subclass of it, as "module:name".
+
+    Neither is imported before an instance of the known class is met.
+    """
+
+    source: str
+    fused: str
+
+    def fused_class(self) -> type[FusedForward]:
+        """Import the fused subclass (its library is loaded already)."""
+        module, name = self.fused.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+ADAPTERS = (
+    Adapter(
+        "torchvision.models.segmentation.deeplabv3:ASPP",
+        "aspp_ext.fuse.torchvision:FusedASPP",
+    ),
+    Adapter(
+        "segmentation_models_pytorch.decoders.deeplabv3.decoder:ASPP",
+        "aspp_ext.fuse.smp:FusedASPP",
+    ),
+)
+
+
+class FuseEntry(NamedTuple):
+    """What became of one ASPP module of a model."""
+
+    name: str  # path in the model, "" for the model itself
+    kind: str  # "module:name" of the class it was written as
+    fused: bool  # whether its forward is the fused one
+    reason: str | None  # why the fused forward is not, or cannot be, taken
+
+
+def fuse(
+    model: Model,
+    *,
+    strict: bool = True,
+    pool_batch_of_one: Literal["error", "running_stats"] | None = None,
+) -> Model:
+    """Give every ASPP in ``model`` that is known here the fused forward, in place.
+
+    The modules stay the same objects with the same parameters, buffers, state-dict keys and
+    hooks; only their class becomes a subclass of what it was. Training, eval, ``deepcopy``,
+    pickling and ``torch.compile`` work as before. A module with parts that the fused forward does
+    not compute (another convolution class, another norm, a stride, hooks on an inner layer, ...)
+    is left alone with a warning. Fusing twice is the same as fusing once.
+
+    On the CPU, changes of parameters are noticed however they are made, short of a write of
+    single elements through ``.data``. On a GPU no write through ``.data`` is noticed in eval
+    mode: call ``model.eval()`` after it.
+
+    Args:
+        model: any module; may itself be an ASPP.
+        strict: raise when there is nothing to fuse.
+        pool_batch_of_one: for the pooled branch in training with a batch of one: "error" (as
+            PyTorch) or "running_stats". None leaves the modules as they are ("error" at first).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: no module of a known class was found and ``strict`` is set.
+    """
+    if pool_batch_of_one is not None:
+        check_pool_batch_of_one(pool_batch_of_one)
+    entries = []
+    for name, module in model.named_modules():
+        entry = _inspect(name, module)
+        if entry is None:
+            continue
+        entries.append(entry)
+        if not entry.fused and entry.reason is None:
+            _switch(module, _adapter(module).fused_class())  # type: ignore[union-attr]
+        if pool_batch_of_one is not None and isinstance(module, FusedForward):
+            module.pool_batch_of_one = pool_batch_of_one
+    refused = [e for e in entries if e.reason is not None]
+    if refused:
+        lines = "; ".join(f"{e.name or 'the model'}: {e.reason}" for e in refused)
+        warnings.warn(f"aspp_ext.fuse left these modules as they were: {lines}", stacklevel=2)
+    if strict and not entries:
+        known = ", ".join(adapter.source.replace(":", ".") for adapter in ADAPTERS)
+        raise ValueError(
+            f"fuse: expected at least one ASPP of a known class ({known}) in the model, found none "
+            f"in {type(model).__name__}; strict=False lets such a model pass"
+        )
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every module that :func:`fuse` changed its original class back, in place.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``, with the same parameters, buffers and keys.
+    """
+    fused = {adapter.fused for adapter in ADAPTERS}
+    for module in model.modules():
+        if isinstance(module, FusedForward) and _path(type(module)) in fused:
+            module.drop_folded()
+            module.__dict__.pop("pool_batch_of_one", None)
+            _switch(module, module.original)
+    return model
+
+
+def fuse_report(model: nn.Module) -> list[FuseEntry]:
+    """List the ASPP modules of ``model`` with what is, or would be, done to each and why.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        One entry per module that is an ASPP of a known class or of a subclass of one.
+    """
+    found = (_inspect(name, module) for name, module in model.named_modules())
+    return [entry for entry in found if entry is not None]
+
+
+def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
+    if isinstance(module, FusedForward):
+        source = type(module) if isinstance(module, ASPP) else module.original
+        return FuseEntry(name, _path(source), True, _reason(type(module), module))
+    kind = type(module)
+    adapter = _adapter(module)
+    if adapter is not None:
+        return FuseEntry(name, adapter.source, False, _reason(adapter.fused_class(), module))
+    sources = {adapter.source for adapter in ADAPTERS}
+    base = next((b for b in kind.__mro__ if _path(b) in sources), None)
+    if base is None:
+        return None
+    reason = f"{kind.__name__} is a subclass of {_path(base)} and may compute something else"
+    return FuseEntry(name, _path(kind), False, reason)
+
+
+def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward is replaced"
+    try:
+        fused.describe(module)
+    except Unfusable as reason:
+        return str(reason)
+    return None
+
+
+def _adapter(module: nn.Module) -> Adapter | None:
+    path = _path(type(module))
+    return next((adapter for adapter in ADAPTERS if adapter.source == path), None)
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _switch(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+__all__ = ["ADAPTERS", "Adapter", "FuseEntry", "fuse", "fuse_report", "unfuse"]

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ASPP module, with torchvision's structure and state-dict keys."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .fused import FusedForward
+from .head import Head, check_pool_batch_of_one
+from .parts import describe_standard
+
+Rate = int | tuple[int, int]
+
+
+class ASPPConv(nn.Sequential):
+    """A dense atrous branch."""
+
+    def __init__(self, in_channels: int, out_channels: int, rate: Rate) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+        )
+
+
+class SeparableConv2d(nn.Sequential):
+    """A depthwise atrous convolution and a 1x1 convolution, nothing between."""
+
+    def __init__(self, in_channels: int, out_channels: int, rate: Rate) -> None:
+        filters = nn.Conv2d(
+            in_channels,
+            in_channels,
+            3,
+            padding=rate,
+            dilation=rate,
+            groups=in_channels,
+            bias=False,
+        )
+        super().__init__(filters, nn.Conv2d(in_channels, out_channels, 1, bias=False))
+
+
+class ASPPSeparableConv(nn.Sequential):
+    """A separable atrous branch."""
+
+    def __init__(self, in_channels: int, out_channels: int, rate: Rate) -> None:
+        super().__init__(
+            SeparableConv2d(in_channels, out_channels, rate),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+        )
+
+
+class ASPPPooling(nn.Sequential):
+    """The mean over the plane through a 1x1 convolution, stretched back over the plane."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        for module in self:
+            x = module(x)
+        return x.expand(-1, -1, height, width)
+
+
+class LayeredASPP(nn.Module):
+    """ASPP computed layer by layer: the structure of :class:`ASPP` without the fused forward."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        atrous_rates: Sequence[Rate],
+        out_channels: int = 256,
+        *,
+        separable: bool = False,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        branch = ASPPSeparableConv if separable else ASPPConv
+        first = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        blocks: list[nn.Module] = [
+            nn.Sequential(first, nn.BatchNorm2d(out_channels), nn.ReLU()),
+            *(branch(in_channels, out_channels, rate) for rate in atrous_rates),
+            ASPPPooling(in_channels, out_channels),
+        ]
+        self.convs = nn.ModuleList(blocks)
+        self.project = nn.Sequential(
+            nn.Conv2d(len(blocks) * out_channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for conv in self.convs:
+            outputs.append(conv(x))
+        return self.project(torch.cat(outputs, 1))
+
+
+class ASPP(FusedForward, LayeredASPP):
+    """Atrous Spatial Pyramid Pooling, the DeepLab v3 head (arXiv 1706.05587).
+
+    ``dropout(relu(norm(project(concat(branches, pooled)))))`` with branches
+    ``relu(norm(conv(x)))``: one 1x1 convolution, one 3x3 convolution per atrous rate, and the
+    image's mean through a 1x1 convolution, the same at every pixel.
+
+    State-dict keys, their order, shapes and initial values are those of
+    ``torchvision.models.segmentation.deeplabv3.ASPP``; with ``separable=True`` they are those of
+    the separable ASPP of segmentation_models_pytorch. In eval mode without gradients the batch
+    norms are folded into the weights once and the copy is reused until a parameter or buffer
+    changes. ``torch.jit.script`` compiles the layers one by one.
+
+    Args:
+        in_channels: C of the input [N, C, H, W].
+        atrous_rates: rate of each 3x3 branch in pixels, int or (rate_h, rate_w), at least 1.
+        out_channels: channels of each branch and of the output [N, out_channels, H, W].
+        separable: depthwise 3x3 then 1x1 instead of a dense 3x3 in each atrous branch.
+        dropout: probability of the dropout after the projection.
+        pool_batch_of_one: a batch of one gives the pooled branch's batch norm one value per
+            channel to train on. "error" raises as PyTorch does; "running_stats" normalises that
+            branch with its running statistics, which stay as they are.
+
+    Raises:
+        TypeError: a rate is not an int.
+        ValueError: an argument out of range.
+    """
+
+    original = LayeredASPP
+
+    def __init__(
+        self,
+        in_channels: int,
+        atrous_rates: Sequence[Rate],
+        out_channels: int = 256,
+        *,
+        separable: bool = False,
+        dropout: float = 0.5,
+        pool_batch_of_one: Literal["error", "running_stats"] = "error",
+    ) -> None:
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels < 1:
+                raise ValueError(f"ASPP: {name} must be at least 1, got {channels}")
+        rates = _checked_rates(atrous_rates)
+        policy = check_pool_batch_of_one(pool_batch_of_one)
+        super().__init__(in_channels, rates, out_channels, separable=separable, dropout=dropout)
+        self.pool_batch_of_one = policy
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> Head:
+        """Read the parts of ``module``; raises Unfusable when one was replaced."""
+        return describe_standard(
+            module,
+            ASPPConv,
+            ASPPPooling,
+            separable_conv=ASPPSeparableConv,
+            separable_pair=SeparableConv2d,
+        )
+
+
+def _checked_rates(atrous_rates: Sequence[Rate]) -> list[Rate]:
+    rates = [r if isinstance(r, tuple) else operator.index(r) for r in atrous_rates]
+    if not rates:
+        raise ValueError("ASPP: atrous_rates must name at least one rate, got none")
+    for i, rate in enumerate(rates):
+        pair = rate if isinstance(rate, tuple) else (rate, rate)
+        if len(pair) != 2 or min(pair) < 1:
+            raise ValueError(
+                f"ASPP: atrous_rates[{i}] must be an int >= 1 or a pair of them, got {rate!r}"
+            )
+    return rates

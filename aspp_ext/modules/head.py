@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the fused forward reads of an ASPP module, and its differentiable computation.
+
+A :class:`Head` holds the module's own submodules, not copies: parameters, buffers and training
+flags are always the live ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
+
+Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
+
+
+class Branch(NamedTuple):
+    """relu(norm(conv(depthwise(x)))), where a dense or 1x1 branch has no depthwise part."""
+
+    depthwise: nn.Conv2d | None  # weight [C, 1, kh, kw]
+    conv: nn.Conv2d  # weight [O, C, kh, kw]; [O, C, 1, 1] behind a depthwise convolution
+    norm: Norm
+    rate: tuple[int, int]
+
+
+class Head(NamedTuple):
+    """The parts of one ASPP module, in the order in which their outputs are concatenated."""
+
+    branches: tuple[Branch, ...]
+    pool: nn.Conv2d  # weight [O, C, 1, 1], applied to the mean over the plane
+    pool_norm: Norm
+    project: nn.Conv2d  # weight [P, sum O_b + O, 1, 1]
+    project_norm: Norm
+    dropout: nn.Module
+
+    def convs(self) -> list[nn.Conv2d]:
+        """Every convolution, depthwise ones included."""
+        found = [b.depthwise for b in self.branches if b.depthwise is not None]
+        return [*found, *(b.conv for b in self.branches), self.pool, self.project]
+
+    def norms(self) -> list[Norm]:
+        """Every norm."""
+        return [*(b.norm for b in self.branches), self.pool_norm, self.project_norm]
+
+
+POOL_BATCH_OF_ONE = ("error", "running_stats")
+
+
+def check_pool_batch_of_one(value: str) -> str:
+    """Return ``value``, or raise ValueError when it is not one of the two known policies."""
+    if value not in POOL_BATCH_OF_ONE:
+        raise ValueError(
+            f"ASPP: pool_batch_of_one must be one of {POOL_BATCH_OF_ONE}, got {value!r}"
+        )
+    return value
+
+
+def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
+    """The head with gradients and with its norms as modules, so any norm's own rules hold.
+
+    Args:
+        head: the parts.
+        x: [N, C, H, W].
+        pool_batch_of_one: "error", or "running_stats" to normalise the pooled branch of a single
+            sample with its running statistics.
+
+    Returns:
+        [N, P, H, W].
+
+    Raises:
+        ValueError: the pooled branch would train its batch norm on one value per channel.
+    """
+    pool_by_running_stats = _single_pooled_value(head, x, pool_batch_of_one)
+    convs = [b.conv for b in head.branches]
+    rates = [b.rate for b in head.branches]
+    bias = _joint_bias(convs)
+    if any(b.depthwise is not None for b in head.branches):
+        depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
+        y = atrous_separable_pyramid(x, depthwise, [c.weight for c in convs], rates, bias=bias)
+    else:
+        y = atrous_pyramid(x, [c.weight for c in convs], rates, bias=bias)
+
+    # split, not slices: its backward is one concatenation instead of a padded map per branch
+    parts = y.split([c.weight.shape[0] for c in convs], 1)
+    y = torch.cat([b.norm(p).relu_() for b, p in zip(head.branches, parts, strict=True)], 1)
+
+    pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
+    if pool_by_running_stats:
+        pooled = _running_stats_norm(head.pool_norm, pooled)
+    else:
+        pooled = head.pool_norm(pooled)
+    weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
+    # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
+    shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
+    y = atrous_pyramid(y, [weight], [1], shift=shift)
+    return head.dropout(head.project_norm(y).relu_())
+
+
+def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:
+    if all(c.bias is None for c in convs):
+        return None
+    zeros = convs[0].weight.new_zeros
+    return torch.cat([zeros(c.weight.shape[0]) if c.bias is None else c.bias for c in convs])
+
+
+def _single_pooled_value(head: Head, x: Tensor, pool_batch_of_one: str) -> bool:
+    """Whether the pooled branch must use its running statistics; raises where it may not."""
+    norm = head.pool_norm
+    if not norm.training or x.shape[0] != 1 or _synchronised(norm):
+        return False
+    if pool_batch_of_one == "running_stats":
+        if norm.running_mean is None:
+            raise ValueError(
+                "ASPP: pool_batch_of_one='running_stats' needs running statistics in the pooled "
+                "branch, but its norm has track_running_stats=False"
+            )
+        return True
+    raise ValueError(
+        "Expected more than 1 value per channel when training, got input size "
+        f"torch.Size([1, {norm.num_features}, 1, 1]): the batch norm of ASPP's pooled branch sees "
+        "one value per channel in a batch of one. Train with at least 2 samples (drop_last=True "
+        "in the DataLoader), put that norm in eval mode, or set "
+        "pool_batch_of_one='running_stats' to use its running statistics for such batches"
+    )
+
+
+def _synchronised(norm: Norm) -> bool:
+    """Whether the norm gathers its statistics from more than this process."""
+    if not isinstance(norm, nn.SyncBatchNorm):
+        return False
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size(norm.process_group) > 1
+
+
+def _running_stats_norm(norm: Norm, x: Tensor) -> Tensor:
+    mean, var = norm.running_mean, norm.running_var
+    return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)

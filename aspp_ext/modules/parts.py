@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reading a :class:`Head` out of an ASPP module, and refusing what the fused path cannot compute.
+
+Whatever is not exactly one of the known layers in a known setting is refused with a reason: the
+caller then runs the module's own forward. Being observed (hooks) counts as a reason, because the
+fused path would pass the layer by.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .head import Branch, Head, Norm
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+Part = TypeVar("Part", bound=nn.Module)
+DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Identity)
+
+
+class Unfusable(Exception):
+    """The reason why the fused path does not compute a module."""
+
+
+def describe_standard(
+    module: nn.Module,
+    conv: type,
+    pooling: type,
+    *,
+    separable_conv: type | None = None,
+    separable_pair: type | None = None,
+) -> Head:
+    """Read torchvision's structure, which segmentation_models_pytorch shares.
+
+    ``convs`` = ModuleList of Sequential(1x1, norm, ReLU), atrous branches, pooling;
+    ``project`` = Sequential(1x1, norm, ReLU, Dropout).
+
+    Args:
+        module: the ASPP module.
+        conv: class of a dense branch, Sequential(Conv2d, norm, ReLU).
+        pooling: class of the pooled branch, Sequential(AdaptiveAvgPool2d, Conv2d, norm, ReLU).
+        separable_conv: class of a separable one, Sequential(separable_pair, norm, ReLU).
+        separable_pair: class of the pair of depthwise and pointwise convolution.
+
+    Raises:
+        Unfusable: naming the first part that is something else.
+    """
+    if _has_any_global_hook():
+        raise Unfusable("a global module hook is registered, which must see every layer")
+    convs, projection = children(module, "", ("convs", "project"))
+    *blocks, last = part(convs, "convs", nn.ModuleList).children()
+    branches = []
+    for i, block in enumerate(blocks):
+        at = f"convs.{i}"
+        kind = type(block)
+        if kind not in (nn.Sequential, conv, separable_conv):
+            raise Unfusable(f"{at} is a {kind.__name__}")
+        first, norm, relu = children(part(block, at, kind), at, 3)
+        part(relu, f"{at}.2", nn.ReLU)
+        depthwise = None
+        if kind is separable_conv and separable_pair is not None:
+            filters, mix = children(part(first, f"{at}.0", separable_pair), f"{at}.0", 2)
+            depthwise, weight = depthwise_conv(filters, f"{at}.0.0"), pointwise(mix, f"{at}.0.1")
+        else:
+            weight = dense_conv(first, f"{at}.0")
+        rate_h, rate_w = (depthwise or weight).dilation
+        norm = batch_norm(norm, f"{at}.1", weight)
+        branches.append(Branch(depthwise, weight, norm, (rate_h, rate_w)))
+    if not branches:
+        raise Unfusable("convs has no branch besides the pooled one")
+    separable = any(b.depthwise is not None for b in branches)
+    if separable and any(b.depthwise is None and b.conv.kernel_size != (1, 1) for b in branches):
+        raise Unfusable("dense and separable atrous branches are mixed")
+
+    at = f"convs.{len(blocks)}"
+    mean, pool, norm, relu = children(part(last, at, pooling), at, 4)
+    if part(mean, f"{at}.0", nn.AdaptiveAvgPool2d).output_size not in (1, (1, 1)):
+        raise Unfusable(f"{at}.0 pools to {mean.output_size}, not to 1x1")
+    pool = pointwise(pool, f"{at}.1")
+    pool_norm = batch_norm(norm, f"{at}.2", pool)
+    part(relu, f"{at}.3", nn.ReLU)
+
+    project, norm, relu, dropout = children(
+        part(projection, "project", nn.Sequential), "project", 4
+    )
+    project = pointwise(project, "project.0")
+    project_norm = batch_norm(norm, "project.1", project)
+    part(relu, "project.2", nn.ReLU)
+    part(dropout, "project.3", *DROPOUTS)
+    head = Head(tuple(branches), pool, pool_norm, project, project_norm, dropout)
+    check_channels(head)
+    return head
+
+
+def children(module: nn.Module, at: str, expected: int | tuple[str, ...]) -> list[nn.Module]:
+    """The direct submodules, when there are exactly the expected ones."""
+    found = module._modules
+    if isinstance(expected, int):
+        expected = tuple(map(str, range(expected)))
+    if tuple(found) != expected:
+        raise Unfusable(f"{at or 'the module'} has the parts {list(found)}, not {list(expected)}")
+    return list(found.values())  # type: ignore[arg-type]
+
+
+def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
+    """``module``, when it is exactly one of ``kinds`` and nobody watches or patches it."""
+    if type(module) not in kinds:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise Unfusable(f"{at} is a {type(module).__name__}, not a {names}")
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        raise Unfusable(f"{at} has a hook, which must see its own inputs and outputs")
+    if "forward" in module.__dict__:
+        raise Unfusable(f"{at} has its forward replaced")
+    return module  # type: ignore[return-value]
+
+
+def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
+    """A stride 1, zero "same" padded, odd, ungrouped Conv2d; with or without bias."""
+    conv = part(module, at, nn.Conv2d)
+    if conv.groups != 1:
+        raise Unfusable(f"{at} has groups={conv.groups}")
+    return _same_padded(conv, at)
+
+
+def pointwise(module: nn.Module, at: str) -> nn.Conv2d:
+    """A 1x1 Conv2d without padding; with or without bias."""
+    conv = dense_conv(module, at)
+    if conv.kernel_size != (1, 1):
+        raise Unfusable(f"{at} has kernel_size={conv.kernel_size}, not (1, 1)")
+    return conv
+
+
+def depthwise_conv(module: nn.Module, at: str) -> nn.Conv2d:
+    """One odd, stride 1, zero "same" padded filter per channel, no bias."""
+    conv = part(module, at, nn.Conv2d)
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise Unfusable(f"{at} is not depthwise: groups={conv.groups}")
+    if conv.bias is not None:
+        raise Unfusable(f"{at} is depthwise with a bias")
+    return _same_padded(conv, at)
+
+
+def batch_norm(module: nn.Module, at: str, conv: nn.Conv2d) -> Norm:
+    """A BatchNorm2d or SyncBatchNorm over the convolution's channels."""
+    norm: Norm = part(module, at, *NORMS)
+    if norm.num_features != conv.out_channels:
+        raise Unfusable(f"{at} norms {norm.num_features} channels of {conv.out_channels}")
+    return norm
+
+
+def check_channels(head: Head) -> None:
+    """Every branch reads the same channels and the projection reads all the branches."""
+    channels = head.pool.in_channels
+    for i, b in enumerate(head.branches):
+        if (b.depthwise or b.conv).in_channels != channels or b.conv.in_channels != channels:
+            raise Unfusable(f"convs.{i} does not read {channels} channels")
+    width = sum(b.conv.out_channels for b in head.branches) + head.pool.out_channels
+    if head.project.in_channels != width:
+        raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
+
+
+def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
+    if conv.stride != (1, 1):
+        raise Unfusable(f"{at} has stride={conv.stride}")
+    if conv.padding_mode != "zeros":
+        raise Unfusable(f"{at} has padding_mode={conv.padding_mode!r}")
+    kernel, rate = conv.kernel_size, conv.dilation
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise Unfusable(f"{at} has the even kernel_size={kernel}")
+    same = (rate[0] * (kernel[0] - 1) // 2, rate[1] * (kernel[1] - 1) // 2)
+    if conv.padding not in (same, "same", "valid" if same == (0, 0) else same):
+        raise Unfusable(f"{at} has padding={conv.padding}, not {same}: the map changes size")
+    return conv

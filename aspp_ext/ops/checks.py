@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Refusals: one sentence with the rule, what was expected and what came, before any work.
+
+The public functions, the fakes and the reference backend all pass through here; the sentences of
+the native kernels (csrc/checks.h) are the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rate = int | tuple[int, int]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_RATE = 2**31 - 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(t: Tensor) -> str:
+    return f"[{', '.join(str(s) for s in t.shape)}]"
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_list(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{op}: {name} must be a list with one entry per branch, got {type(value).__name__}"
+        )
+
+
+def check_image(op: str, name: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must be [N, C, H, W], got shape {_shape(x)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}"
+        )
+    if x.size(1) < 1 or x.size(2) < 1 or x.size(3) < 1:
+        raise ValueError(
+            f"{op}: {name} needs at least one channel, row and column, got shape {_shape(x)}"
+        )
+
+
+def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(
+            f"{op}: {name} must have x's dtype {dtype_name(x.dtype)}, got {dtype_name(t.dtype)}"
+        )
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+
+
+def check_kernel(op: str, name: str, w: Tensor) -> None:
+    if w.dim() != 4:
+        raise ValueError(f"{op}: {name} must be [O, C, kh, kw], got shape {_shape(w)}")
+    if w.size(2) % 2 == 0 or w.size(3) % 2 == 0:
+        raise ValueError(f"{op}: {name} must have odd kernel sizes, got {w.size(2)}x{w.size(3)}")
+    if w.size(0) < 1:
+        raise ValueError(f"{op}: {name} needs at least one output channel, got shape {_shape(w)}")
+
+
+def check_rates(op: str, rates: Sequence[int], branches: int) -> None:
+    """``rates``: (rate_h, rate_w) of every branch, flat."""
+    if branches < 1:
+        raise ValueError(f"{op}: weights must hold at least one branch, got an empty list")
+    if len(rates) != 2 * branches:
+        raise ValueError(
+            f"{op}: atrous_rates must have one rate per branch, got {len(rates) // 2} for "
+            f"{branches} branches"
+        )
+    for i, rate in enumerate(rates):
+        if rate < 1:
+            raise ValueError(f"{op}: atrous_rates[{i // 2}] must be >= 1, got {rate}")
+        if rate > MAX_RATE:
+            raise ValueError(f"{op}: atrous_rates[{i // 2}] must be <= {MAX_RATE}, got {rate}")
+
+
+def flat_rates(op: str, atrous_rates: Sequence[Rate]) -> list[int]:
+    """One ``rate`` or ``(rate_h, rate_w)`` per branch -> the operators' flat list."""
+    check_list(op, "atrous_rates", atrous_rates)
+    flat: list[int] = []
+    for i, rate in enumerate(atrous_rates):
+        pair = (rate, rate) if not isinstance(rate, (list, tuple)) else tuple(rate)
+        if not (len(pair) == 2 and all(isinstance(r, (int, torch.SymInt)) for r in pair)):
+            raise TypeError(
+                f"{op}: atrous_rates[{i}] must be an int or a pair of ints, got {rate!r}"
+            )
+        flat.extend(pair)
+    return flat
+
+
+def check_vector(
+    op: str, name: str, v: Tensor | None, x: Tensor, channels: int, per_sample: bool = False
+) -> None:
+    if v is None:
+        return
+    check_like(op, name, v, x)
+    whole = v.dim() == 1 and v.size(0) == channels
+    rows = per_sample and v.dim() == 2 and v.size(0) == x.size(0) and v.size(1) == channels
+    if not whole and not rows:
+        raise ValueError(
+            f"{op}: {name} must have one value per output channel ({channels}), got shape "
+            f"{_shape(v)}"
+        )
+
+
+def check_dense(op: str, x: Tensor, weights: Sequence[Tensor], rates: Sequence[int]) -> int:
+    """Checks a dense pyramid; returns its number of output channels."""
+    check_image(op, "x", x)
+    check_rates(op, rates, len(weights))
+    total = 0
+    for b, w in enumerate(weights):
+        name = f"weights[{b}]"
+        check_kernel(op, name, w)
+        check_like(op, name, w, x)
+        if w.size(1) != x.size(1):
+            raise ValueError(f"{op}: {name} has {w.size(1)} input channels but x has {x.size(1)}")
+        total += w.size(0)
+    return total
+
+
+def check_separable(
+    op: str,
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    rates: Sequence[int],
+) -> int:
+    """Checks a separable pyramid (an empty depthwise tensor means none); returns sum O."""
+    check_image(op, "x", x)
+    if not pointwise:
+        raise ValueError(
+            f"{op}: pointwise_weights must hold at least one branch, got an empty list"
+        )
+    if len(depthwise) != len(pointwise):
+        raise ValueError(
+            f"{op}: depthwise_weights must have one entry per branch, got {len(depthwise)} for "
+            f"{len(pointwise)} branches"
+        )
+    check_rates(op, rates, len(pointwise))
+    total = 0
+    for b, (d, p) in enumerate(zip(depthwise, pointwise, strict=True)):
+        name = f"pointwise_weights[{b}]"
+        check_kernel(op, name, p)
+        check_like(op, name, p, x)
+        if p.size(2) != 1 or p.size(3) != 1:
+            raise ValueError(f"{op}: {name} must be [O, C, 1, 1], got shape {_shape(p)}")
+        if p.size(1) != x.size(1):
+            raise ValueError(f"{op}: {name} has {p.size(1)} input channels but x has {x.size(1)}")
+        total += p.size(0)
+        if d.numel() == 0:
+            continue
+        name = f"depthwise_weights[{b}]"
+        check_kernel(op, name, d)
+        check_like(op, name, d, x)
+        if d.size(0) != x.size(1) or d.size(1) != 1:
+            raise ValueError(
+                f"{op}: {name} must be [{x.size(1)}, 1, kh, kw], got shape {_shape(d)}"
+            )
+    return total
+
+
+def check_between(
+    op: str,
+    x: Tensor,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    depthwise: Sequence[Tensor],
+) -> None:
+    if not (len(scale) == len(shift) and len(scale) in (0, len(depthwise))):
+        raise ValueError(
+            f"{op}: between must have one entry per branch, got {len(scale)} for {len(depthwise)} "
+            "branches"
+        )
+    for b, pair in enumerate(zip(scale, shift, strict=True)):
+        if pair[0].numel() == 0 and pair[1].numel() == 0:
+            continue
+        name = f"between[{b}]"
+        if depthwise[b].numel() == 0:
+            raise ValueError(
+                f"{op}: {name} must be None where the branch has no depthwise weight, got tensors"
+            )
+        for t in pair:
+            check_like(op, name, t, x)
+            if t.dim() != 1 or t.size(0) != x.size(1):
+                raise ValueError(
+                    f"{op}: {name} must have one value per channel ({x.size(1)}), got shape "
+                    f"{_shape(t)}"
+                )
+
+
+def check_grad(op: str, grad: Tensor, x: Tensor, out_channels: int) -> None:
+    check_image(op, "grad", grad)
+    check_like(op, "grad", grad, x)
+    expected = [x.size(0), out_channels, x.size(2), x.size(3)]
+    if list(grad.shape) != expected:
+        raise ValueError(f"{op}: grad must have the output's shape {expected}, got {_shape(grad)}")
+
+
+def check_activation(op: str, name: str, activation: str | None) -> None:
+    if activation not in (None, "relu"):
+        raise ValueError(f"{op}: {name} must be None or 'relu', got {activation!r}")

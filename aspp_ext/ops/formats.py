@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Memory formats of results: what a fake must promise and a kernel must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """PyTorch's rule for "these strides are channels_last" (c10::is_channels_last_strides_2d)."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = t.size(d), t.stride(d)
+        if size == 0 or stride < least or (d == 0 and least == t.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def empty_image(
+    like: Tensor, channels: int, sources: Sequence[Tensor], batch: int | None = None
+) -> Tensor:
+    """[N, channels, H, W], channels_last if any source is: the convolution's rule."""
+    last = any(is_channels_last(t) for t in sources)
+    n, _, h, w = like.shape
+    return torch.empty(
+        (n if batch is None else batch, channels, h, w),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``atrous_pyramid``: all dense atrous branches as one operator, closed under differentiation.
+
+Forward, gradient of the input and gradient of the weights are the three faces of one trilinear
+form ``T(x, w, g) = <g, conv(x, w)>``. Each face is linear in its two arguments, so its derivatives
+are the other two faces, and gradients of every order stay inside the three operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._autograd_key import register
+from ..dispatch import Problem, select
+from . import checks
+from .checks import Rate
+from .formats import empty_image
+from .registration import fold_image, library, register_autocast, register_vmap
+
+_OP = "atrous_pyramid"
+
+
+def atrous_pyramid(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    atrous_rates: Sequence[Rate],
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """All atrous convolutions of a pyramid, concatenated over channels.
+
+    ``y = activation((cat_b conv(x, weights[b], rate_b) + bias) * scale + shift)`` with stride 1 and
+    zero padding ``rate * (k - 1) / 2`` (DeepLab v3, arXiv 1706.05587, section 3.3). Taps that fall
+    outside the map are never multiplied.
+
+    Args:
+        x: ``[N, C, H, W]``, or ``[N, C, L]`` for one dimension; any memory format.
+        weights: per branch ``[O_b, C, kh_b, kw_b]`` (``[O_b, C, k_b]`` in one dimension) with odd
+            kernel sizes.
+        atrous_rates: per branch an int or ``(rate_h, rate_w)``, at least 1.
+        bias, scale: ``[sum O]``.
+        shift: ``[sum O]``, or ``[N, sum O]``: one per sample.
+        activation: None or ``"relu"``.
+        backend: force an implementation (see :func:`aspp_ext.explain`); None takes the first that
+            can.
+
+    Returns:
+        ``[N, sum O, H, W]`` (``[N, sum O, L]``), channels_last if x or a weight is.
+
+    Raises:
+        ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
+            backend.
+        TypeError: an argument that is no tensor, or of another dtype than x.
+    """
+    checks.check_tensor(_OP, "x", x)
+    checks.check_list(_OP, "weights", weights)
+    for b, w in enumerate(weights):
+        checks.check_tensor(_OP, f"weights[{b}]", w)
+    rates = checks.flat_rates(_OP, atrous_rates)
+    line = x.dim() == 3
+    if line:
+        x = x.unsqueeze(2)
+        weights = [w.unsqueeze(2) if w.dim() == 3 else w for w in weights]
+    weights = list(weights)
+    channels = checks.check_dense(_OP, x, weights, rates)
+    checks.check_vector(_OP, "bias", bias, x, channels)
+    checks.check_vector(_OP, "scale", scale, x, channels)
+    checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+    checks.check_activation(_OP, "activation", activation)
+    implementation = select(Problem(_OP, x, tuple(weights)), backend)
+    if bias is not None:
+        moved = bias if scale is None else bias * scale
+        shift = moved if shift is None else shift + moved
+    y = implementation.call(x, weights, rates, scale, shift, activation == "relu")
+    return y.squeeze(2) if line else y
+
+
+def pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
+    return [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
+
+
+def epilogue(y: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
+    """What the kernels fuse behind the convolutions, in differentiable operators."""
+    if scale is not None:
+        y = y * scale[:, None, None]
+    if shift is not None:
+        y = y + shift[..., None, None]
+    return torch.relu(y) if relu else y
+
+
+def zeros_for(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(t) if v is None else v for v, t in zip(values, like, strict=True)]
+
+
+def add(*terms: Any) -> Any:
+    """The sum of those that are there; None when none is."""
+    present = [t for t in terms if t is not None]
+    return None if not present else sum(present[1:], start=present[0])
+
+
+def _ops() -> Any:
+    return torch.ops.aspp_ext
+
+
+def _sizes(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    kernels = [int(s) for w in weights for s in w.shape[2:]]
+    return kernels, [int(w.shape[0]) for w in weights]
+
+
+class AtrousPyramid(torch.autograd.Function):
+    """``apply(rates, x, *weights)`` with ``rates`` flat: (rate_h, rate_w) per branch."""
+
+    @staticmethod
+    def pack(x: Tensor, weights: Sequence[Tensor], rates: list[int], *_: Any) -> tuple[Any, ...]:
+        return (rates, x, *weights)
+
+    @staticmethod
+    def call(op: Any, rates: list[int], x: Tensor, *weights: Tensor) -> Tensor:
+        return op(x, list(weights), rates, None, None, False)
+
+    @staticmethod
+    def forward(rates: list[int], x: Tensor, *weights: Tensor) -> Tensor:
+        return AtrousPyramid.call(_ops().atrous_pyramid, rates, x, *weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rates, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        of_x, *of_weights = ctx.needs_input_grad[-len(weights) - 1 :]
+        grad_x = _ops().atrous_pyramid_grad_input(grad, weights, ctx.rates) if of_x else None
+        grads: Sequence[Any] = [None] * len(weights)
+        if any(of_weights):
+            grads = _ops().atrous_pyramid_grad_weight(grad, x, *_sizes(weights), ctx.rates)
+        return (None, grad_x, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, t_x: Tensor | None, *t_weights: Tensor | None) -> Any:
+        x, *weights = ctx.saved_tensors
+        by_x = None if t_x is None else _ops().atrous_pyramid(t_x, weights, ctx.rates)
+        by_w = None
+        if any(t is not None for t in t_weights):
+            by_w = _ops().atrous_pyramid(x, zeros_for(t_weights, weights), ctx.rates)
+        return add(by_x, by_w)
+
+
+class AtrousPyramidGradInput(torch.autograd.Function):
+    """``apply(rates, grad, *weights)``: derivative of T by x."""
+
+    @staticmethod
+    def pack(grad: Tensor, weights: Sequence[Tensor], rates: list[int]) -> tuple[Any, ...]:
+        return (rates, grad, *weights)
+
+    @staticmethod
+    def call(op: Any, rates: list[int], grad: Tensor, *weights: Tensor) -> Tensor:
+        return op(grad, list(weights), rates)
+
+    @staticmethod
+    def forward(rates: list[int], grad: Tensor, *weights: Tensor) -> Tensor:
+        return _ops().atrous_pyramid_grad_input(grad, list(weights), rates)
+
+    setup_context = staticmethod(AtrousPyramid.setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        grad, *weights = ctx.saved_tensors
+        by_grad = _ops().atrous_pyramid(v, weights, ctx.rates)
+        by_weights = _ops().atrous_pyramid_grad_weight(grad, v, *_sizes(weights), ctx.rates)
+        return (None, by_grad, *by_weights)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, t_grad: Tensor | None, *t_weights: Tensor | None) -> Any:
+        grad, *weights = ctx.saved_tensors
+        op = _ops().atrous_pyramid_grad_input
+        by_grad = None if t_grad is None else op(t_grad, weights, ctx.rates)
+        by_w = None
+        if any(t is not None for t in t_weights):
+            by_w = op(grad, zeros_for(t_weights, weights), ctx.rates)
+        return add(by_grad, by_w)
+
+
+class AtrousPyramidGradWeight(torch.autograd.Function):
+    """``apply(rates, kernels, out_channels, grad, x)``: derivatives of T by the weights."""
+
+    @staticmethod
+    def pack(
+        grad: Tensor, x: Tensor, kernels: list[int], out_channels: list[int], rates: list[int]
+    ) -> tuple[Any, ...]:
+        return (rates, kernels, out_channels, grad, x)
+
+    @staticmethod
+    def call(op: Any, rates: Any, kernels: Any, outs: Any, grad: Tensor, x: Tensor) -> Any:
+        return tuple(op(grad, x, kernels, outs, rates))
+
+    @staticmethod
+    def forward(rates: Any, kernels: Any, outs: Any, grad: Tensor, x: Tensor) -> Any:
+        return tuple(_ops().atrous_pyramid_grad_weight(grad, x, kernels, outs, rates))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.rates, ctx.kernels, ctx.outs, grad, x = inputs
+        ctx.save_for_backward(grad, x)
+        ctx.save_for_forward(grad, x)
+
+    @staticmethod
+    def backward(ctx: Any, *v: Tensor) -> Any:
+        grad, x = ctx.saved_tensors
+        by_grad = _ops().atrous_pyramid(x, list(v), ctx.rates)
+        by_x = _ops().atrous_pyramid_grad_input(grad, list(v), ctx.rates)
+        return (None, None, None, by_grad, by_x)
+
+    @staticmethod
+    def jvp(ctx: Any, _r: Any, _k: Any, _o: Any, t_grad: Any, t_x: Any) -> Any:
+        grad, x = ctx.saved_tensors
+        op = _ops().atrous_pyramid_grad_weight
+        rest = (ctx.kernels, ctx.outs, ctx.rates)
+        parts = [op(t_grad, x, *rest) if t_grad is not None else None]
+        parts.append(op(grad, t_x, *rest) if t_x is not None else None)
+        present = [p for p in parts if p is not None]
+        return tuple(add(*ws) for ws in zip(*present, strict=True))
+
+
+def _with_epilogue(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    rates: list[int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor | None:
+    """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
+    if scale is None and shift is None and not relu:
+        return None
+    return epilogue(_ops().atrous_pyramid(x, weights, rates), scale, shift, relu)
+
+
+if _native.cpu_missing is None:
+
+    @torch.library.register_fake("aspp_ext::atrous_pyramid")
+    def _(x, weights, rates, scale=None, shift=None, relu=False):  # type: ignore[no-untyped-def]
+        channels = checks.check_dense(_OP, x, weights, rates)
+        checks.check_vector(_OP, "scale", scale, x, channels)
+        checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+        return empty_image(x, channels, [x, *weights])
+
+    @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_input")
+    def _(grad, weights, rates):  # type: ignore[no-untyped-def]
+        checks.check_image("atrous_pyramid_grad_input", "grad", grad)
+        x = empty_image(grad, weights[0].size(1) if weights else 1, [])
+        checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
+        return empty_image(grad, x.size(1), [grad, *weights])
+
+    @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
+    def _(grad, x, kernels, out_channels, rates):  # type: ignore[no-untyped-def]
+        checks.check_image("atrous_pyramid_grad_weight", "x", x)
+        weights = [
+            x.new_empty(o, x.size(1), kh, kw)
+            for o, (kh, kw) in zip(out_channels, pairs(kernels), strict=True)
+        ]
+        checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
+        return weights
+
+    register(library, _ops().atrous_pyramid.default, AtrousPyramid, before=_with_epilogue)
+    register(library, _ops().atrous_pyramid_grad_input.default, AtrousPyramidGradInput)
+    register(
+        library,
+        _ops().atrous_pyramid_grad_weight.default,
+        AtrousPyramidGradWeight,
+        unpack=lambda outputs, *_: list(outputs),
+    )
+    register_autocast(_ops().atrous_pyramid.default)
+    register_vmap(_ops().atrous_pyramid.default, fold_image(_ops().atrous_pyramid.default))
+    register_vmap(
+        _ops().atrous_pyramid_grad_input.default,
+        fold_image(_ops().atrous_pyramid_grad_input.default),
+    )
+    register_vmap(_ops().atrous_pyramid_grad_weight.default)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Autocast and batching rules that every operator shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("aspp_ext", "IMPL")
+
+
+def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_cast(v, dtype, device_type) for v in value]
+    eligible = (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+        and value.device.type == device_type
+    )
+    return value.to(dtype) if eligible else value
+
+
+def register_autocast(op: Any) -> None:
+    """Under autocast the floating arguments go to the autocast dtype, as convolution's do."""
+    name = op._schema.name.split("::")[1]
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def kernel(*arguments: Any, _device: str = device_type, _key: str = key) -> Any:
+            dtype = torch.get_autocast_dtype(_device)
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*[_cast(a, dtype, _device) for a in arguments])
+
+        library.impl(name, kernel, key)
+
+
+def _pick(value: Any, dim: Any, index: int) -> Any:
+    if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+        return [_pick(v, d, index) for v, d in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, index)
+
+
+def _stack(results: list[Any]) -> Any:
+    first = results[0]
+    if isinstance(first, Tensor):
+        return torch.stack(results)
+    stacked = [_stack([r[i] for r in results]) for i in range(len(first))]
+    return tuple(stacked) if isinstance(first, tuple) else stacked
+
+
+def _zero_dims(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return 0
+    dims = [_zero_dims(r) for r in result]
+    return tuple(dims) if isinstance(result, tuple) else dims
+
+
+def register_vmap(op: Any, fold: Callable[..., Any] | None = None) -> None:
+    """``fold(info, in_dims, *arguments)`` may return a fused result, else samples go one by one."""
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        folded = fold(info, in_dims, *arguments) if fold is not None else None
+        if folded is not None:
+            return folded
+        results = [
+            op(*[_pick(a, d, i) for a, d in zip(arguments, in_dims, strict=True)])
+            for i in range(info.batch_size)
+        ]
+        stacked = _stack(results)
+        return stacked, _zero_dims(stacked)
+
+    torch.library.register_vmap(op._schema.name, rule, lib=library)
+
+
+def fold_image(op: Any) -> Callable[..., Any]:
+    """Batching rule for the first argument [N, C, H, W] when nothing else has a sample axis."""
+
+    def fold(info: Any, in_dims: Any, image: Tensor, *rest: Any) -> Any:
+        others = [d for dims in in_dims[1:] for d in (dims if isinstance(dims, list) else [dims])]
+        per_sample = any(isinstance(r, Tensor) and r.dim() == 2 for r in rest)
+        if in_dims[0] is None or per_sample or any(d is not None for d in others):
+            return None
+        image = image.movedim(in_dims[0], 0)
+        out = op(image.flatten(0, 1), *rest)
+        return out.unflatten(0, image.shape[:2]), 0
+
+    return fold

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a result depends on besides the code: device, threads, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def version(package: str) -> str:
+    """The installed version, or an empty string."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", line.split(":", 1)[1])
+                return " ".join(name.split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The short commit of the checkout, with -dirty where its code differs, or "unknown"."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--", "aspp_ext", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def facts() -> dict[str, str | int]:
+    """The columns that are the same in every row of a run."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "onnxruntime": version("onnxruntime"),
+        "openvino": version("openvino"),
+    }
+
+
+def slug(device: str, threads: int) -> str:
+    """The name of a results file: lower case, words joined by hyphens."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    return "-".join([*words, f"{threads}t"])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The problem table: what is timed, at which level, and how fast it has to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.modules import PlainASPP, PlainPyramid, randomise_norms
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One job. level: operator | module | model; mode: inference | training."""
+
+    level: str
+    head: str  # "separable" | "dense"
+    channels: int
+    height: int
+    width: int
+    rates: tuple[int, ...]
+    out_channels: int = 256
+    batch: int = 1
+    dtype: str = "float32"
+    mode: str = "inference"
+    model: str = ""
+
+    @property
+    def separable(self) -> bool:
+        return self.head == "separable"
+
+    @property
+    def name(self) -> str:
+        """The problem without level, dtype and mode: what a table's first column shows."""
+        if self.model:
+            return f"{self.model} {self.height}x{self.width}"
+        rates = "/".join(map(str, self.rates))
+        batch = f"{self.batch}x" if self.batch > 1 else ""
+        shape = f"{self.channels}->{self.out_channels} {batch}{self.height}x{self.width}"
+        return f"{self.head} {shape} {rates}"
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """Identifies the problem in a results file."""
+        return (self.level, self.name, self.dtype, self.mode)
+
+    @property
+    def title(self) -> str:
+        extra = [part for part in (self.dtype, self.mode) if part not in ("float32", "inference")]
+        return " ".join([f"{self.level}: {self.name}", *extra])
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """The plain PyTorch module with random weights and one input [N, C, H, W], NCHW."""
+        torch.manual_seed(0)
+        if self.model:
+            return models.build(self.model, self.height)
+        dtype = getattr(torch, self.dtype)
+        if self.level == "operator":
+            module: nn.Module = PlainPyramid(
+                self.channels, self.rates, self.out_channels, self.separable
+            )
+        else:
+            dropout = 0.0 if self.mode == "training" else 0.5
+            module = PlainASPP(
+                self.channels, self.rates, self.out_channels, self.separable, dropout
+            )
+            randomise_norms(module)
+        x = torch.randn(self.batch, self.channels, self.height, self.width).to(dtype)
+        return module.to(dtype).train(self.mode == "training"), x
+
+
+SHAPES = {
+    "large": (2048, 65, 65, (12, 24, 36)),
+    "wide": (512, 64, 128, (6, 12, 18)),
+    "small": (2048, 33, 33, (6, 12, 18)),
+}
+
+
+def head(level: str, kind: str, shape: str, **options: object) -> Problem:
+    return Problem(level, kind, *SHAPES[shape], **options)  # type: ignore[arg-type]
+
+
+# In order of importance: a machine too slow for all of them leaves out the last ones, by name.
+PROBLEMS = (
+    head("module", "separable", "large"),
+    head("module", "separable", "wide"),
+    head("module", "separable", "small"),
+    head("module", "dense", "large"),
+    head("module", "dense", "wide"),
+    head("module", "dense", "small"),
+    head("module", "separable", "large", mode="training", batch=2),
+    head("module", "separable", "large", dtype="bfloat16"),
+    head("module", "dense", "small", dtype="bfloat16"),
+    Problem("model", "dense", 2048, 513, 513, (12, 24, 36), model="torchvision deeplabv3_resnet50"),
+    Problem("model", "separable", 2048, 512, 512, (12, 24, 36), model="smp DeepLabV3Plus resnet50"),
+    head("operator", "separable", "large"),
+    head("operator", "dense", "small"),
+)
+
+QUICK = (
+    head("module", "separable", "small"),
+    head("module", "dense", "small"),
+    head("operator", "separable", "small"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How many times as fast as the best of a group the problem has to run."""
+
+    problem: Problem
+    against: str  # "pytorch" | "other"
+    ratio: float
+
+
+def targets_of(problem: Problem, pytorch: float, other: float | None) -> list[Target]:
+    targets = [Target(problem, "pytorch", pytorch)]
+    return targets if other is None else [*targets, Target(problem, "other", other)]
+
+
+TARGETS = (
+    *targets_of(head("module", "separable", "large"), 4.0, 1.2),
+    *targets_of(head("module", "separable", "wide"), 1.8, 1.2),
+    *targets_of(head("module", "separable", "small"), 2.0, 1.2),
+    *targets_of(head("module", "dense", "large"), 1.0, 1.0),
+    *targets_of(head("module", "dense", "wide"), 1.0, 1.0),
+    *targets_of(head("module", "dense", "small"), 1.0, 1.0),
+    *targets_of(head("module", "separable", "large", dtype="bfloat16"), 4.0, None),
+    *targets_of(head("module", "dense", "small", dtype="bfloat16"), 1.0, None),
+    *targets_of(head("module", "separable", "large", mode="training", batch=2), 3.0, None),
+)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Results as rows of a CSV file, as a table in the terminal, as tables in the READMEs.
+
+Run alone it redraws tables and plots from a results file: python -m benchmarks.report FILE.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.problems import TARGETS, Target
+
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MACHINE = "machine"  # the level of the rows that hold the measured ceilings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one problem. Empty fields are None; times are of single calls."""
+
+    date: str
+    commit: str
+    device: str
+    threads: int
+    torch: str
+    onnxruntime: str
+    openvino: str
+    level: str
+    problem: str
+    dtype: str
+    mode: str
+    contender: str
+    group: str
+    rounds: int | None = None
+    p25_ms: float | None = None
+    p50_ms: float | None = None
+    p75_ms: float | None = None
+    useful_gflop: float | None = None
+    gflop_per_s: float | None = None
+    compulsory_mb: float | None = None
+    gb_per_s: float | None = None
+    roofline_share: float | None = None
+    vs_best_pytorch: float | None = None
+    vs_best_other: float | None = None
+    peak_extra_mib: float | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """The same four words as `Problem.key`."""
+        return (self.level, self.problem, self.dtype, self.mode)
+
+    @property
+    def title(self) -> str:
+        extra = [part for part in (self.dtype, self.mode) if part not in ("float32", "inference")]
+        return ", ".join([self.problem, *extra])
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    names = [field.name for field in fields(Row)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for row in rows:
+            values = [getattr(row, name) for name in names]
+            writer.writerow(
+                [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+            )
+
+
+def read_csv(path: Path) -> list[Row]:
+    def parse(kind: str, text: str) -> object:
+        if kind == "str":
+            return text
+        if text == "":
+            return None
+        return int(text) if kind.startswith("int") else float(text)
+
+    with path.open(newline="") as file:
+        return [
+            Row(**{field.name: parse(str(field.type), line[field.name]) for field in fields(Row)})
+            for line in csv.DictReader(file)
+        ]
+
+
+def by_problem(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """The rows of each problem, in file order, without the machine's ceilings."""
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.level != MACHINE:
+            groups.setdefault(row.key, []).append(row)
+    return groups
+
+
+def best(rows: Iterable[Row], group: str) -> Row | None:
+    """The fastest timed row of a group, or None."""
+    timed = [row for row in rows if row.group == group and row.p50_ms is not None]
+    return min(timed, key=lambda row: row.p50_ms or 0.0) if timed else None
+
+
+def number(value: float | None, pattern: str = "{:.3g}") -> str:
+    if value is None:
+        return "—"
+    return f"{value:.0f}" if value >= 100 and pattern == "{:.3g}" else pattern.format(value)
+
+
+def ratio(value: float | None) -> str:
+    return number(value, "{:.2f}x")
+
+
+def percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, "{:.0f} %")
+
+
+def problem_table(rows: Sequence[Row]) -> Table:
+    """One problem's contenders for the terminal; a contender without a time shows its reason."""
+    table = Table(title=f"{rows[0].level}: {rows[0].title}", title_justify="left")
+    table.add_column("contender")
+    heads = ("p50 ms", "p25", "p75", "GFLOP/s", "roofline", "vs PyTorch", "vs others", "peak MiB")
+    for text in heads:
+        table.add_column(text, justify="right")
+    table.add_column("note")
+    for row in rows:
+        style = "bold green" if row.group == "ours" else ""
+        times = [number(row.p50_ms), number(row.p25_ms), number(row.p75_ms)]
+        shares = [number(row.gflop_per_s), percent(row.roofline_share)]
+        ratios = [ratio(row.vs_best_pytorch), ratio(row.vs_best_other)]
+        peak = number(row.peak_extra_mib, "{:.0f}")
+        table.add_row(row.contender, *times, *shares, *ratios, peak, row.note, style=style)
+    return table
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was measured; `got` is None where a side was not timed."""
+
+    target: Target
+    got: float | None
+
+    @property
+    def text(self) -> str:
+        if self.got is None:
+            return "not measured"
+        return "met" if self.got >= self.target.ratio else "short"
+
+
+def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """Every target with the ratio of our faster format to the best of the other side."""
+    groups = by_problem(rows)
+    result = []
+    for target in TARGETS:
+        ours = best(groups.get(target.problem.key, []), "ours")
+        pytorch = target.against == "pytorch"
+        got = ours and (ours.vs_best_pytorch if pytorch else ours.vs_best_other)
+        result.append(Verdict(target, got))
+    return result
+
+
+def target_table(rows: Iterable[Row]) -> Table:
+    table = Table(title="Speed to reach (for information)", title_justify="left")
+    table.add_column("problem")
+    table.add_column("against the best of")
+    for text in ("target", "got"):
+        table.add_column(text, justify="right")
+    table.add_column("")
+    names = {"pytorch": "PyTorch", "other": "ONNX Runtime, OpenVINO"}
+    styles = {"met": "green", "short": "red", "not measured": "yellow"}
+    for verdict in verdicts(rows):
+        target = verdict.target
+        words = [target.problem.title, names[target.against]]
+        ratios = [ratio(target.ratio), ratio(verdict.got)]
+        table.add_row(*words, *ratios, f"[{styles[verdict.text]}]{verdict.text}")
+    return table
+
+
+def readme_table(rows: Sequence[Row]) -> str:
+    """The Markdown summary: one line a problem, medians in milliseconds."""
+    columns = {
+        "eager NCHW": "eager NCHW",
+        "eager NHWC": "eager NHWC",
+        "compile NCHW": "compile NCHW",
+        "compile NHWC": "compile NHWC",
+        "ONNX Runtime": "ONNX Runtime",
+        "OpenVINO": "OpenVINO",
+    }
+    first = rows[0]
+    lines = [
+        f"Medians in ms on {first.device}, {first.threads} threads, batch 1, float32 unless said; "
+        f"torch {first.torch}, ONNX Runtime {first.onnxruntime or 'missing'}, "
+        f"OpenVINO {first.openvino or 'missing'}; {first.date}, commit {first.commit}. "
+        "`compile` freezes the weights. The last two columns say how many times as fast as the "
+        "best of PyTorch and the best of the other runtimes aspp_ext is.",
+        "",
+        "| | **aspp_ext NCHW** | **aspp_ext NHWC** | "
+        + " | ".join(columns)
+        + " | vs PyTorch | vs others |",
+        "|---|" + "---:|" * (len(columns) + 4),
+    ]
+    for (level, *_), group in by_problem(rows).items():
+        times = {row.contender: number(row.p50_ms) for row in group}
+        ours = best(group, "ours")
+        cells = [f"**{times.get(f'aspp_ext {layout}', '—')}**" for layout in ("NCHW", "NHWC")]
+        cells += [times.get(name, "—") for name in columns]
+        cells += [ratio(ours and ours.vs_best_pytorch), ratio(ours and ours.vs_best_other)]
+        lines.append(f"| {level}: {group[0].title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def replace_between_markers(text: str, table: str) -> str:
+    """`text` with what stands between the benchmark markers replaced by `table`.
+
+    Raises:
+        ValueError: when the text has no such pair of markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the markers {BEGIN} and {END}, got a text without them")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def refresh_readme(path: Path, table: str) -> bool:
+    """Rewrites the table in a README; False where there is no such file or no markers in it."""
+    if not path.is_file():
+        return False
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        return False
+    path.write_text(replace_between_markers(text, table))
+    return True
+
+
+def main(arguments: Sequence[str]) -> None:
+    from benchmarks.plots import draw_all
+
+    console = Console()
+    for name in arguments:
+        rows = read_csv(Path(name))
+        for group in by_problem(rows).values():
+            console.print(problem_table(group))
+        console.print(target_table(rows))
+        for path in draw_all(rows, Path(name).with_suffix("")):
+            console.print(f"drew {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Interleaved timing: every round runs every contender once, in a fresh random order.
+
+A machine that slows down for a second then slows all contenders alike, and no contender always
+runs after the same neighbour. Medians and quartiles are reported, never means or minima.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The samples of one contender, in seconds."""
+
+    samples: tuple[float, ...]
+
+    def quantile_ms(self, share: float) -> float:
+        """The linearly interpolated quantile `share` in [0, 1], in milliseconds."""
+        ordered = sorted(self.samples)
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return 1e3 * (ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+    @property
+    def p25_ms(self) -> float:
+        return self.quantile_ms(0.25)
+
+    @property
+    def p50_ms(self) -> float:
+        return self.quantile_ms(0.5)
+
+    @property
+    def p75_ms(self) -> float:
+        return self.quantile_ms(0.75)
+
+
+def cache_flusher(megabytes: int = 128) -> Callable[[], object]:
+    """Returns a function that walks through `megabytes` of memory, so that the next call is cold."""
+    buffer = torch.ones(megabytes * 2**18)  # float32
+    return lambda: buffer.add_(1.0)
+
+
+def rounds_within(budget_s: float, round_s: float, least: int, most: int) -> int:
+    """How many rounds of `round_s` seconds fit the budget, between `least` and `most`."""
+    return max(least, min(most, int(budget_s / max(round_s, 1e-9))))
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    warmup: int = 1,
+    least_rounds: int = 5,
+    most_rounds: int = 50,
+    settle_s: float = 0.01,
+    flush: Callable[[], object] | None = None,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    on_round: Callable[[int, int], object] | None = None,
+) -> dict[str, Timing]:
+    """Times every call in interleaved rounds and returns the samples of each.
+
+    Args:
+        calls: contender name -> function that does the work once and returns when it is done.
+        budget_s: seconds to spend in all; sets the number of rounds within the two limits below.
+        warmup: untimed calls of each contender before the first round, the last of which is
+            measured to estimate the length of a round.
+        least_rounds: rounds done even when they overrun the budget.
+        most_rounds: rounds after which to stop even when budget is left.
+        settle_s: pause before each call; worker threads of the runtime that ran before keep
+            spinning for some milliseconds and would otherwise take the next contender's cores.
+        flush: called before each timed call, after the pause (see `cache_flusher`).
+        seed: of the order within the rounds.
+        clock: seconds, monotonic.
+        on_round: called with (rounds done, rounds planned).
+
+    Raises:
+        ValueError: when there is nothing to time or no round to do.
+    """
+    if not calls:
+        raise ValueError("interleave: calls must name at least one contender, got none")
+    if least_rounds < 1 or most_rounds < least_rounds:
+        raise ValueError(
+            "interleave: rounds must satisfy 1 <= least_rounds <= most_rounds, "
+            f"got {least_rounds} and {most_rounds}"
+        )
+
+    def timed(call: Callable[[], object]) -> float:
+        time.sleep(settle_s)
+        if flush is not None:
+            flush()
+        start = clock()
+        call()
+        return clock() - start
+
+    round_s = 0.0
+    for call in calls.values():
+        last = [timed(call) for _ in range(max(1, warmup))][-1]
+        round_s += last + settle_s
+    rounds = rounds_within(budget_s, round_s, least_rounds, most_rounds)
+
+    order = list(calls)
+    shuffle = random.Random(seed).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(rounds):
+        shuffle(order)
+        for name in order:
+            samples[name].append(timed(calls[name]))
+        if on_round is not None:
+            on_round(done + 1, rounds)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def fastest_seconds(call: Callable[[], object], budget_s: float = 0.5, least: int = 5) -> float:
+    """The shortest of many repetitions: for the machine's ceilings, which only noise can hide."""
+    call()
+    values: list[float] = []
+    end = time.perf_counter() + budget_s
+    while len(values) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        values.append(time.perf_counter() - start)
+    return min(values)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which source goes into which library, with which flags: the build.ninja that setup.py runs."""
+
+import os
+import platform
+import shlex
+import shutil
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # the libraries load in torch 2.11 and newer
+HOST = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffunction-sections -Wall -Wextra -Werror -Icsrc"
+NVCC = "-std=c++20 -O3 -DNDEBUG -lineinfo -Icsrc -Werror all-warnings -Xptxas -warn-spills,-Werror"
+DEFAULT_CUDA = "/usr/local/cuda"
+ARCHITECTURES = "8.0;9.0a;10.0f;12.0f+PTX"
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+X86_ISAS = {
+    "isa_baseline": "",
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": f"{AVX512} -mavx512bf16",
+}
+RULES = """builddir = {0}
+rule compile
+  command = $argv -MD -MF $out.d
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $argv"""
+
+
+def say(text):
+    print(f"aspp_ext build: {text}", flush=True)
+
+
+def refuse(text):
+    raise SystemExit(f"aspp_ext build: {text}")
+
+
+def read_env(name, default=""):
+    """An environment variable; set but empty counts as not set."""
+    return os.environ.get(name) or default
+
+
+def find_cuda():
+    """The CUDA toolkit's folder, or None after one line on why there is no CUDA library."""
+    wish, nvcc = read_env("ASPP_EXT_CUDA", "auto"), shutil.which("nvcc")
+    if wish not in ("auto", "0", "1"):
+        refuse(f"ASPP_EXT_CUDA must be auto, 0 or 1 but is {wish!r}")
+    if wish == "0":
+        return say("without CUDA: ASPP_EXT_CUDA=0")
+    if not list(ROOT.glob("csrc/cuda/kernels/*.cu")):
+        return say("without CUDA: csrc/cuda has no kernels yet")
+    named = read_env("CUDA_HOME") or read_env("CUDA_PATH")
+    found = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    for home in [Path(named)] if named else [*found, Path(DEFAULT_CUDA)]:
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    looked = named or f"PATH and {DEFAULT_CUDA}"
+    if wish == "1":
+        refuse(
+            f"ASPP_EXT_CUDA=1 needs nvcc and cuda_runtime.h, not found in {looked}: set CUDA_HOME"
+        )
+    return say(f"without CUDA: no nvcc in {looked}")
+
+
+def split_architectures(text):
+    """TORCH_CUDA_ARCH_LIST as a list of strings, with 9.0 rewritten to 9.0a."""
+    result = []
+    for arch in text.replace(" ", ";").strip(";").split(";"):
+        number = arch.removesuffix("+PTX").rstrip("af")
+        if not number.replace(".", "", 1).isdigit() or float(number) < 8:
+            refuse(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or newer, like 12.0+PTX, got {arch!r}")
+        if number == "9.0" and not arch.startswith("9.0a"):
+            say(f"{arch} is built as 9.0a: plain 9.0 has no wgmma")
+            arch = arch.replace("9.0", "9.0a")
+        result.append(arch)
+    return result
+
+
+def gencodes(source, architectures):
+    """nvcc's flags for one kernel file, or [] where none of the architectures can use it."""
+    if source.stem.endswith("_sm90"):
+        hopper = any(arch.startswith("9.0a") for arch in architectures)
+        return ["-gencode=arch=compute_90a,code=sm_90a"] if hopper else []
+    flags = []
+    for arch in architectures:
+        name = arch.removesuffix("+PTX").replace(".", "").replace("90a", "90")
+        plain = name.rstrip("af")
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name.rstrip('f')}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
+    return flags
+
+
+def system(folder):
+    """Flags for another project's headers: no warnings, and no machine's path in our messages."""
+    return ["-isystem", folder, f"-fmacro-prefix-map={folder}/="]
+
+
+class Graph(list):
+    """The lines of a build.ninja; paths are relative to the repository, in the objects too."""
+
+    def __init__(self, folder, cxx, torch):
+        super().__init__([RULES.format(folder)])
+        self.folder, self.cxx, self.torch, self.libraries = folder, cxx, torch, []
+        flags = shlex.split(f"{read_env('CPPFLAGS')} {read_env('CXXFLAGS')}")
+        self.host = [*cxx, *HOST.split(), *flags]
+        self.tensor = [*self.host, TORCH, *system(torch / "include")]
+        self.shared = [*cxx, "-shared", *flags, *shlex.split(read_env("LDFLAGS"))]
+        self.plan = self.compile("csrc/plan/*.cpp", self.host)
+
+    def add(self, rule, output, inputs, before, after=(), implicit=""):
+        argv = shlex.join(map(str, [*before, *inputs, *after, "-o", output])).replace("$", "$$")
+        self.append(f"build {output}: {rule} {' '.join(inputs)} | {implicit}")
+        self.append(f"  argv = {argv}\n  description = {output}")
+        return output
+
+    def compile(self, pattern, argv, variant=""):
+        folder = Path(self.folder, variant)
+        paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+        return [self.add("compile", f"{folder}/{p}.o", [p], [*argv, "-c"]) for p in paths]
+
+    def link(self, name, objects, libraries=(), implicit=""):
+        argv = [*self.shared, "-Wl,--gc-sections", "-Wl,-rpath,$ORIGIN/../torch/lib"]
+        argv += [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed"]
+        output = f"{self.folder}/{name}"
+        self.add("link", output, [*self.plan, *objects], argv, libraries, implicit)
+        self.libraries.append(output)
+
+    def add_planner(self):
+        import pybind11
+
+        python = [*system(pybind11.get_include()), *system(sysconfig.get_path("include"))]
+        objects = self.compile("csrc/plan_bindings.cpp", [*self.host, *python])
+        self.link("_plan" + sysconfig.get_config_var("EXT_SUFFIX"), objects)
+
+    def add_cpu(self):
+        """The kernels once per instruction set; which of them runs is chosen at run time."""
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        isas = X86_ISAS if x86 else {"isa_baseline": ""}
+        objects = self.compile("csrc/library.cpp", self.tensor)
+        objects += self.compile("csrc/cpu/*.cpp", [*self.tensor, *["-DASPP_X86=1"] * x86])
+        for isa, options in isas.items():
+            argv = [*self.tensor, f"-DASPP_ISA={isa}", *options.split()]
+            objects += self.compile("csrc/cpu/kernels/*.cpp", argv, isa)
+        self.link("libaspp_cpu.so", objects, ["-ltorch_cpu", "-Wl,-z,defs"])
+        return sorted(isas)
+
+    def add_cuda(self, home):
+        architectures = split_architectures(read_env("TORCH_CUDA_ARCH_LIST", ARCHITECTURES))
+        nvcc = [home / "bin/nvcc", *NVCC.split(), "-ccbin", self.cxx[-1]]
+        nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
+        nvcc += ["--threads", read_env("NVCC_THREADS", "1")]
+        objects, has_sm90 = [], False
+        for source in sorted(ROOT.glob("csrc/cuda/kernels/*.cu")):
+            if flags := gencodes(source, architectures):
+                has_sm90 |= source.stem.endswith("_sm90")
+                objects += self.compile(source.relative_to(ROOT).as_posix(), [*nvcc, *flags])
+        cuda = ["-DUSE_CUDA", *["-DASPP_SM90=1"] * has_sm90, *system(home / "include")]
+        objects += self.compile("csrc/cuda/*.cpp", [*self.tensor, *cuda])
+        libraries, stand_in = ["-ltorch_cpu", "-ltorch_cuda", "-Wl,--as-needed"], ""
+        if not (self.torch / "lib/libtorch_cuda.so").exists():
+            # A CPU-only torch: an empty library of that name records the dependency.
+            stand_in = f"{self.folder}/stand_in/libtorch_cuda.so"
+            empty = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-xc++", "/dev/null"]
+            self.add("link", stand_in, [], [*self.cxx, *empty])
+            libraries.insert(0, f"-L{self.folder}/stand_in")
+        libraries += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static"]
+        self.link("libaspp_cuda.so", objects, [*libraries, "-ldl", "-lrt", "-lpthread"], stand_in)
+        return architectures

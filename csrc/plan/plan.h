@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The planner: which taps are live where, in which regions and units of work, at which cost.
+#pragma once
+
+#include "cost.h"
+#include "merge.h"
+#include "print.h"
+#include "units.h"

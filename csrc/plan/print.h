@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Every struct of the planner can print itself.
+#pragma once
+
+#include <iosfwd>
+
+namespace aspp::plan {
+
+struct Interval;
+struct Axis;
+struct Extent;
+struct Branch;
+struct Problem;
+struct Tap;
+struct TapBlock;
+struct Region;
+struct Tile;
+struct Unit;
+struct Plan;
+struct Cost;
+struct WeightCost;
+
+std::ostream& operator<<(std::ostream& out, const Interval& interval);
+std::ostream& operator<<(std::ostream& out, const Axis& axis);
+std::ostream& operator<<(std::ostream& out, const Extent& extent);
+std::ostream& operator<<(std::ostream& out, const Branch& branch);
+std::ostream& operator<<(std::ostream& out, const Problem& problem);
+std::ostream& operator<<(std::ostream& out, const Tap& tap);
+std::ostream& operator<<(std::ostream& out, const TapBlock& block);
+std::ostream& operator<<(std::ostream& out, const Region& region);
+std::ostream& operator<<(std::ostream& out, const Tile& tile);
+std::ostream& operator<<(std::ostream& out, const Unit& unit);
+std::ostream& operator<<(std::ostream& out, const Plan& plan);
+std::ostream& operator<<(std::ostream& out, const Cost& cost);
+std::ostream& operator<<(std::ostream& out, const WeightCost& cost);
+
+}  // namespace aspp::plan

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The block a kernel computes at a time, and what a set of regions costs in such blocks.
+#pragma once
+
+#include <vector>
+
+#include "region.h"
+
+namespace aspp::plan {
+
+// One output block of a GEMM, m x n, taken k deep at a time. In forward m counts pixels, n output
+// channels and k input channels of one tap; in grad_input n counts input and k output channels; in
+// grad_weight m counts output channels, n input channels and k pixels. The last tile of a region
+// may be shorter, in steps of `tail`.
+struct Tile {
+  Index m = 128;
+  Index n = 256;
+  Index k = 64;
+  Index tail = 128;
+};
+
+// Throws unless all are >= 1 and tail divides m.
+void check_tile(const Tile& tile);
+
+// The channels that one tap of `branch` sums over, in blocks of tile.k.
+Index channel_blocks(const Problem& problem, Index branch, Pass pass, const Tile& tile);
+
+// The length of K for a region, in blocks of tile.k: the taps in order, each over its channels.
+Index k_blocks(const Problem& problem, Pass pass, const Region& region, const Tile& tile);
+
+// The pixels paid for `pixels` of them, in pixels: whole tiles and one tail.
+Index paid_pixels(Index pixels, const Tile& tile);
+
+// The cost of regions over the batch, in paid pixels * k blocks.
+Index work(const Problem& problem, Pass pass, const std::vector<Region>& regions, const Tile& tile);
+
+}  // namespace aspp::plan

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The work list of a launch.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "linear.h"
+
+namespace aspp::plan {
+
+// Which regions to compute in; cheapest compares merged (exact regions among them) with linear.
+enum class Order { regions, merged, linear, cheapest };
+
+std::string_view name(Order order);
+Order order_named(std::string_view name);
+
+// What one block does at a time: one output tile, or a slice of its sum.
+//               m (rows of the tile)             n                       k (blocks of tile.k)
+//   forward     pixels of the region             output channels         taps x input channels
+//   grad_input  pixels of the region             input channels          taps x output channels
+//   grad_weight output channels of the branch    input channels          live pixels of the batch
+// Pixels are in the region's linear order: column, row, image. Units of the same `tile` add up, in
+// the order of `slice`. A unit with an empty k writes zeros.
+struct Unit {
+  Index region = 0;
+  Index tile = 0;
+  Index slice = 0;
+  Index slices = 1;
+  Interval m;
+  Interval n;
+  Interval k;
+};
+
+struct Options {
+  Order order = Order::cheapest;
+  Tile tile;
+  Index processors = 0;      // SMs to balance for; 0 neither splits K nor reorders the last wave
+  Index shortest_slice = 8;  // k blocks below which splitting K does not pay
+};
+
+// Image by image, so that one image and the weights stay in cache; the last wave longest first.
+struct Plan {
+  Pass pass = Pass::forward;
+  Tile tile;
+  std::vector<Region> regions;
+  std::vector<Unit> units;
+
+  Index longest() const;  // k blocks of the longest unit
+  Index total() const;    // k blocks of all units
+};
+
+// The regions of one group of branches in the order asked for.
+Tiling tiling(const Problem& problem, const Group& group, Order order, const Tile& tile);
+
+// Splits every unit that is longer than half of total / processors into equal slices of K.
+std::vector<Unit> split_long(std::vector<Unit> units, const Tile& tile, Index processors,
+                             Index shortest_slice);
+
+// Everything a launch needs; a pure function of its arguments.
+Plan make_plan(const Problem& problem, Pass pass, const Options& options);
+
+}  // namespace aspp::plan

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""README.md's example runs, and its links and commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from aspp_ext import compat
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs():
+    pytest.importorskip("torchvision", exc_type=RuntimeError)
+    compat.import_torchvision()
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    torch.testing.assert_close(names["logits"], names["expected"], rtol=1e-3, atol=1e-4)
+
+
+def test_links_exist():
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for target in re.findall(r"`make (\w+)", (ROOT / page).read_text()):
+            assert f"\n{target}:" in makefile, f"{page} names make {target}"
+
+
+def test_changelog_has_this_version():
+    import aspp_ext
+
+    assert re.search(
+        rf"^## {re.escape(aspp_ext.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
