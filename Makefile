@@ -9,6 +9,8 @@ TORCH_SPEC ?= torch==2.13.0
 ARGS ?=
 
 PY := $(VENV)/bin/python
+# A reused torch brings its neighbours along, whose programs lie beside its own Python.
+export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 PIP := $(PY) -m pip --disable-pip-version-check
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -23,6 +25,7 @@ SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
+SANITIZE_TESTS = tests/test_forward.py $(wildcard tests/test_separable*.py)
 # libstdc++ too: without it an exception aborts inside ASan's interceptor.
 SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
@@ -69,22 +72,22 @@ $(VENV)/linters: $(VENV)/installed
 	@touch $@
 
 lint: $(VENV)/linters
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
-	$(VENV)/bin/mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(PY) -m mypy
 
 format: $(VENV)/linters
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	clang-format -i $(CXX_SOURCES)
 
 sanitize: build
 	ASPP_EXT_CUDA=0 ASPP_EXT_LIBRARY_DIR=$(SANITIZED) CXXFLAGS='$(SANITIZE_FLAGS)' \
 	  $(PY) setup.py build_ext --inplace
 	ASPP_EXT_LIBRARY_DIR=$(SANITIZED) LD_PRELOAD='$(SANITIZE_PRELOAD)' \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(PY) -m pytest -m 'not slow' tests/test_forward.py tests/test_separable*.py $(ARGS)
+	  $(PY) -m pytest -m 'not slow' $(SANITIZE_TESTS) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info aspp_ext/*.so aspp_ext/_build_info.json

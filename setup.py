@@ -51,11 +51,13 @@ def find_compiler():
 
 
 def find_ninja():
+    """ninja's path: that of its Python package, or the first on PATH."""
     try:
-        import ninja
+        from ninja import BIN_DIR as folder
     except ImportError:
-        return shutil.which("ninja") or refuse("needs ninja: pip install ninja")
-    return str(Path(ninja.BIN_DIR, "ninja"))
+        folder = ""
+    found = shutil.which("ninja", path=os.pathsep.join([folder, os.environ.get("PATH", "")]))
+    return found or refuse("needs ninja: pip install ninja")
 
 
 def install(path, folder):
@@ -77,7 +79,8 @@ class NinjaBuild(build_ext):
         work = f"build/{folder.name}-objects" if elsewhere else "build/objects"
         cxx, compiler = find_compiler()
         graph, cuda = Graph(work, cxx, torch), find_cuda()
-        graph.add_planner()
+        if not elsewhere:  # Python finds the planner in the package only
+            graph.add_planner()
         facts = {
             "version": self.distribution.get_version(),
             "torch": version["__version__"],

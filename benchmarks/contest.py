@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One problem from start to end: build the contenders, check their results, time them, rate them."""
+"""One problem from start to end: build the contenders, check their results, time and rate them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ class Contest:
         rows = [self.row(contender, timings.get(contender.name)) for contender in self.contenders]
         rows = [with_roofline(rate(row, rows), self.ceilings) for row in rows]
         if self.settings.measure_memory(self.problem):
-            rows = [self.with_memory(*pair, on_step) for pair in zip(rows, self.contenders)]
+            pairs = zip(rows, self.contenders, strict=True)
+            rows = [self.with_memory(*pair, on_step) for pair in pairs]
         return rows, self.failures
 
     def checked_calls(self, on_step: OnStep) -> dict[str, peers.Call]:
@@ -147,8 +148,9 @@ class Contest:
             self.note_models(module, example, calls, results, truth)
         return calls
 
-    def note_models(self, module: Any, example: torch.Tensor, calls: Any, results: Any,
-                    truth: Results) -> None:  # fmt: skip
+    def note_models(
+        self, module: Any, example: torch.Tensor, calls: Any, results: Any, truth: Results
+    ) -> None:
         """Compares the predictions of whole models and says where their time goes."""
         for contender in self.contenders:
             if contender.name not in calls:

@@ -2,7 +2,8 @@
 """The gate: nothing is timed before its results are close enough to a float64 oracle.
 
 Close enough is relative to PyTorch itself: at most twice the error of eager PyTorch in the same
-dtype plus one rounding of the result, in the largest and in the 99.9th-percentile element.
+dtype plus one unit in the last place of the largest value, both in the largest and in the
+99.9th-percentile element.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Gate:
         for place, tensor in enumerate(self.truth):
             own = [errors(results[place], tensor) for results in baselines]
             size = tensor.abs().max().item() if tensor.numel() else 0.0
-            rounding = 0.5 * torch.finfo(dtype).eps * size
+            rounding = torch.finfo(dtype).eps * size
             self.bounds.append(
                 Errors(
                     FACTOR * max(error.largest for error in own) + rounding,
@@ -65,7 +66,8 @@ class Gate:
         """One sentence about the first result that is out of bounds, or None."""
         if len(results) != len(self.truth):
             return f"wrong: expected {len(self.truth)} results, got {len(results)}"
-        for place, (result, truth, bound) in enumerate(zip(results, self.truth, self.bounds)):
+        triples = zip(results, self.truth, self.bounds, strict=True)
+        for place, (result, truth, bound) in enumerate(triples):
             if result.shape != truth.shape:
                 want, got = tuple(truth.shape), tuple(result.shape)
                 return f"wrong: result {place} must have shape {want}, got {got}"

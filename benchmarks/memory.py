@@ -10,7 +10,6 @@ libraries are loaded and weights packed, but no buffer of the map's size can be 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys

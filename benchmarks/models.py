@@ -52,7 +52,7 @@ def why_not(name: str) -> str | None:
 
 
 def photograph(size: int) -> Tensor:
-    """scikit-image's astronaut (shipped in its wheel), [1, 3, size, size], ImageNet normalisation."""
+    """scikit-image's astronaut (it is in the wheel), ImageNet normalisation, [1, 3, size, size]."""
     from skimage import data
 
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1).float() / 255

@@ -226,7 +226,7 @@ class OpenVino(Runtime):
 
 
 def contenders(everywhere: bool = False) -> list[Contender]:
-    """All contenders in table order; `everywhere` also runs the slow ones where they are left out."""
+    """All contenders in table order; `everywhere` runs the slow ones even where they take long."""
     return [
         Ours("NCHW"),
         Ours("NHWC"),
@@ -240,5 +240,5 @@ def contenders(everywhere: bool = False) -> list[Contender]:
 
 
 def forget_compiled() -> None:
-    """Drops torch.compile's caches: one forward compiled for many modules hits its recompile limit."""
+    """Drops torch.compile's caches: compiling one forward for many modules hits a limit."""
     torch._dynamo.reset()

@@ -54,54 +54,85 @@ def caption(rows: Sequence[Row]) -> str:
 
 def contestants(group: Sequence[Row]) -> dict[str, Row]:
     """Timed rows by the name in the legend; aspp_ext's two memory formats become its faster one."""
-    timed = {
-        row.contender: row for row in group if row.group != "ours" and row.p50_ms is not None
-    }
+    timed = {row.contender: row for row in group if row.group != "ours" and row.p50_ms is not None}
     ours = best(group, "ours")
     ordered = {"aspp_ext": ours} if ours else {}
     return {**ordered, **{name: timed[name] for name in COLOURS if name in timed}}
 
 
+def in_columns(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
+    """Splits the problems into two columns of about as many bars, or leaves them in one."""
+    lengths = [len(contestants(group)) + 1.6 for group in groups]
+    if sum(lengths) <= 30:
+        return [list(groups)]
+    cut = min(
+        range(1, len(groups)), key=lambda place: max(sum(lengths[:place]), sum(lengths[place:]))
+    )
+    return [list(groups[:cut]), list(groups[cut:])]
+
+
+def draw_bars(axes: Any, groups: Sequence[list[Row]]) -> float:
+    """One column of bars, a problem's name above its bars; returns the lowest edge."""
+    place = 0.0
+    for group in groups:
+        reference = best(group, "pytorch").p50_ms
+        title = f"{group[0].level}: {group[0].title}"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
+        axes.text(0, place, title, va="center", fontsize=8, weight="bold", zorder=4, bbox=box)
+        for name, row in contestants(group).items():
+            place += 1.0
+            speed = reference / row.p50_ms
+            axes.barh(place, speed, height=0.86, color=COLOURS[name])
+            text = f"{row.p50_ms:.3g} ms" if row.p50_ms < 100 else f"{row.p50_ms:.0f} ms"
+            axes.annotate(
+                text,
+                (speed, place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                weight="bold" if name == "aspp_ext" else "normal",
+                zorder=4,
+                bbox=box,
+            )
+        place += 1.6
+    return place - 1.0
+
+
 def draw_speedup(rows: Sequence[Row], path: Path) -> None:
     """Horizontal bars: speed relative to the best of PyTorch, milliseconds at the bar's end."""
     plt = pyplot()
-    from matplotlib import patheffects
-
     groups = [group for group in by_problem(rows).values() if best(group, "pytorch")]
-    lengths = [len(contestants(group)) for group in groups]
-    height = 1.3 + 0.2 * sum(lengths) + 0.24 * len(groups)
-    figure, axes = plt.subplots(figsize=(8.5, height), layout="constrained")
-    halo = patheffects.withStroke(linewidth=2, foreground="white")
-    place, ticks, labels, longest = 0.0, [], [], 1.0
-    for group in groups:
-        reference = best(group, "pytorch").p50_ms
-        rated = contestants(group)
-        top = place
-        for name, row in rated.items():
-            speed = reference / row.p50_ms
-            longest = max(longest, speed)
-            axes.barh(place, speed, height=0.86, color=COLOURS[name])
-            weight = "bold" if name == "aspp_ext" else "normal"
-            text = f" {row.p50_ms:.3g} ms" if row.p50_ms < 100 else f" {row.p50_ms:.0f} ms"
-            label = axes.text(speed, place, text, va="center", fontsize=7, color=INK, weight=weight)
-            label.set_path_effects([halo])
-            place += 1.0
-        ticks.append((top + place - 1) / 2)
-        labels.append(f"{group[0].level}\n{group[0].title}")
-        place += 1.2
-    axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(place - 1.2, -0.8)
-    axes.set_xlim(0, 1.1 * longest)
-    axes.set_xlabel("speed relative to the best of PyTorch (dashed line = 1); longer is faster")
-    axes.grid(axis="x", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
+    if not groups:
+        return
+    columns = in_columns(groups)
+    figure, grid = plt.subplots(1, len(columns), sharex=True, layout="constrained", squeeze=False)
+    bottoms = [draw_bars(axes, column) for axes, column in zip(grid[0], columns, strict=True)]
+    longest = max(
+        best(group, "pytorch").p50_ms / row.p50_ms
+        for group in groups
+        for row in contestants(group).values()
+    )
+    for axes in grid[0]:
+        axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), zorder=2)
+        axes.set_yticks([])
+        axes.set_ylim(max(bottoms), -0.8)
+        axes.set_xlim(0, 1.12 * longest)
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("speed relative to the best of PyTorch (dashed line); longer is faster")
+    figure.set_size_inches(6.0 * len(columns) + 1.0, 1.2 + 0.165 * max(bottoms))
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(
-        handles, list(COLOURS), loc="outside lower center", ncols=7, frameon=False, fontsize=8,
-        columnspacing=1.0, handlelength=1.0,
-    )  # fmt: skip
+        handles,
+        list(COLOURS),
+        loc="outside lower center",
+        ncols=7,
+        frameon=False,
+        fontsize=8,
+        columnspacing=1.0,
+        handlelength=1.0,
+    )
     figure.suptitle(f"Speed-up, {caption(rows)}", fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -119,9 +150,13 @@ def draw_roof(axes: Any, rows: Sequence[Row], left: float, right: float) -> None
         style = "-" if row.dtype == "float32" else (0, (5, 3))
         axes.plot(points, roof, color=MUTED, linewidth=1.4, linestyle=style, zorder=2)
         axes.annotate(
-            f"{row.dtype} matrix product {peak:.0f} GFLOP/s", (right, peak), (-4, 4),
-            textcoords="offset points", ha="right", fontsize=8, color=MUTED,
-        )  # fmt: skip
+            f"{row.dtype} matrix product {peak:.0f} GFLOP/s",
+            (peak / bandwidth, peak),
+            (16, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=MUTED,
+        )
 
 
 def copy_bandwidth(rows: Sequence[Row]) -> float:
@@ -144,21 +179,31 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.5, 5.8 + 0.17 * len(points)), layout="constrained")
     draw_roof(axes, rows, left, right)
     speeds = []
-    for number, (group, x, timed) in enumerate(points, 1):
+    for number, (_, x, timed) in enumerate(points, 1):
         heights = [row.gflop_per_s for row in timed.values()]
         speeds += heights
         axes.plot([x, x], [min(heights), max(heights)], color=GRID, zorder=1)
         for key, row in timed.items():
             _, colour, marker = GROUPS[key]
             axes.plot(
-                x, row.gflop_per_s, marker, color=colour, markersize=7 if key == "ours" else 5.5,
+                x,
+                row.gflop_per_s,
+                marker,
+                color=colour,
+                markersize=7 if key == "ours" else 5.5,
                 markerfacecolor=colour if row.dtype == "float32" else "white",
-                markeredgewidth=1.3, zorder=3,
-            )  # fmt: skip
+                markeredgewidth=1.3,
+                zorder=3,
+            )
         axes.annotate(
-            str(number), (x, max(heights)), (0, 6), textcoords="offset points",
-            ha="center", fontsize=8, weight="bold",
-        )  # fmt: skip
+            str(number),
+            (x, max(heights)),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            weight="bold",
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlim(left, right)
@@ -174,7 +219,9 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
         for label, colour, marker in GROUPS.values()
     ]
     axes.legend(handles=handles, loc="lower left", frameon=False, fontsize=8)
-    lines = [f"{n:>2}  {group[0].level}: {group[0].title}" for n, (group, *_) in enumerate(points, 1)]
+    lines = [
+        f"{n:>2}  {group[0].level}: {group[0].title}" for n, (group, *_) in enumerate(points, 1)
+    ]
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=7.5, linespacing=1.5)
     figure.suptitle(
         f"Roofline, {caption(rows)}; copy {bandwidth:.0f} GB/s", fontsize=10, x=0.01, ha="left"

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.modules import PlainASPP, PlainPyramid, randomise_norms
+from benchmarks.modules import PlainASPP, PlainPyramid, avoid_kinks, randomise_norms
+
+DEFAULTS = ("float32", "inference")  # not repeated in a problem's title
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Problem:
 
     @property
     def title(self) -> str:
-        extra = [part for part in (self.dtype, self.mode) if part not in ("float32", "inference")]
-        return " ".join([f"{self.level}: {self.name}", *extra])
+        extra = [word for word in (self.dtype, self.mode) if word not in DEFAULTS]
+        return ", ".join([f"{self.level}: {self.name}", *extra])
 
     def build(self) -> tuple[nn.Module, Tensor]:
         """The plain PyTorch module with random weights and one input [N, C, H, W], NCHW."""
@@ -68,6 +70,8 @@ class Problem:
                 self.channels, self.rates, self.out_channels, self.separable, dropout
             )
             randomise_norms(module)
+            if self.mode == "training":
+                avoid_kinks(module)
         x = torch.randn(self.batch, self.channels, self.height, self.width).to(dtype)
         return module.to(dtype).train(self.mode == "training"), x
 

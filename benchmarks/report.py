@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.problems import TARGETS, Target
+from benchmarks.problems import DEFAULTS, TARGETS, Target
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 MACHINE = "machine"  # the level of the rows that hold the measured ceilings
@@ -59,7 +60,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        extra = [part for part in (self.dtype, self.mode) if part not in ("float32", "inference")]
+        extra = [word for word in (self.dtype, self.mode) if word not in DEFAULTS]
         return ", ".join([self.problem, *extra])
 
 
@@ -134,7 +135,7 @@ def problem_table(rows: Sequence[Row]) -> Table:
         shares = [number(row.gflop_per_s), percent(row.roofline_share)]
         ratios = [ratio(row.vs_best_pytorch), ratio(row.vs_best_other)]
         peak = number(row.peak_extra_mib, "{:.0f}")
-        table.add_row(row.contender, *times, *shares, *ratios, peak, row.note, style=style)
+        table.add_row(row.contender, *times, *shares, *ratios, peak, escape(row.note), style=style)
     return table
 
 
@@ -181,36 +182,57 @@ def target_table(rows: Iterable[Row]) -> Table:
     return table
 
 
+def conditions(row: Row) -> str:
+    """Where, when and with what a run was made, in one line."""
+    others = [("ONNX Runtime", row.onnxruntime), ("OpenVINO", row.openvino)]
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in others)
+    return (
+        f"{row.device}, {row.threads} threads, torch {row.torch}, {versions}; "
+        f"{row.date}, commit {row.commit}"
+    )
+
+
 def readme_table(rows: Sequence[Row]) -> str:
     """The Markdown summary: one line a problem, medians in milliseconds."""
-    columns = {
-        "eager NCHW": "eager NCHW",
-        "eager NHWC": "eager NHWC",
-        "compile NCHW": "compile NCHW",
-        "compile NHWC": "compile NHWC",
-        "ONNX Runtime": "ONNX Runtime",
-        "OpenVINO": "OpenVINO",
-    }
-    first = rows[0]
+    pairs = ("aspp_ext", "eager", "compile")
+    singles = ("ONNX Runtime", "OpenVINO")
     lines = [
-        f"Medians in ms on {first.device}, {first.threads} threads, batch 1, float32 unless said; "
-        f"torch {first.torch}, ONNX Runtime {first.onnxruntime or 'missing'}, "
-        f"OpenVINO {first.openvino or 'missing'}; {first.date}, commit {first.commit}. "
-        "`compile` freezes the weights. The last two columns say how many times as fast as the "
-        "best of PyTorch and the best of the other runtimes aspp_ext is.",
+        "Medians in ms, NCHW / NHWC input; batch 1, float32 and inference unless said. `compile` "
+        "is `torch.compile` with frozen weights. The last two columns: how many times as fast as "
+        f"the best of PyTorch and of the other runtimes. {conditions(rows[0])}.",
         "",
-        "| | **aspp_ext NCHW** | **aspp_ext NHWC** | "
-        + " | ".join(columns)
-        + " | vs PyTorch | vs others |",
-        "|---|" + "---:|" * (len(columns) + 4),
+        "| | aspp_ext | eager | compile | ONNX Runtime | OpenVINO | vs PyTorch | vs others |",
+        "|---|" + "---:|" * 7,
     ]
     for (level, *_), group in by_problem(rows).items():
         times = {row.contender: number(row.p50_ms) for row in group}
+        cells = [
+            " / ".join(times.get(f"{name} {layout}", "—") for layout in ("NCHW", "NHWC"))
+            for name in pairs
+        ]
+        cells = ["—" if set(cell) <= set("— /") else cell for cell in cells]
         ours = best(group, "ours")
-        cells = [f"**{times.get(f'aspp_ext {layout}', '—')}**" for layout in ("NCHW", "NHWC")]
-        cells += [times.get(name, "—") for name in columns]
+        cells += [times.get(name, "—") for name in singles]
         cells += [ratio(ours and ours.vs_best_pytorch), ratio(ours and ours.vs_best_other)]
-        lines.append(f"| {level}: {group[0].title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {level}: {group[0].title} | **{cells[0]}** | {' | '.join(cells[1:])} |")
+    return "\n".join(lines)
+
+
+def targets_markdown(rows: Sequence[Row]) -> str:
+    """The targets as Markdown, for the page that explains the figures."""
+    names = {"pytorch": "PyTorch", "other": "ONNX Runtime, OpenVINO"}
+    lines = [
+        f"{conditions(rows[0])}.",
+        "",
+        "| module | against the best of | target | got | |",
+        "|---|---|---:|---:|---|",
+    ]
+    for verdict in verdicts(rows):
+        problem, target = verdict.target.problem, verdict.target
+        extra = [word for word in (problem.dtype, problem.mode) if word not in DEFAULTS]
+        name = ", ".join([problem.name, *extra])
+        cells = [name, names[target.against], ratio(target.ratio), ratio(verdict.got), verdict.text]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

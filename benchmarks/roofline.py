@@ -71,7 +71,7 @@ def pyramid_work(problem: Problem) -> tuple[float, float]:
 
 
 def work_of(problem: Problem) -> Work | None:
-    """Useful FLOPs and compulsory bytes of one call; None for whole models, which are not counted."""
+    """Useful FLOPs and compulsory bytes of one call; None for whole models (not counted)."""
     if problem.level == "model":
         return None
     pixels = problem.batch * problem.height * problem.width

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the problems and stop")
     parser.add_argument("--threads", type=int, help="threads of every contender")
     parser.add_argument("--flush", action="store_true", help="empty the caches before each call")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="leave out what would end later")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="leave out what would end later"
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="timing of one problem")
     parser.add_argument("--out", type=Path, help="folder of the CSV file and the plots")
     parser.add_argument("--no-readme", action="store_true", help="leave the READMEs alone")
@@ -58,7 +61,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         least_rounds=3 if options.quick else 5,
         most_rounds=100 if options.full else 40,
         flush=timing.cache_flusher() if options.flush else None,
-        measure_memory=lambda p: options.full and not p.model or p.level == "operator",
+        measure_memory=lambda p: (options.full and not p.model) or p.level == "operator",
     )
 
 
@@ -74,9 +77,12 @@ def machine_rows(facts: dict[str, str | int], ceilings: Ceilings) -> list[report
 
 
 def run_all(
-    problems: Sequence[Problem], settings: Settings, contenders: Sequence[peers.Contender],
-    limit_s: float, console: Console,
-) -> tuple[list[report.Row], list[str]]:  # fmt: skip
+    problems: Sequence[Problem],
+    settings: Settings,
+    contenders: Sequence[peers.Contender],
+    limit_s: float,
+    console: Console,
+) -> tuple[list[report.Row], list[str]]:
     """Runs the problems one after the other; returns the rows and what went wrong."""
     start = time.perf_counter()
     facts = machine.facts()
@@ -89,14 +95,19 @@ def run_all(
     rows: list[report.Row] = []
     failures: list[str] = []
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         whole = progress.add_task("problems", total=len(problems))
         step = progress.add_task("", total=None)
         longest = 0.0
-        for problem in problems:
+        for place, problem in enumerate(problems, 1):
             began = time.perf_counter()
+            if not console.is_terminal:  # no moving bar there
+                console.print(f"[dim]{place}/{len(problems)} {problem.title}")
 
             def on_step(what: str, done: int | None = None, total: int | None = None) -> None:
                 progress.update(step, description=what, completed=done or 0, total=total)
@@ -133,9 +144,10 @@ def publish(rows: Sequence[report.Row], folder: Path, readmes: bool, console: Co
     except ImportError as error:
         console.print(f"[yellow]no plots: {error}")
     if readmes:
-        for readme in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
-            if report.refresh_readme(readme, report.readme_table(rows)):
-                console.print(f"refreshed {readme}")
+        tables = {"README.md": report.readme_table, "benchmarks/README.md": report.targets_markdown}
+        for name, table in tables.items():
+            if report.refresh_readme(ROOT / name, table(rows)):
+                console.print(f"refreshed {name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(report.target_table(rows))
     console.print(f"all of it took {time.perf_counter() - start:.0f} s")
     for failure in failures:
-        console.print(f"[red]{failure}")
+        console.print(f"[red]{escape(failure)}")
     return 1 if failures else 0
 
 

@@ -43,7 +43,7 @@ class Timing:
 
 
 def cache_flusher(megabytes: int = 128) -> Callable[[], object]:
-    """Returns a function that walks through `megabytes` of memory, so that the next call is cold."""
+    """Returns a function that walks through `megabytes` of memory: what is called next is cold."""
     buffer = torch.ones(megabytes * 2**18)  # float32
     return lambda: buffer.add_(1.0)
 

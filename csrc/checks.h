@@ -132,12 +132,12 @@ inline void check_rates(const char* op, const std::vector<int64_t>& rates, size_
 }
 
 inline void check_vector(const char* op, const char* name, const std::optional<Tensor>& v,
-                         const Tensor& x, int64_t channels, int64_t batch_or_zero) {
+                         const Tensor& x, int64_t channels, bool per_sample = false) {
   if (!v.has_value()) return;
   check_like(op, name, *v, x);
-  const bool per_sample =
-      batch_or_zero > 0 && v->dim() == 2 && v->size(0) == batch_or_zero && v->size(1) == channels;
-  require(per_sample || (v->dim() == 1 && v->size(0) == channels), op, ": ", name,
+  const bool rows =
+      per_sample && v->dim() == 2 && v->size(0) == x.size(0) && v->size(1) == channels;
+  require(rows || (v->dim() == 1 && v->size(0) == channels), op, ": ", name,
           " must have one value per output channel (", channels, "), got shape ", shape_of(*v));
 }
 

@@ -213,7 +213,7 @@ def edits(original: nn.Module) -> list:
             tensor(m, name).mul_(1.5)
 
     for name in original.state_dict():
-        if not name.endswith("num_batches_tracked"):
+        if not name.endswith("num_batches_tracked") and not name.startswith(("convs.2", "convs.3")):
             for change in (in_place, through_data, new_data, replaced, in_inference_mode):
                 found.append((f"{name} {change.__name__}", lambda m, c=change, n=name: c(m, n)))
     return found

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
+from aspp_ext.ops.formats import is_channels_last
 
 from .fold import FoldCache, Folded, cacheable, fold, sources
 from .head import Head, forward_layers
@@ -70,8 +71,7 @@ class FusedForward(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         y = aspp_inference(x, *self._folded(head, dtype))
-        # The last stride of a 1x1 weight tells the two formats apart.
-        if weight.stride(3) == weight.shape[1] > 1:
+        if is_channels_last(weight):
             y = y.contiguous(memory_format=torch.channels_last)
         return head.dropout(y)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
+from aspp_ext.ops.formats import is_channels_last
 
 Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
 
@@ -77,15 +78,22 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     pool_by_running_stats = _single_pooled_value(head, x, pool_batch_of_one)
     convs = [b.conv for b in head.branches]
     rates = [b.rate for b in head.branches]
+    weights = [c.weight for c in convs]
+    last = any(map(is_channels_last, (x, head.project.weight, *weights)))
+    # Batch norm and projection are several times faster in channels_last, so that is what the
+    # pyramid is asked for, by the one means there is: the memory format of a weight.
+    weights[0] = _as_channels_last(weights[0])
     bias = _joint_bias(convs)
     if any(b.depthwise is not None for b in head.branches):
         depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
-        y = atrous_separable_pyramid(x, depthwise, [c.weight for c in convs], rates, bias=bias)
+        y = atrous_separable_pyramid(x, depthwise, weights, rates, bias=bias)
     else:
-        y = atrous_pyramid(x, [c.weight for c in convs], rates, bias=bias)
+        y = atrous_pyramid(x, weights, rates, bias=bias)
 
-    # split, not slices: its backward is one concatenation instead of a padded map per branch
-    parts = y.split([c.weight.shape[0] for c in convs], 1)
+    inner = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+    # split, not slices: its backward is one concatenation instead of a padded map per branch.
+    # A batch norm of a strided slice takes up to 100 times as long as one of a dense copy.
+    parts = [p.contiguous(memory_format=inner) for p in y.split([w.shape[0] for w in weights], 1)]
     y = torch.cat([b.norm(p).relu_() for b, p in zip(head.branches, parts, strict=True)], 1)
 
     pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
@@ -96,8 +104,17 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
     # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
     shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
-    y = atrous_pyramid(y, [weight], [1], shift=shift)
-    return head.dropout(head.project_norm(y).relu_())
+    y = head.project_norm(atrous_pyramid(y, [weight], [1], shift=shift)).relu_()
+    outer = torch.channels_last if last else torch.contiguous_format
+    return head.dropout(y.contiguous(memory_format=outer))
+
+
+def _as_channels_last(weight: Tensor) -> Tensor:
+    """A 1x1 weight seen in channels_last, which is the same memory; others as they are."""
+    out_channels, in_channels, *kernel = weight.shape
+    if tuple(kernel) != (1, 1) or not weight.is_contiguous():
+        return weight
+    return weight.view(out_channels, 1, 1, in_channels).permute(0, 3, 1, 2)
 
 
 def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:

@@ -208,6 +208,21 @@ def check_grad(op: str, grad: Tensor, x: Tensor, out_channels: int) -> None:
         raise ValueError(f"{op}: grad must have the output's shape {expected}, got {_shape(grad)}")
 
 
+def check_sizes(op: str, kernels: Sequence[int], out_channels: Sequence[int]) -> None:
+    """``kernels``: (kh, kw) of every branch, flat."""
+    if len(kernels) != 2 * len(out_channels):
+        raise ValueError(
+            f"{op}: kernels must have two sizes per branch, got {len(kernels)} for "
+            f"{len(out_channels)} branches"
+        )
+    for b, outs in enumerate(out_channels):
+        kh, kw = kernels[2 * b], kernels[2 * b + 1]
+        if outs < 1 or kh < 1 or kw < 1:
+            raise ValueError(
+                f"{op}: kernel sizes and out_channels must be >= 1, got {kh}x{kw} and {outs}"
+            )
+
+
 def check_activation(op: str, name: str, activation: str | None) -> None:
     if activation not in (None, "relu"):
         raise ValueError(f"{op}: {name} must be None or 'relu', got {activation!r}")

@@ -266,6 +266,7 @@ if _native.cpu_missing is None:
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
     def _(grad, x, kernels, out_channels, rates):  # type: ignore[no-untyped-def]
         checks.check_image("atrous_pyramid_grad_weight", "x", x)
+        checks.check_sizes("atrous_pyramid_grad_weight", kernels, out_channels)
         weights = [
             x.new_empty(o, x.size(1), kh, kw)
             for o, (kh, kw) in zip(out_channels, pairs(kernels), strict=True)

@@ -4,6 +4,8 @@
 // constant over the plane, joins as a per-sample bias in the last, small pass.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
+
 #include "branches.h"
 #include "forward.h"
 #include "parallel.h"
@@ -37,7 +39,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
     deep_rates.insert(deep_rates.end(), {rates[2 * b], rates[2 * b + 1]});
   }
   if (!deep.empty()) check_separable(kOp, x, deep, point, deep_rates);
-  check_vector(kOp, "shift", shift, x, shape.pyramid.out_channels, 0);
+  check_vector(kOp, "shift", shift, x, shape.pyramid.out_channels);
   require(pool_weight.has_value() == pool_shift.has_value(), kOp,
           ": pool_weight and pool_shift must be given together");
   if (pool_weight.has_value()) {
@@ -46,7 +48,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
             ": pool_weight must be [Q, ", shape.pyramid.channels, "], got shape ",
             shape_of(*pool_weight));
     shape.pooled = pool_weight->size(0);
-    check_vector(kOp, "pool_shift", pool_shift, x, shape.pooled, 0);
+    check_vector(kOp, "pool_shift", pool_shift, x, shape.pooled);
   }
   check_like(kOp, "project_weight", project_weight, x);
   const int64_t inputs = shape.pyramid.out_channels + shape.pooled;
@@ -54,7 +56,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
               project_weight.size(0) >= 1,
           kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
   shape.projected = project_weight.size(0);
-  check_vector(kOp, "project_shift", project_shift, x, shape.projected, 0);
+  check_vector(kOp, "project_shift", project_shift, x, shape.projected);
   return shape;
 }
 
@@ -70,16 +72,21 @@ Matrix project_rows(Operands& operands, const Tensor& project,
   int64_t outputs = 0;
   for (const BranchParams& branch : branches) outputs += branch.out_channels;
   if (columns == outputs) return operands.weight(as_kernel(project, 0, outputs));
+  const Dtype dtype = operands.product_dtype();
   const int64_t row = padded(project.size(0));
-  const Tensor padded_rows = operands.allocate_zeros(columns * row);
+  const int64_t element = dtype == Dtype::kBFloat16 ? 2 : dtype == Dtype::kFloat32 ? 4 : 8;
+  char* rows = static_cast<char*>(operands.allocate_zeros(columns * row, dtype));
   int64_t first = 0;
   for (const BranchParams& branch : branches) {
     const Matrix part = operands.weight(as_kernel(project, first, branch.out_channels));
-    operands.copy_rows(part, branch.out_channels, row,
-                       operands.offset(padded_rows.data_ptr(), branch.column * row));
+    for (int64_t i = 0; i < branch.out_channels; ++i) {
+      std::memcpy(rows + (branch.column + i) * row * element,
+                  static_cast<const char*>(part.data) + i * part.row * element,
+                  size_t(row * element));
+    }
     first += branch.out_channels;
   }
-  return {padded_rows.data_ptr(), 0, row};
+  return {rows, 0, row};
 }
 
 // bias[n, :] = project_shift + project[:, pool] relu(pool_weight mean(x[n]) + pool_shift)
@@ -145,8 +152,10 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   Matrix pool, pool_project;
   const void* pool_bias = nullptr;
   if (head.pooled > 0) {
-    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels));
-    pool_project = operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled));
+    const Dtype dtype = operands.compute_dtype();
+    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels), dtype);
+    pool_project =
+        operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled), dtype);
     pool_bias = operands.vector(*pool_shift);
   }
   const void* base = operands.vector(project_shift);

@@ -22,49 +22,54 @@ Image image_of(const Tensor& t) {
 }
 
 Operands::Operands(const Tensor& x)
-    : double_precision_(x.scalar_type() == ScalarType::Double), like_(x) {}
+    : double_precision_(x.scalar_type() == ScalarType::Double),
+      product_dtype_(x.scalar_type() == ScalarType::BFloat16 && kernels().bfloat16_products
+                         ? Dtype::kBFloat16
+                         : compute_dtype()),
+      like_(x) {}
 
-Tensor Operands::allocate_zeros(int64_t count) {
-  const int64_t size[] = {count};
-  storage_.push_back(torch::stable::new_zeros(
-      like_, {size, 1}, double_precision_ ? ScalarType::Double : ScalarType::Float));
-  return storage_.back();
+namespace {
+
+int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-void* Operands::allocate(int64_t count) {
+ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64: return ScalarType::Double;
+    case Dtype::kBFloat16: return ScalarType::BFloat16;
+    case Dtype::kFloat16: return ScalarType::Half;
+    default: return ScalarType::Float;
+  }
+}
+
+char* at_element(const Image& image, int64_t elements) {
+  return static_cast<char*>(image.data) + elements * size_of(image.dtype);
+}
+
+}  // namespace
+
+void* Operands::allocate(int64_t count, Dtype dtype) {
   const int64_t size[] = {count};
-  storage_.push_back(torch::stable::new_empty(
-      like_, {size, 1}, double_precision_ ? ScalarType::Double : ScalarType::Float));
+  storage_.push_back(torch::stable::new_empty(like_, {size, 1}, scalar_type(dtype)));
   return storage_.back().data_ptr();
 }
 
-void Operands::copy_rows(const Matrix& from, int64_t rows, int64_t count, void* to) const {
-  const int64_t size = double_precision_ ? 8 : 4;
-  for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(static_cast<char*>(to) + i * count * size,
-                static_cast<const char*>(from.data) + i * from.row * size, size_t(count * size));
-  }
+void* Operands::allocate_zeros(int64_t count, Dtype dtype) {
+  void* memory = allocate(count, dtype);
+  std::memset(memory, 0, size_t(count * size_of(dtype)));
+  return memory;
 }
 
 char* Operands::offset(void* base, int64_t elements) const {
   return static_cast<char*>(base) + elements * (double_precision_ ? 8 : 4);
 }
 
-namespace {
-
-char* at_element(const Image& image, int64_t elements) {
-  const int64_t size = image.dtype == Dtype::kFloat64 ? 8 : image.dtype == Dtype::kFloat32 ? 4 : 2;
-  return static_cast<char*>(image.data) + elements * size;
-}
-
-}  // namespace
-
-Matrix Operands::weight(const Tensor& w) {
+Matrix Operands::weight(const Tensor& w, Dtype dtype) {
   const int64_t out = w.size(0), in = w.size(1), kh = w.size(2), kw = w.size(3);
   const int64_t taps = kh * kw, row = padded(out);
-  const bool compute_type = dtype_of(w) == (double_precision_ ? Dtype::kFloat64 : Dtype::kFloat32);
   const bool one_step = kh == 1 || kw == 1 || w.stride(2) == kw * w.stride(3);
-  if (compute_type && out == row && w.stride(0) == 1 && w.stride(1) >= out && one_step) {
+  if (dtype_of(w) == dtype && out == row && w.stride(0) == 1 && w.stride(1) >= out && one_step) {
     return {w.data_ptr(), kw > 1 ? w.stride(3) : w.stride(2), w.stride(1)};
   }
   // Source columns in the order they lie in memory: all (c, tap) at once when a row of w is
@@ -75,7 +80,7 @@ Matrix Operands::weight(const Tensor& w) {
   const int64_t length = contiguous_rows ? in * taps : in;
   constexpr int64_t kSlice = 256;
   const int64_t slices = (length + kSlice - 1) / kSlice;
-  void* packed = allocate(in * taps * row);
+  char* packed = static_cast<char*>(allocate(in * taps * row, dtype));
   run_tasks(passes * slices, 0, [&](int64_t task, void*) {
     const int64_t tap = task / slices, first = task % slices * kSlice;
     const int64_t count = length - first < kSlice ? length - first : kSlice;
@@ -84,8 +89,8 @@ Matrix Operands::weight(const Tensor& w) {
     source.x_stride = contiguous_rows && taps > 1 ? 1 : w.stride(1);
     source.c_stride = w.stride(0);
     source.data = at_element(source, start + first * source.x_stride);
-    kernels().to_pixels(source, 0, out, count, 0, 1, offset(packed, (tap * in + first) * row), row,
-                        double_precision_);
+    kernels().to_pixels(source, 0, out, count, 0, 1,
+                        packed + (tap * in + first) * row * size_of(dtype), dtype, row);
   });
   return contiguous_rows ? Matrix{packed, row, taps * row} : Matrix{packed, in * row, row};
 }
@@ -95,8 +100,8 @@ const void* Operands::depthwise(const Tensor& w) {
   void* packed = allocate(w.size(2) * w.size(3) * stride);
   Image source = image_of(w);
   source.c_stride = w.stride(0);
-  kernels().to_pixels(source, 0, w.size(0), w.size(3), 0, w.size(2), packed, stride,
-                      double_precision_);
+  kernels().to_pixels(source, 0, w.size(0), w.size(3), 0, w.size(2), packed, compute_dtype(),
+                      stride);
   return packed;
 }
 
@@ -105,7 +110,7 @@ void Operands::vector(const Tensor& v, int64_t n, int64_t first, int64_t count, 
   const int64_t step = matrix ? v.stride(1) : v.stride(0);
   Image source{v.data_ptr(), dtype_of(v), 0, step, 0, 0};
   source.data = at_element(source, (matrix ? n * v.stride(0) : 0) + first * step);
-  kernels().to_pixels(source, 0, count, 1, 0, 1, to, padded(count), double_precision_);
+  kernels().to_pixels(source, 0, count, 1, 0, 1, to, compute_dtype(), padded(count));
 }
 
 const void* Operands::vector(const Tensor& v) {

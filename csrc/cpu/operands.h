@@ -14,7 +14,7 @@ namespace aspp {
 Dtype dtype_of(const Tensor& t);
 Image image_of(const Tensor& t);  // [N, C, H, W]
 
-struct Matrix {  // rows of `stride` elements in the compute type
+struct Matrix {  // element steps from tap to tap and from row to row
   const void* data = nullptr;
   int64_t tap = 0, row = 0;
 };
@@ -24,14 +24,17 @@ class Operands {
   explicit Operands(const Tensor& x);
 
   bool double_precision() const { return double_precision_; }
-  // `count` elements in the compute type, alive as long as this object; not initialised
-  void* allocate(int64_t count);
-  Tensor allocate_zeros(int64_t count);
+  // `count` elements, in the compute type unless told, alive as long as this object; not initialised
+  void* allocate(int64_t count) { return allocate(count, compute_dtype()); }
+  void* allocate(int64_t count, Dtype dtype);
+  void* allocate_zeros(int64_t count, Dtype dtype);
   char* offset(void* base, int64_t elements) const;
-  void copy_rows(const Matrix& from, int64_t rows, int64_t count, void* to) const;
 
-  // weight [O, C, kh, kw] -> element (tap, c, o) at tap * m.tap + c * m.row + o
-  Matrix weight(const Tensor& w);
+  // weight [O, C, kh, kw] -> element (tap, c, o) at tap * m.tap + c * m.row + o, in product_dtype()
+  Matrix weight(const Tensor& w) { return weight(w, product_dtype_); }
+  Matrix weight(const Tensor& w, Dtype dtype);
+  Dtype product_dtype() const { return product_dtype_; }
+  Dtype compute_dtype() const { return double_precision_ ? Dtype::kFloat64 : Dtype::kFloat32; }
   // [C, 1, kh, kw] -> [kh * kw, padded C]
   const void* depthwise(const Tensor& w);
   // [count] at `first` of row `n` of v -> to[0 .. padded(count)), zeros behind
@@ -40,6 +43,7 @@ class Operands {
 
  private:
   bool double_precision_;
+  Dtype product_dtype_;
   Tensor like_;
   std::vector<Tensor> storage_;
 };

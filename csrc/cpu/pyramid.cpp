@@ -4,6 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "branches.h"
 #include "forward.h"
 
@@ -15,8 +17,8 @@ constexpr const char* kOp = "atrous_pyramid";
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
                std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu) {
   const PyramidShape shape = check_dense(kOp, x, weights, rates);
-  check_vector(kOp, "scale", scale, x, shape.out_channels, 0);
-  check_vector(kOp, "shift", shift, x, shape.out_channels, shape.batch);
+  check_vector(kOp, "scale", scale, x, shape.out_channels);
+  check_vector(kOp, "shift", shift, x, shape.out_channels, true);
   const bool channels_last = is_channels_last(x) || any_channels_last(weights);
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
@@ -36,8 +38,10 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
 
 // One branch of aten::convolution_backward: the gradient of the input or of the weight.
 Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                            const int64_t* rate, bool of_weight) {
+                            const int64_t* rates, bool of_weight) {
   const int64_t stride[] = {1, 1}, none[] = {0, 0};
+  // Beyond the map only the centre tap lives, whatever the rate; oneDNN counts in 32 bits.
+  const int64_t rate[] = {std::min(rates[0], x.size(2)), std::min(rates[1], x.size(3))};
   const int64_t padding[] = {weight.size(2) / 2 * rate[0], weight.size(3) / 2 * rate[1]};
   const int32_t mask[] = {!of_weight, of_weight, false};
   AtenTensorHandle result[3] = {nullptr, nullptr, nullptr};
@@ -90,8 +94,14 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates) {
   check_image("atrous_pyramid_grad_weight", "x", x);
+  require(kernels.size() == 2 * out_channels.size(),
+          "atrous_pyramid_grad_weight: kernels must have two sizes per branch, got ",
+          kernels.size(), " for ", out_channels.size(), " branches");
   std::vector<Tensor> weights;
   for (size_t b = 0; b < out_channels.size(); ++b) {
+    require(out_channels[b] >= 1 && kernels[2 * b] >= 1 && kernels[2 * b + 1] >= 1,
+            "atrous_pyramid_grad_weight: kernel sizes and out_channels must be >= 1, got ",
+            kernels[2 * b], "x", kernels[2 * b + 1], " and ", out_channels[b]);
     weights.push_back(
         placeholder(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
   }

@@ -30,8 +30,8 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
                          std::optional<Tensor> shift, bool relu) {
   const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates);
   check_between(kOp, x, between_scale, between_shift, depthwise);
-  check_vector(kOp, "scale", scale, x, shape.out_channels, 0);
-  check_vector(kOp, "shift", shift, x, shape.out_channels, shape.batch);
+  check_vector(kOp, "scale", scale, x, shape.out_channels);
+  check_vector(kOp, "shift", shift, x, shape.out_channels, true);
   const bool channels_last = is_channels_last(x) || any_channels_last(pointwise);
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
@@ -136,7 +136,7 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
                     channel * source.c_stride * int64_t(grad.element_size());
       const int64_t at = (n * pixels + y * shape.width) * p.grad_stride + branch.column;
       k.to_pixels(source, n, branch.out_channels, shape.width, y, y + 1, operands.offset(rows, at),
-                  p.grad_stride, wide);
+                  operands.compute_dtype(), p.grad_stride);
       channel += branch.out_channels;
     }
   });

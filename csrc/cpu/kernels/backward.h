@@ -98,7 +98,7 @@ class BlockBackward {
       if constexpr (kMatches<T, S>) {
         const Plane<S> plane = plane_of<S>(image, n, c_);
         for (int64_t y = 0; y < p_.height; ++y) {
-          load_row<T, S>(plane, y, 0, p_.width, channels_, stride_, to + y * p_.width * stride_,
+          load_row<T>(plane, y, 0, p_.width, channels_, stride_, to + y * p_.width * stride_,
                          stride_);
         }
       }
@@ -111,7 +111,7 @@ class BlockBackward {
       if constexpr (kMatches<T, S>) {
         const Plane<S> plane = plane_of<S>(p_.grad_x, n, c_);
         for (int64_t y = 0; y < p_.height; ++y) {
-          store_row<T, S>(s_.grad_x + y * p_.width * stride_, stride_, channels_, plane, y, 0,
+          store_row<T>(s_.grad_x + y * p_.width * stride_, stride_, channels_, plane, y, 0,
                           p_.width);
         }
       }
@@ -125,7 +125,7 @@ class BlockBackward {
       using S = std::remove_pointer_t<decltype(tag)>;
       if constexpr (kMatches<T, S>) {
         const Plane<S> plane{static_cast<S*>(w.data) + c_ * w.c_stride, w.c_stride, 0, w.n_stride};
-        load_row<T, S>(plane, 0, 0, p_.branches[b].out_channels, channels_, stride_, s_.pointwise,
+        load_row<T>(plane, 0, 0, p_.branches[b].out_channels, channels_, stride_, s_.pointwise,
                        stride_);
       }
     });

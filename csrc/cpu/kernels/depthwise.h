@@ -34,9 +34,10 @@ inline ptrdiff_t same_taps_until(ptrdiff_t position, ptrdiff_t end, ptrdiff_t ke
   return until;
 }
 
-template <typename T>
+// S stores the pixels (T, or bfloat16 where products are bfloat16); T is what is computed in.
+template <typename T, typename S>
 struct Piece {                 // one run of pixels with the same live taps
-  const T* const* rows;        // [row_taps] pixel x = 0 of each live row
+  const S* const* rows;        // [row_taps] pixel x = 0 of each live row
   const ptrdiff_t* columns;    // [column_taps] element offset of each live column
   const T* weights;            // weight of the first live tap
   ptrdiff_t weight_row, weight_column;  // element steps from tap to tap
@@ -46,7 +47,7 @@ struct Piece {                 // one run of pixels with the same live taps
   const T* shift;
   bool relu;
   bool accumulate;
-  T* out;
+  S* out;
   ptrdiff_t out_stride;
 };
 
@@ -60,10 +61,10 @@ inline Vec<T> finish(Vec<T> v, Vec<T> scale, Vec<T> shift, bool relu) {
 }
 
 // Channels [c, c + lanes) of the piece, with the weights of the tap grid in registers.
-template <typename T, int kRows, int kColumns, bool kBetween>
-inline void run_grid(const Piece<T>& p, ptrdiff_t c) {
+template <int kRows, int kColumns, bool kBetween, typename T, typename S>
+inline void run_grid(const Piece<T, S>& p, ptrdiff_t c) {
   Vec<T> w[kRows][kColumns];
-  const T* row[kRows];
+  const S* row[kRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
     row[i] = p.rows[i] + c;
@@ -76,52 +77,52 @@ inline void run_grid(const Piece<T>& p, ptrdiff_t c) {
   for (int j = 0; j < kColumns; ++j) column[j] = p.columns[j];
   const Vec<T> scale = kBetween ? load(p.scale + c) : Vec<T>{};
   const Vec<T> shift = kBetween ? load(p.shift + c) : Vec<T>{};
-  T* out = p.out + c;
+  S* out = p.out + c;
   for (ptrdiff_t x = 0; x < p.count; ++x) {
-    Vec<T> acc = p.accumulate ? load(out) : Vec<T>{};
+    Vec<T> acc = p.accumulate ? load_as<T>(out) : Vec<T>{};
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kColumns; ++j) acc += w[i][j] * load(row[i] + column[j]);
+      for (int j = 0; j < kColumns; ++j) acc += w[i][j] * load_as<T>(row[i] + column[j]);
       row[i] += p.pixel_stride;
     }
-    store(out, finish<T, kBetween>(acc, scale, shift, p.relu));
+    store_as<T>(out, finish<T, kBetween>(acc, scale, shift, p.relu));
     out += p.out_stride;
   }
 }
 
-template <typename T, bool kBetween>
-inline void run_any(const Piece<T>& p, ptrdiff_t c, ptrdiff_t row_taps, ptrdiff_t column_taps) {
+template <bool kBetween, typename T, typename S>
+inline void run_any(const Piece<T, S>& p, ptrdiff_t c, ptrdiff_t row_taps, ptrdiff_t column_taps) {
   const Vec<T> scale = kBetween ? load(p.scale + c) : Vec<T>{};
   const Vec<T> shift = kBetween ? load(p.shift + c) : Vec<T>{};
   for (ptrdiff_t x = 0; x < p.count; ++x) {
-    T* out = p.out + x * p.out_stride + c;
-    Vec<T> acc = p.accumulate ? load(out) : Vec<T>{};
+    S* out = p.out + x * p.out_stride + c;
+    Vec<T> acc = p.accumulate ? load_as<T>(out) : Vec<T>{};
     for (ptrdiff_t i = 0; i < row_taps; ++i) {
       for (ptrdiff_t j = 0; j < column_taps; ++j) {
         acc += load(p.weights + i * p.weight_row + j * p.weight_column + c) *
-               load(p.rows[i] + x * p.pixel_stride + p.columns[j] + c);
+               load_as<T>(p.rows[i] + x * p.pixel_stride + p.columns[j] + c);
       }
     }
-    store(out, finish<T, kBetween>(acc, scale, shift, p.relu));
+    store_as<T>(out, finish<T, kBetween>(acc, scale, shift, p.relu));
   }
 }
 
-template <typename T, bool kBetween>
-void run_piece(const Piece<T>& p, ptrdiff_t channels, ptrdiff_t row_taps, ptrdiff_t column_taps) {
+template <bool kBetween, typename T, typename S>
+void run_piece(const Piece<T, S>& p, ptrdiff_t channels, ptrdiff_t row_taps, ptrdiff_t column_taps) {
   const ptrdiff_t grid = row_taps <= 3 && column_taps <= 3 ? row_taps * 4 + column_taps : 0;
   for (ptrdiff_t c = 0; c < channels; c += kLanes<T>) {
     switch (grid) {
-      case 1 * 4 + 1: run_grid<T, 1, 1, kBetween>(p, c); break;
-      case 1 * 4 + 2: run_grid<T, 1, 2, kBetween>(p, c); break;
-      case 1 * 4 + 3: run_grid<T, 1, 3, kBetween>(p, c); break;
-      case 2 * 4 + 1: run_grid<T, 2, 1, kBetween>(p, c); break;
-      case 2 * 4 + 2: run_grid<T, 2, 2, kBetween>(p, c); break;
-      case 2 * 4 + 3: run_grid<T, 2, 3, kBetween>(p, c); break;
-      case 3 * 4 + 1: run_grid<T, 3, 1, kBetween>(p, c); break;
-      case 3 * 4 + 2: run_grid<T, 3, 2, kBetween>(p, c); break;
-      case 3 * 4 + 3: run_grid<T, 3, 3, kBetween>(p, c); break;
-      default: run_any<T, kBetween>(p, c, row_taps, column_taps); break;
+      case 1 * 4 + 1: run_grid<1, 1, kBetween>(p, c); break;
+      case 1 * 4 + 2: run_grid<1, 2, kBetween>(p, c); break;
+      case 1 * 4 + 3: run_grid<1, 3, kBetween>(p, c); break;
+      case 2 * 4 + 1: run_grid<2, 1, kBetween>(p, c); break;
+      case 2 * 4 + 2: run_grid<2, 2, kBetween>(p, c); break;
+      case 2 * 4 + 3: run_grid<2, 3, kBetween>(p, c); break;
+      case 3 * 4 + 1: run_grid<3, 1, kBetween>(p, c); break;
+      case 3 * 4 + 2: run_grid<3, 2, kBetween>(p, c); break;
+      case 3 * 4 + 3: run_grid<3, 3, kBetween>(p, c); break;
+      default: run_any<kBetween>(p, c, row_taps, column_taps); break;
     }
   }
 }
@@ -143,11 +144,11 @@ struct DepthwiseRows {
 };
 
 // Pixels [x0, x1) of row y -> out[(x - x0) * out_stride + c]. `row_of(y)` is pixel x = 0 of row y.
-template <typename T, typename RowOf>
+template <typename T, typename S, typename RowOf>
 inline void depthwise_row(const DepthwiseRows<T>& d, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1,
-                          const RowOf& row_of, T* out, ptrdiff_t out_stride) {
+                          const RowOf& row_of, S* out, ptrdiff_t out_stride) {
   const LiveTaps vertical = live_taps(y, d.kernel_h, d.rate_h, d.height);
-  const T* rows[kMaxTaps];
+  const S* rows[kMaxTaps];
   for (ptrdiff_t i = 0; i < vertical.count; ++i) {
     rows[i] = row_of(y + (vertical.first + i - d.kernel_h / 2) * d.rate_h);
   }
@@ -161,13 +162,13 @@ inline void depthwise_row(const DepthwiseRows<T>& d, ptrdiff_t y, ptrdiff_t x0, 
     const ptrdiff_t tap = vertical.first * d.kernel_w + across.first;
     const ptrdiff_t first = d.flipped ? d.kernel_h * d.kernel_w - 1 - tap : tap;
     const ptrdiff_t step = d.flipped ? -d.weight_stride : d.weight_stride;
-    const Piece<T> piece{rows, columns, d.weights + first * d.weight_stride, d.kernel_w * step, step,
+    const Piece<T, S> piece{rows, columns, d.weights + first * d.weight_stride, d.kernel_w * step, step,
                          d.pixel_stride, until - x, d.scale, d.shift, d.relu, d.accumulate,
                          out + (x - x0) * out_stride, out_stride};
     if (d.scale != nullptr) {
-      run_piece<T, true>(piece, d.channels, vertical.count, across.count);
+      run_piece<true>(piece, d.channels, vertical.count, across.count);
     } else {
-      run_piece<T, false>(piece, d.channels, vertical.count, across.count);
+      run_piece<false>(piece, d.channels, vertical.count, across.count);
     }
     x = until;
   }

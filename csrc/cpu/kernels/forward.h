@@ -7,6 +7,9 @@
 //
 // A separable pyramid takes its branches together (one staging serves every rate); a dense branch
 // goes alone, because its weights (kh * kw times as many) must be streamed past fewer accumulators.
+//
+// T is computed in; E is what the GEMMs multiply: T, or bfloat16 where the processor has products of
+// it. Then staged rows and the depthwise result are bfloat16, as PyTorch's intermediate results are.
 #pragma once
 
 #include <type_traits>
@@ -68,18 +71,20 @@ inline ptrdiff_t channel_block(const PyramidParams& p, ptrdiff_t staged_pixels) 
   return block < all ? block : all;
 }
 
-template <typename T>
+template <typename T, typename E>
 struct ForwardScratch {
-  T* staged;         // [slots, window, block]
-  T* depthwise;      // [pixels, block]
-  T* accumulators;   // [pixels, columns]
-  T* projected;      // [pixels, project columns]
+  E* staged;            // [slots, window, block]
+  E* depthwise;         // [pixels, block]
+  T* accumulators;      // [pixels, columns]
+  E* activated;         // [pixels, columns], where E is not T and there is a projection
+  T* projected;         // [pixels, project columns]
+  BFloat16Pair* pairs;  // [block / 2, widest branch or projection], where E is not T
   int64_t* slot_of;  // [H]
   int64_t bytes;
 };
 
-template <typename T>
-ForwardScratch<T> lay_out_forward(const PyramidParams& p, int64_t chunk_pixels, void* memory) {
+template <typename T, typename E>
+ForwardScratch<T, E> lay_out_forward(const PyramidParams& p, int64_t chunk_pixels, void* memory) {
   // The worst chunk: one that begins at the end of a row, or a single row with its halo.
   ptrdiff_t staged = 0;
   for (int64_t b = 0; b < p.branch_count;) {
@@ -101,10 +106,20 @@ ForwardScratch<T> lay_out_forward(const PyramidParams& p, int64_t chunk_pixels, 
     at += (bytes + 127) / 64 * 64;
     return here;
   };
-  ForwardScratch<T> s;
-  s.staged = reinterpret_cast<T*>(take(staged * ptrdiff_t(sizeof(T))));
-  s.depthwise = reinterpret_cast<T*>(take(chunk_pixels * block * ptrdiff_t(sizeof(T))));
+  constexpr bool kNarrow = !std::is_same_v<T, E>;
+  ptrdiff_t widest = p.project_columns;
+  for (int64_t b = 0; b < p.branch_count; ++b) {
+    const ptrdiff_t columns = padded(p.branches[b].out_channels);
+    if (columns > widest) widest = columns;
+  }
+  ForwardScratch<T, E> s;
+  s.staged = reinterpret_cast<E*>(take(staged * ptrdiff_t(sizeof(E))));
+  s.depthwise = reinterpret_cast<E*>(take(chunk_pixels * block * ptrdiff_t(sizeof(E))));
   s.accumulators = reinterpret_cast<T*>(take(chunk_pixels * p.columns * ptrdiff_t(sizeof(T))));
+  const bool activated = kNarrow && p.project != nullptr;
+  s.activated = reinterpret_cast<E*>(
+      take(activated ? chunk_pixels * p.columns * ptrdiff_t(sizeof(E)) : 0));
+  s.pairs = reinterpret_cast<BFloat16Pair*>(take(kNarrow ? block / 2 * widest * 4 : 0));
   s.projected = reinterpret_cast<T*>(take(chunk_pixels * p.project_columns * ptrdiff_t(sizeof(T))));
   s.slot_of = reinterpret_cast<int64_t*>(take(p.height * 8));
   s.bytes = at - static_cast<char*>(memory);
@@ -122,13 +137,29 @@ inline void for_each_run(const PyramidParams& p, int64_t begin, int64_t end, F&&
   }
 }
 
-template <typename T>
+// Rows 2k and 2k + 1 of a bfloat16 matrix side by side, as the products take them.
+inline void pack_pairs(const BFloat16* rows, ptrdiff_t row, ptrdiff_t count, ptrdiff_t columns,
+                       BFloat16Pair* to) {
+  constexpr int n = kVectorBytes / 4;
+  for (ptrdiff_t k = 0; k < count; k += 2) {
+    for (ptrdiff_t j = 0; j < columns; j += n) {
+      const BFloat16* at = rows + k * row + j;
+      Words pair = __builtin_convertvector(*reinterpret_cast<const HalfWords*>(at), Words);
+      if (k + 1 < count) {
+        pair |= __builtin_convertvector(*reinterpret_cast<const HalfWords*>(at + row), Words) << 16;
+      }
+      store(reinterpret_cast<uint32_t*>(to + k / 2 * columns + j), pair);
+    }
+  }
+}
+
+template <typename T, typename E>
 class ChunkForward {
  public:
   ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
                int64_t chunk_pixels, void* scratch)
       : p_(p), n_(n), chunk_(chunk), begin_(begin), end_(end),
-        s_(lay_out_forward<T>(p, chunk_pixels, scratch)) {}
+        s_(lay_out_forward<T, E>(p, chunk_pixels, scratch)) {}
 
   void run() {
     for (int64_t b = 0; b < p_.branch_count;) {
@@ -191,15 +222,15 @@ class ChunkForward {
         const Plane<S> plane = plane_of<S>(p_.x, n_, c);
         for (int64_t y = 0; y < p_.height; ++y) {
           if (s_.slot_of[y] < 0) continue;
-          load_row<T, S>(plane, y, window_.x0, window_.x1, channels, stride_,
-                         s_.staged + s_.slot_of[y] * (window_.x1 - window_.x0) * stride_, stride_);
+          load_row<T>(plane, y, window_.x0, window_.x1, channels, stride_,
+                      s_.staged + s_.slot_of[y] * (window_.x1 - window_.x0) * stride_, stride_);
         }
       }
     });
   }
 
   // Where pixel x = 0 of a staged row would stand.
-  const T* row_of(ptrdiff_t y) const {
+  const E* row_of(ptrdiff_t y) const {
     return s_.staged + (s_.slot_of[y] * (window_.x1 - window_.x0) - window_.x0) * stride_;
   }
 
@@ -228,7 +259,9 @@ class ChunkForward {
       depthwise_row(d, y, x0, x1, [this](ptrdiff_t row) { return row_of(row); },
                     s_.depthwise + at * stride_, stride_);
     });
-    multiply(branch, branch.weight, s_.depthwise, 0, end_ - begin_, c, channels, c > 0);
+    const Rows weight = rows_of(branch.weight, c * branch.weight_row, branch.weight_row, channels,
+                                padded(branch.out_channels));
+    multiply(branch, weight, s_.depthwise, 0, end_ - begin_, channels, c > 0);
   }
 
   void dense_block(const BranchParams& branch, ptrdiff_t c, ptrdiff_t channels) {
@@ -239,24 +272,52 @@ class ChunkForward {
       const ptrdiff_t tap = t == 0 ? centre : t <= centre ? t - 1 : t;
       const ptrdiff_t dy = (tap / branch.kernel_w - branch.kernel_h / 2) * branch.rate_h;
       const ptrdiff_t dx = (tap % branch.kernel_w - branch.kernel_w / 2) * branch.rate_w;
-      const T* weight =
-          static_cast<const T*>(branch.weight) + tap * branch.weight_tap;
+      const Rows weight = rows_of(branch.weight, tap * branch.weight_tap + c * branch.weight_row,
+                                  branch.weight_row, channels, padded(branch.out_channels));
       for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
         if (y + dy < 0 || y + dy >= p_.height) return;
         const int64_t from = x0 + dx < 0 ? -dx : x0;
         const int64_t to = x1 + dx > p_.width ? p_.width - dx : x1;
         if (from >= to) return;
         multiply(branch, weight, row_of(y + dy) + (from + dx) * stride_, at + from - x0, to - from,
-                 c, channels, c > 0 || t > 0);
+                 channels, c > 0 || t > 0);
       });
     }
   }
 
-  void multiply(const BranchParams& branch, const void* weight, const T* a, ptrdiff_t at,
-                ptrdiff_t pixels, ptrdiff_t c, ptrdiff_t channels, bool accumulate) {
-    gemm(Gemm<T>{a, stride_, 1, static_cast<const T*>(weight) + c * branch.weight_row,
-                 branch.weight_row, s_.accumulators + at * p_.columns + branch.column,
-                 p_.columns, pixels, padded(branch.out_channels), channels, accumulate});
+  // `channels` rows of a weight matrix as the right operand of a product.
+  struct Rows {
+    const void* data;
+    ptrdiff_t stride;
+  };
+  Rows rows_of(const void* matrix, ptrdiff_t first, ptrdiff_t row, ptrdiff_t channels,
+               ptrdiff_t columns) {
+    const E* rows = static_cast<const E*>(matrix) + first;
+    if constexpr (kNarrow) {
+      pack_pairs(rows, row, channels, columns, s_.pairs);
+      return {s_.pairs, columns};
+    } else {
+      return {rows, row};
+    }
+  }
+
+  // c (+)= a * b over `channels`; a's rows are `a_stride` apart, c's `c_stride`.
+  void product(const E* a, ptrdiff_t a_stride, const Rows& b, T* c, ptrdiff_t c_stride,
+               ptrdiff_t pixels, ptrdiff_t columns, ptrdiff_t channels, bool accumulate) {
+    if constexpr (kNarrow) {
+      gemm(Gemm<T, BFloat16Pair>{reinterpret_cast<const BFloat16Pair*>(a), a_stride / 2, 1,
+                                 static_cast<const BFloat16Pair*>(b.data), b.stride, c, c_stride,
+                                 pixels, columns, (channels + 1) / 2, accumulate});
+    } else {
+      gemm(Gemm<T, E>{a, a_stride, 1, static_cast<const E*>(b.data), b.stride, c, c_stride, pixels,
+                      columns, channels, accumulate});
+    }
+  }
+
+  void multiply(const BranchParams& branch, const Rows& weight, const E* a, ptrdiff_t at,
+                ptrdiff_t pixels, ptrdiff_t channels, bool accumulate) {
+    product(a, stride_, weight, s_.accumulators + at * p_.columns + branch.column, p_.columns,
+            pixels, padded(branch.out_channels), channels, accumulate);
   }
 
   void add_pixel_sums(ptrdiff_t c) {
@@ -265,18 +326,19 @@ class ChunkForward {
     for (ptrdiff_t v = 0; v < stride_; v += kLanes<T>) {
       Vec<T> total{};
       for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t) {
-        for (int64_t x = x0; x < x1; ++x) total += load(row_of(y) + x * stride_ + v);
+        for (int64_t x = x0; x < x1; ++x) total += load_as<T>(row_of(y) + x * stride_ + v);
       });
       store(sums + v, total);
     }
   }
 
-  // y = relu(acc * scale + shift), in place.
+  // y = relu(acc * scale + shift), in place; what a projection reads goes to `activated` in E.
   void activate() {
     const T* scale = static_cast<const T*>(p_.scale);
     const T* shift = static_cast<const T*>(p_.shift);
     if (shift != nullptr) shift += n_ * p_.shift_n_stride;
-    if (scale == nullptr && shift == nullptr && !p_.relu) return;
+    const bool narrow = kNarrow && p_.project != nullptr;
+    if (scale == nullptr && shift == nullptr && !p_.relu && !narrow) return;
     for (ptrdiff_t q = 0; q < end_ - begin_; ++q) {
       T* row = s_.accumulators + q * p_.columns;
       for (ptrdiff_t c = 0; c < p_.columns; c += kLanes<T>) {
@@ -284,18 +346,31 @@ class ChunkForward {
         if (scale != nullptr) v *= load(scale + c);
         if (shift != nullptr) v += load(shift + c);
         if (p_.relu) v = at_least<T>(v, Vec<T>{});
-        store(row + c, v);
+        if (narrow) {
+          store_as<T>(s_.activated + q * p_.columns + c, v);
+        } else {
+          store(row + c, v);
+        }
       }
+    }
+  }
+
+  const E* branch_rows() const {
+    if constexpr (kNarrow) {
+      return s_.activated;
+    } else {
+      return s_.accumulators;
     }
   }
 
   void project() {
     constexpr ptrdiff_t block = 512 / sizeof(T);
     for (ptrdiff_t k = 0; k < p_.columns; k += block) {
-      gemm(Gemm<T>{s_.accumulators + k, p_.columns, 1,
-                   static_cast<const T*>(p_.project) + k * p_.project_row, p_.project_row,
-                   s_.projected, p_.project_columns, end_ - begin_, p_.project_columns,
-                   p_.columns - k < block ? p_.columns - k : block, k > 0});
+      const ptrdiff_t count = p_.columns - k < block ? p_.columns - k : block;
+      const Rows rows =
+          rows_of(p_.project, k * p_.project_row, p_.project_row, count, p_.project_columns);
+      product(branch_rows() + k, p_.columns, rows, s_.projected, p_.project_columns, end_ - begin_,
+              p_.project_columns, count, k > 0);
     }
     T* raw = static_cast<T*>(p_.raw) + n_ * p_.height * p_.width * p_.project_columns;
     for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
@@ -314,8 +389,8 @@ class ChunkForward {
           const BranchParams& branch = p_.branches[b];
           const Plane<S> plane = plane_of<S>(p_.out, n_, channel);
           for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
-            store_row<T, S>(s_.accumulators + at * p_.columns + branch.column, p_.columns,
-                            branch.out_channels, plane, y, x0, x1);
+            store_row<T>(s_.accumulators + at * p_.columns + branch.column, p_.columns,
+                         branch.out_channels, plane, y, x0, x1);
           });
           channel += branch.out_channels;
         }
@@ -323,9 +398,11 @@ class ChunkForward {
     });
   }
 
+  static constexpr bool kNarrow = !std::is_same_v<T, E>;
+
   const PyramidParams& p_;
   const int64_t n_, chunk_, begin_, end_;
-  ForwardScratch<T> s_;
+  ForwardScratch<T, E> s_;
   Window window_{};
   ptrdiff_t stride_ = 0;  // channels of a staged pixel, whole vectors
 };

@@ -8,11 +8,12 @@
 
 namespace aspp::ASPP_ISA {
 
-template <typename T>
+// E is the operands' element: T itself, or a pair of bfloat16 that counts as one step of k.
+template <typename T, typename E = T>
 struct Gemm {
-  const T* a;
+  const E* a;
   ptrdiff_t a_i, a_k;
-  const T* b;
+  const E* b;
   ptrdiff_t b_k;
   T* c;
   ptrdiff_t c_i;
@@ -20,8 +21,35 @@ struct Gemm {
   bool accumulate;
 };
 
-template <typename T, int kRows, int kVectors>
-__attribute__((noinline)) void tile(const Gemm<T>& g, const T* a, const T* b, T* c) {
+template <typename E>
+struct Product {  // of plain numbers
+  using Left = Vec<E>;
+  using Right = Vec<E>;
+  static Right right(const E* b) { return load(b); }
+  static Left left(const E* a) { return broadcast(*a); }
+  static Vec<E> add(Vec<E> acc, Left l, Right r) { return acc + l * r; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<BFloat16Pair> {
+  using Left = __m512bh;
+  using Right = __m512bh;
+  static Right right(const BFloat16Pair* b) {
+    return reinterpret_cast<Right>(_mm512_loadu_si512(b));
+  }
+  static Left left(const BFloat16Pair* a) {
+    return reinterpret_cast<Left>(_mm512_set1_epi32(int(a->bits)));
+  }
+  static Vec<float> add(Vec<float> acc, Left l, Right r) {
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), l, r));
+  }
+};
+#endif
+
+template <typename T, typename E, int kRows, int kVectors>
+__attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b, T* c) {
+  using P = Product<E>;
   constexpr int n = kLanes<T>;
   const ptrdiff_t a_i = g.a_i, a_k = g.a_k, b_k = g.b_k, k_count = g.k;
   Vec<T> acc[kRows][kVectors];
@@ -33,14 +61,14 @@ __attribute__((noinline)) void tile(const Gemm<T>& g, const T* a, const T* b, T*
     }
   }
   for (ptrdiff_t k = 0; k < k_count; ++k) {
-    Vec<T> right[kVectors];
+    typename P::Right right[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) right[j] = load(b + j * n);
+    for (int j = 0; j < kVectors; ++j) right[j] = P::right(b + j * n);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> left = broadcast(a[i * a_i]);
+      const typename P::Left left = P::left(a + i * a_i);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) acc[i][j] += left * right[j];
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add(acc[i][j], left, right[j]);
     }
     a += a_k;
     b += b_k;
@@ -52,39 +80,39 @@ __attribute__((noinline)) void tile(const Gemm<T>& g, const T* a, const T* b, T*
   }
 }
 
-template <typename T, int kVectors, int kRows>
-inline void row_tail(const Gemm<T>& g, ptrdiff_t rows, const T* a, const T* b, T* c) {
+template <int kVectors, int kRows, typename T, typename E>
+inline void row_tail(const Gemm<T, E>& g, ptrdiff_t rows, const E* a, const E* b, T* c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      tile<T, kRows, kVectors>(g, a, b, c);
+      tile<T, E, kRows, kVectors>(g, a, b, c);
     } else {
-      row_tail<T, kVectors, kRows - 1>(g, rows, a, b, c);
+      row_tail<kVectors, kRows - 1>(g, rows, a, b, c);
     }
   }
 }
 
-template <typename T, int kVectors>
-inline void column_panel(const Gemm<T>& g, ptrdiff_t j) {
+template <int kVectors, typename T, typename E>
+inline void column_panel(const Gemm<T, E>& g, ptrdiff_t j) {
   ptrdiff_t i = 0;
   for (; i + kTileRows <= g.m; i += kTileRows) {
-    tile<T, kTileRows, kVectors>(g, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
+    tile<T, E, kTileRows, kVectors>(g, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
   }
-  row_tail<T, kVectors, kTileRows - 1>(g, g.m - i, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
+  row_tail<kVectors, kTileRows - 1>(g, g.m - i, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
 }
 
 // Panels of B outermost: a panel of up to 128 rows stays in the first-level cache while A streams.
-template <typename T>
-inline void gemm(const Gemm<T>& g) {
+template <typename T, typename E>
+inline void gemm(const Gemm<T, E>& g) {
   constexpr int n = kLanes<T>;
   ptrdiff_t j = 0;
-  for (; j + kTileVectors * n <= g.n; j += kTileVectors * n) column_panel<T, kTileVectors>(g, j);
+  for (; j + kTileVectors * n <= g.n; j += kTileVectors * n) column_panel<kTileVectors>(g, j);
   if constexpr (kTileVectors == 4) {
     if (j + 2 * n <= g.n) {
-      column_panel<T, 2>(g, j);
+      column_panel<2>(g, j);
       j += 2 * n;
     }
   }
-  if (j < g.n) column_panel<T, 1>(g, j);
+  if (j < g.n) column_panel<1>(g, j);
 }
 
 }  // namespace aspp::ASPP_ISA

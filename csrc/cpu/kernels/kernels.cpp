@@ -13,16 +13,31 @@ auto with_compute_type(bool double_precision, F&& body) {
   return double_precision ? body(double{}) : body(float{});
 }
 
+#if defined(__AVX512BF16__)
+constexpr bool kBFloat16Products = true;
+#else
+constexpr bool kBFloat16Products = false;
+#endif
+
+// body(T, E): what is computed in and what is multiplied
+template <typename F>
+auto with_forward_types(const PyramidParams& p, bool double_precision, F&& body) {
+  if constexpr (kBFloat16Products) {
+    if (p.x.dtype == Dtype::kBFloat16) return body(float{}, BFloat16{});
+  }
+  return double_precision ? body(double{}, double{}) : body(float{}, float{});
+}
+
 int64_t forward_scratch(const PyramidParams& p, int64_t chunk_pixels, bool double_precision) {
-  return with_compute_type(double_precision, [&](auto t) {
-    return lay_out_forward<decltype(t)>(p, chunk_pixels, nullptr).bytes;
+  return with_forward_types(p, double_precision, [&](auto t, auto e) {
+    return lay_out_forward<decltype(t), decltype(e)>(p, chunk_pixels, nullptr).bytes;
   });
 }
 
 void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
                    int64_t chunk_pixels, void* scratch, bool double_precision) {
-  with_compute_type(double_precision, [&](auto t) {
-    ChunkForward<decltype(t)>(p, n, chunk, begin, end, chunk_pixels, scratch).run();
+  with_forward_types(p, double_precision, [&](auto t, auto e) {
+    ChunkForward<decltype(t), decltype(e)>(p, n, chunk, begin, end, chunk_pixels, scratch).run();
   });
 }
 
@@ -40,16 +55,23 @@ void backward_block(const SeparableBackwardParams& p, int64_t channel, void* scr
 }
 
 void to_pixels(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
-               int64_t last, void* dst, int64_t stride, bool double_precision) {
-  with_compute_type(double_precision, [&](auto t) {
+               int64_t last, void* dst, Dtype dst_dtype, int64_t stride) {
+  with_compute_type(x.dtype == Dtype::kFloat64, [&](auto t) {
     using T = decltype(t);
     with_storage(x.dtype, [&](auto* tag) {
       using S = std::remove_pointer_t<decltype(tag)>;
-      if constexpr (kMatches<T, S>) {
+      const auto write = [&](auto* to) {
         for (int64_t y = first; y < last; ++y) {
-          load_row<T, S>(plane_of<S>(x, n, 0), y, 0, width, channels, padded(channels),
-                         static_cast<T*>(dst) + (y - first) * width * stride, stride);
+          load_row<T>(plane_of<S>(x, n, 0), y, 0, width, channels, padded(channels),
+                      to + (y - first) * width * stride, stride);
         }
+      };
+      if constexpr (!kMatches<T, S>) {
+        return;
+      } else if (dst_dtype == Dtype::kBFloat16) {
+        if constexpr (sizeof(S) == 2) write(static_cast<BFloat16*>(dst));
+      } else {
+        write(static_cast<T*>(dst));
       }
     });
   });
@@ -62,7 +84,7 @@ void from_pixels(const void* rows, int64_t stride, int64_t count, int64_t channe
     with_storage(out.dtype, [&](auto* tag) {
       using S = std::remove_pointer_t<decltype(tag)>;
       if constexpr (kMatches<T, S>) {
-        store_row<T, S>(static_cast<const T*>(rows), stride, channels, plane_of<S>(out, 0, 0), 0, 0,
+        store_row<T>(static_cast<const T*>(rows), stride, channels, plane_of<S>(out, 0, 0), 0, 0,
                         count);
       }
     });
@@ -86,7 +108,7 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
       with_storage(p.out.dtype, [&](auto* tag) {
         using S = std::remove_pointer_t<decltype(tag)>;
         if constexpr (kMatches<T, S>) {
-          store_row<T, S>(row, p.raw_stride, p.channels, plane_of<S>(p.out, n, 0), y, 0, p.width);
+          store_row<T>(row, p.raw_stride, p.channels, plane_of<S>(p.out, n, 0), y, 0, p.width);
         }
       });
     }
@@ -99,7 +121,7 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
 #define ASPP_STRING(name) ASPP_STRING_OF(name)
 
 extern const Kernels table;
-const Kernels table{ASPP_STRING(ASPP_ISA), forward_scratch,   forward_chunk, backward_scratch,
+const Kernels table{ASPP_STRING(ASPP_ISA), kBFloat16Products, forward_scratch,   forward_chunk, backward_scratch,
                     kBackwardChannels,     backward_block, to_pixels,     from_pixels, finish_rows};
 
 }  // namespace aspp::ASPP_ISA

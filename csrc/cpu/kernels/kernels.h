@@ -10,6 +10,7 @@ namespace aspp {
 // name needs per thread; the caller owns scratch (64-byte aligned) and threads.
 struct Kernels {
   const char* isa;
+  bool bfloat16_products;  // with bfloat16 x, forward weights are bfloat16 instead of float
   int64_t (*forward_scratch)(const PyramidParams&, int64_t chunk_pixels, bool double_precision);
   // pixels [begin, end) of image n; `chunk` counts over the batch; chunk_pixels is the longest chunk
   void (*forward_chunk)(const PyramidParams&, int64_t n, int64_t chunk, int64_t begin, int64_t end,
@@ -18,9 +19,10 @@ struct Kernels {
   int64_t backward_channels;  // channels of one backward block
   void (*backward_block)(const SeparableBackwardParams&, int64_t channel, void* scratch,
                          bool double_precision);
-  // rows [first, last) of image n into dst [rows * W, stride] T, channel last, padding columns zero
+  // rows [first, last) of image n into dst [rows * W, stride], channel last, padding columns zero;
+  // dst is the compute type of x, or bfloat16 where x is
   void (*to_pixels)(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
-                    int64_t last, void* dst, int64_t stride, bool double_precision);
+                    int64_t last, void* dst, Dtype dst_dtype, int64_t stride);
   // rows [count, stride] T -> out element (channel, x = row) of image 0, row 0
   void (*from_pixels)(const void* rows, int64_t stride, int64_t count, int64_t channels,
                       const Image& out, bool double_precision);

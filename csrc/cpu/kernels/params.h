@@ -16,7 +16,8 @@ struct Image {
   int64_t n_stride = 0, c_stride = 0, y_stride = 0, x_stride = 0;
 };
 
-// One branch. Weights are in the compute type T: double for float64 tensors, float otherwise.
+// One branch. Everything is in the compute type T (double for float64 tensors, float otherwise), but
+// `weight` in bfloat16 where Kernels::bfloat16_products says so.
 struct BranchParams {
   const void* depthwise = nullptr;      // [kh * kw, padded C] or null: the branch is a plain convolution
   const void* between_scale = nullptr;  // [padded C] or null: nothing between depthwise and pointwise

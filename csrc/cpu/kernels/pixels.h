@@ -34,19 +34,22 @@ inline Plane<S> plane_of(const Image& image, int64_t n, int64_t channel) {
           image.c_stride, image.y_stride, image.x_stride};
 }
 
-// Pixels [x0, x1) of row y, channels [0, channels) of `src` -> dst[(x - x0) * stride + c].
-// Channels up to `width` (whole vectors, <= stride) are written; those past `channels` are zero.
-template <typename T, typename S>
+// Pixels [x0, x1) of row y, channels [0, channels) of `src` -> dst[(x - x0) * stride + c] in D, which
+// is T or narrower. Channels up to `width` (whole vectors, <= stride) are written; those past
+// `channels` are zero.
+template <typename T, typename S, typename D>
 void load_row(const Plane<S>& src, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrdiff_t channels,
-              ptrdiff_t width, T* dst, ptrdiff_t stride) {
+              ptrdiff_t width, D* dst, ptrdiff_t stride) {
   constexpr int n = kLanes<T>;
   const S* row = src.data + y * src.y_stride;
   const ptrdiff_t whole = channels / n * n;
   if (src.c_stride == 1) {
     for (ptrdiff_t x = x0; x < x1; ++x, dst += stride) {
       const S* pixel = row + x * src.x_stride;
-      for (ptrdiff_t c = 0; c < whole; c += n) store(dst + c, load_as<T>(pixel + c));
-      for (ptrdiff_t c = whole; c < width; ++c) dst[c] = c < channels ? to_float(pixel[c]) : T(0);
+      for (ptrdiff_t c = 0; c < whole; c += n) store_as<T>(dst + c, load_as<T>(pixel + c));
+      for (ptrdiff_t c = whole; c < width; ++c) {
+        convert(c < channels ? to_float(pixel[c]) : T(0), dst[c]);
+      }
     }
     return;
   }
@@ -59,23 +62,23 @@ void load_row(const Plane<S>& src, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrd
 #pragma GCC unroll 16
         for (int i = 0; i < n; ++i) v[i] = load_as<T>(block + i * src.c_stride + start);
         transpose<T>(v);
-        T* to = dst + (start - x0) * stride + c;
+        D* to = dst + (start - x0) * stride + c;
 #pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) store(to + i * stride, v[i]);
+        for (int i = 0; i < n; ++i) store_as<T>(to + i * stride, v[i]);
       }
     }
   } else {
     for (ptrdiff_t c = 0; c < whole; ++c) {
       const S* line = row + c * src.c_stride;
       for (ptrdiff_t x = x0; x < x1; ++x) {
-        dst[(x - x0) * stride + c] = to_float(line[x * src.x_stride]);
+        convert(to_float(line[x * src.x_stride]), dst[(x - x0) * stride + c]);
       }
     }
   }
   for (ptrdiff_t c = whole; c < width; ++c) {
     const S* line = row + c * src.c_stride;
     for (ptrdiff_t x = x0; x < x1; ++x) {
-      dst[(x - x0) * stride + c] = c < channels ? to_float(line[x * src.x_stride]) : T(0);
+      convert(c < channels ? to_float(line[x * src.x_stride]) : T(0), dst[(x - x0) * stride + c]);
     }
   }
 }

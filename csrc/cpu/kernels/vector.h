@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -62,6 +62,9 @@ struct BFloat16 {
 };
 struct Half {
   uint16_t bits;
+};
+struct BFloat16Pair {  // channels 2k (low) and 2k + 1
+  uint32_t bits;
 };
 
 inline float to_float(float v) { return v; }

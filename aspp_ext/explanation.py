@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The text of :func:`aspp_ext.explain`: who runs a pyramid, the plan, its least cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .dispatch import IMPLEMENTATIONS, Problem, select
+from .ops import checks
+
+
+def _candidates(problem: Problem) -> list[str]:
+    chosen = select(problem).name
+    lines = []
+    for candidate in IMPLEMENTATIONS[problem.op]:
+        reason = candidate.why_not(problem)
+        verdict = f"cannot: {reason}" if reason else "could run"
+        if candidate.name == chosen:
+            verdict = "runs this"
+            if chosen == "cpu" and _native.cpu_missing is None:
+                verdict += f" ({torch.ops.aspp_ext.cpu_isa()})"
+        lines.append(f"  {candidate.name:<10} {verdict}")
+    return lines
+
+
+def _plan_lines(
+    x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int]
+) -> list[str]:
+    try:
+        from . import _plan
+    except ImportError as error:
+        return [f"  no plan: the planner was not built ({error})"]
+    n, c, h, w = (int(s) for s in x.shape)
+    branches = [
+        _plan.Branch(kernel=k, rate=(rates[2 * b], rates[2 * b + 1]), out_channels=outs[b])
+        for b, k in enumerate(kernels)
+    ]
+    problem = _plan.Problem(n, h, w, branches, in_channels=c)
+    lines = ["  branch  kernel  rate      regions  live taps"]
+    for b, kernel in enumerate(kernels):
+        rate = f"{rates[2 * b]}x{rates[2 * b + 1]}"
+        size = f"{kernel[0]}x{kernel[1]}"
+        regions = [r for r in problem.regions(b) if r.tap_count]
+        lines.append(
+            f"  {b:<6}  {size:<6}  {rate:<8}  {len(regions):<7}  {problem.live_share(b):6.1%}"
+        )
+    return lines
+
+
+def _work(
+    x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int | None]
+) -> tuple[float, float]:
+    """(useful, dense) FLOPs of the spatial convolutions; an out of None is depthwise."""
+    n, c, h, w = (int(s) for s in x.shape)
+    useful = dense = 0.0
+    for b, (kh, kw) in enumerate(kernels):
+        live = 1
+        for size, kernel, rate in ((h, kh, rates[2 * b]), (w, kw, rates[2 * b + 1])):
+            live *= sum(max(0, size - abs(t - kernel // 2) * rate) for t in range(kernel))
+        products = 2.0 * n * c * (outs[b] or 1)
+        useful += products * live
+        dense += products * kh * kw * h * w
+    return useful, dense
+
+
+def explain_pyramid(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    atrous_rates: Sequence[int | tuple[int, int]],
+    depthwise_weights: Sequence[Tensor | None] | None,
+) -> str:
+    separable = depthwise_weights is not None
+    op = "atrous_separable_pyramid" if separable else "atrous_pyramid"
+    rates = checks.flat_rates(op, atrous_rates)
+    if depthwise_weights is not None:
+        depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
+        channels = checks.check_separable(op, x, depthwise, weights, rates)
+        spatial = [d if d.numel() else p for d, p in zip(depthwise, weights, strict=True)]
+        given = (*(d for d in depthwise if d.numel()), *weights)
+    else:
+        channels = checks.check_dense(op, x, weights, rates)
+        spatial, given = list(weights), tuple(weights)
+    kernels = [(int(s.size(2)), int(s.size(3))) for s in spatial]
+    outs = [int(w.size(0)) for w in weights]
+    is_depthwise = [separable and s is not w for s, w in zip(spatial, weights, strict=True)]
+    depthwise_outs = [None if d else o for d, o in zip(is_depthwise, outs, strict=True)]
+    useful, dense = _work(x, kernels, rates, depthwise_outs)
+    n, c, h, w = (int(s) for s in x.shape)
+    pointwise = (
+        2.0 * n * h * w * c * sum(o for o, d in zip(outs, depthwise_outs, strict=True) if d is None)
+    )
+    moved = x.element_size() * (x.numel() + n * channels * h * w + sum(t.numel() for t in given))
+    dtype = checks.dtype_name(x.dtype)
+    lines = [
+        f"{op}  {list(x.shape)} -> {channels} channels, {dtype}, {x.device}",
+        "implementations",
+        *_candidates(Problem(op, x, given)),
+        "plan",
+        *_plan_lines(x, kernels, rates, outs),
+        "work",
+        f"  spatial    {useful / 1e9:.2f} GFLOP useful of {dense / 1e9:.2f} dense: "
+        f"{1 - useful / dense:.1%} skipped",
+    ]
+    if pointwise:
+        lines.append(f"  pointwise  {pointwise / 1e9:.2f} GFLOP")
+    intensity = (useful + pointwise) / moved
+    lines.append(f"  traffic    {moved / 1e6:.1f} MB at least: {intensity:.0f} FLOP per byte")
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every test: a fixed seed, NaN in uninitialised memory, and PyTorch's global state put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from aspp_ext.testing import nan_poison
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def isolated() -> Iterator[None]:
+    """Global state a test may change does not reach the next one."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), nan_poison():
+        torch.manual_seed(0)
+        yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """``torch.compile`` without what earlier tests left in its caches."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
