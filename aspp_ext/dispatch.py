@@ -158,7 +158,7 @@ def select(problem: Problem, backend: str | None = None) -> Implementation:
 
 def report(device: str = "cpu") -> list[tuple[str, str, str | None]]:
     """(operator, implementation, why not) for a plain float32 3x3 problem on ``device``."""
-    rows = []
+    rows: list[tuple[str, str, str | None]] = []
     for op, candidates in IMPLEMENTATIONS.items():
         try:
             x = torch.empty(1, 8, 9, 9, device=device)

@@ -142,7 +142,10 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 class Values:
-    """Tensors for a problem: small integers (``integer``), or normal values scaled by fan-in."""
+    """Tensors for a problem: small integers (``integer``), or normal values scaled by fan-in.
+
+    The integers are so small that bfloat16 holds every intermediate result of every problem.
+    """
 
     def __init__(self, dtype: torch.dtype, integer: bool, seed: str) -> None:
         self.dtype, self.integer = dtype, integer
@@ -150,7 +153,8 @@ class Values:
 
     def __call__(self, *shape: int, fan_in: int = 1, layout: str = "contiguous") -> Tensor:
         if self.integer:
-            t = torch.randint(-2, 3, shape, generator=self.generator).double()
+            most = 1 if fan_in > 1 else 2
+            t = torch.randint(-most, most + 1, shape, generator=self.generator).double()
         else:
             t = torch.randn(shape, generator=self.generator, dtype=torch.float64) / fan_in**0.5
         return laid_out(t.to(self.dtype), layout)
@@ -288,8 +292,11 @@ class Op:
             return {i.name: i.call for i in IMPLEMENTATIONS[self.name]}
         return {"cpu": self.native}
 
-    def make(self, problem: Problem, dtype: torch.dtype, integer: bool = False) -> tuple[Any, ...]:
-        return self.arguments(problem, Values(dtype, integer, f"{self.name} {problem.name}"))
+    def make(
+        self, problem: Problem, dtype: torch.dtype, integer: bool = False, draw: int = 0
+    ) -> tuple[Any, ...]:
+        """The same values for the same problem and ``draw``, whatever the dtype."""
+        return self.arguments(problem, Values(dtype, integer, f"{self.name} {problem.name} {draw}"))
 
 
 def _forward(name: str, arguments: Callable[..., Any], exact: Any = _always) -> Op:

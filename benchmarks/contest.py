@@ -107,7 +107,7 @@ class Contest:
             )
         rows = [self.row(contender, timings.get(contender.name)) for contender in self.contenders]
         rows = [with_roofline(rate(row, rows), self.ceilings) for row in rows]
-        if self.settings.measure_memory(self.problem):
+        if self.settings.measure_memory(self.problem) and not self.problem.model:
             pairs = zip(rows, self.contenders, strict=True)
             rows = [self.with_memory(*pair, on_step) for pair in pairs]
         return rows, self.failures

@@ -152,7 +152,7 @@ class OurPyramid(nn.Module):
 
 
 def avoid_kinks(module: nn.Module) -> nn.Module:
-    """Gives BatchNorms in training mode biases of +8 or -8, so that no value comes near ReLU's kink.
+    """Gives BatchNorms in training biases of +8 or -8: no value comes near the kink of ReLU.
 
     There one rounding decides whether a whole gradient passes, and the largest error of any two
     implementations is a matter of luck. Half the channels are always on, half always off.

@@ -40,14 +40,14 @@ def training_call(module: nn.Module, x: Tensor) -> Call:
     """Forward and backward. The incoming gradient is fixed, exact in every dtype, in y's format."""
     x = x.detach().requires_grad_()
     inputs = [x, *module.parameters()]
-    with torch.no_grad():
-        y = copy.deepcopy(module)(x)
-    torch.manual_seed(1)
-    grad_y = torch.empty_like(y).copy_(torch.randn(y.shape).bfloat16())
+    incoming: list[Tensor] = []
 
     def call() -> tuple[Tensor, ...]:
         y = module(x)
-        return (y.detach(), *torch.autograd.grad(y, inputs, grad_y))
+        if not incoming:  # the first call knows y's shape and format
+            torch.manual_seed(1)
+            incoming.append(torch.empty_like(y).copy_(torch.randn(y.shape).bfloat16()))
+        return (y.detach(), *torch.autograd.grad(y, inputs, incoming))
 
     return call
 

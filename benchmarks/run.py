@@ -55,13 +55,13 @@ def chosen(options: argparse.Namespace) -> list[Problem]:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    budget = options.budget or (2.0 if options.quick else 40.0 if options.full else 7.0)
+    budget = options.budget or (2.0 if options.quick else 40.0 if options.full else 6.0)
     return Settings(
         budget_s=budget,
         least_rounds=3 if options.quick else 5,
         most_rounds=100 if options.full else 40,
         flush=timing.cache_flusher() if options.flush else None,
-        measure_memory=lambda p: (options.full and not p.model) or p.level == "operator",
+        measure_memory=lambda p: (p.separable and p.level == "operator") or options.full,
     )
 
 
@@ -74,6 +74,12 @@ def machine_rows(facts: dict[str, str | int], ceilings: Ceilings) -> list[report
     ]
     copy = {"problem": "copy bandwidth", "dtype": "", "gb_per_s": ceilings.bandwidth / 1e9}
     return [*rows, report.Row(**common, **copy)]
+
+
+def expected_seconds(durations: Sequence[float]) -> float:
+    """How long the next problem may take: a quarter more than the last ones did on average."""
+    last = durations[-3:]
+    return 1.25 * sum(last) / len(last) if last else 0.0
 
 
 def run_all(
@@ -103,7 +109,7 @@ def run_all(
     with Progress(*columns, console=console, transient=True) as progress:
         whole = progress.add_task("problems", total=len(problems))
         step = progress.add_task("", total=None)
-        longest = 0.0
+        durations: list[float] = []
         for place, problem in enumerate(problems, 1):
             began = time.perf_counter()
             if not console.is_terminal:  # no moving bar there
@@ -114,16 +120,16 @@ def run_all(
 
             contest = Contest(problem, contenders, settings, ceilings, facts)
             progress.advance(whole)
-            if began - start + longest > limit_s:
+            if began - start + expected_seconds(durations) > limit_s:
                 rows += contest.left_out(OUT_OF_TIME)
                 console.print(f"[yellow]{OUT_OF_TIME}: {problem.title}")
                 continue
             new, wrong = contest.run(on_step)
             rows += new
             failures += [f"{problem.title}: {text}" for text in wrong]
-            longest = max(longest, time.perf_counter() - began)
+            durations.append(time.perf_counter() - began)
             console.print(report.problem_table(new))
-            console.print(f"[dim]took {time.perf_counter() - began:.0f} s\n")
+            console.print(f"[dim]took {durations[-1]:.0f} s\n")
     # A ceiling measured while something else ran is too low; it is taken again and the higher kept.
     ceilings = ceilings.raised_to(measure_ceilings(ceilings.flops))
     rows = [with_roofline(row, ceilings) for row in rows]

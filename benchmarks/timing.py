@@ -49,7 +49,12 @@ def cache_flusher(megabytes: int = 128) -> Callable[[], object]:
 
 
 def rounds_within(budget_s: float, round_s: float, least: int, most: int) -> int:
-    """How many rounds of `round_s` seconds fit the budget, between `least` and `most`."""
+    """How many rounds of `round_s` seconds fit the budget, between `least` and `most`.
+
+    Where the least number would take more than twice the budget, three have to do.
+    """
+    if least * round_s > 2 * budget_s:
+        least = min(least, 3)
     return max(least, min(most, int(budget_s / max(round_s, 1e-9))))
 
 

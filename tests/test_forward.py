@@ -54,49 +54,91 @@ def is_representative(problem) -> bool:
     return plain and n * h * w * problem.out_channels >= 500
 
 
-@each_dtype
+def is_gradient(op) -> bool:
+    return "grad" in op.name or "backward" in op.name
+
+
+def baseline_of(op, arguments, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
+    """PyTorch's own results. Of its two memory formats the one that is further off, tensor by tensor.
+
+    They are different kernels, whose errors differ up to fivefold in either direction.
+    """
+    last = tree_map_only(torch.Tensor, lambda t: laid_out(t, "channels_last"), arguments)
+    both = zip(outputs(op.expected(*arguments)), outputs(op.expected(*last)), oracle, strict=True)
+    return [max(a, b, key=lambda t, e=e: worst(t, e)) for a, b, e in both]
+
+
+def worst(t: torch.Tensor, exact: torch.Tensor) -> float:
+    return (t.double() - exact).abs().max().item() if t.numel() else 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_error_law(op, problem, dtype) -> None:
-    arguments = op.make(problem, dtype)
-    oracle = outputs(op.expected(*converted(arguments, torch.float64)))
-    baseline = oracle if dtype == torch.float64 else outputs(op.expected(*arguments))
-    factor = 3 if "grad" in op.name or "backward" in op.name else 2
-    for name, call in op.implementations().items():
-        if name == "reference":
-            continue
-        for got, base, exact in zip(outputs(call(*arguments)), baseline, oracle, strict=True):
-            if dtype == torch.float64:
-                torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
-            else:
-                assert_no_worse_than_torch(got, base, exact, factor)
+    """The gradients of small weights are few numbers, so several draws are judged together."""
+    draws = []
+    for draw in range(6 if is_gradient(op) else 1):
+        arguments = op.make(problem, dtype, draw=draw)
+        oracle = outputs(op.expected(*converted(arguments, torch.float64)))
+        ours = outputs(op.native(*arguments))
+        draws.append(list(zip(ours, baseline_of(op, arguments, oracle), oracle, strict=True)))
+    for same_output in zip(*draws, strict=True):
+        got, base, exact = (torch.cat([t.flatten() for t in of]) for of in zip(*same_output, strict=True))
+        assert_no_worse_than_torch(got, base, exact, factor=3 if is_gradient(op) else 2)
+
+
+@pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
+def test_float64(op, problem) -> None:
+    arguments = op.make(problem, torch.float64)
+    got, expected = outputs(op.native(*arguments)), outputs(op.expected(*arguments))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 SEEN = ["prime_sizes", "rate_above_the_map", "row_windows", "kernel_5x5", "outputs_not_of_16"]
+OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
+
+
+def nan_and_seen(op, problem, dtype, leaf: int):
+    """(NaN in the results, results that depend on it) for one NaN element of the leaf-th argument."""
+    ones = tree_map_only(torch.Tensor, torch.ones_like, op.make(problem, dtype))
+    leaves, spec = tree_flatten(ones)
+    changed = leaves[leaf].clone()
+
+    def with_element(value: float) -> tuple:
+        changed.flatten()[2 * changed.numel() // 3] = value
+        return tree_unflatten([*leaves[:leaf], changed, *leaves[leaf + 1 :]], spec)
+
+    before, after = (
+        outputs(op.expected(*converted(with_element(v), torch.float64))) for v in (1.0, 2.0)
+    )
+    got = outputs(op.native(*with_element(torch.nan)))
+    return [g.isnan() for g in got], [b != a for b, a in zip(before, after, strict=True)]
+
+
+def leaf_count(op, problem) -> list[int]:
+    leaves = tree_flatten(op.make(problem, torch.float32))[0]
+    return [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.numel() > 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SEEN)
-@pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
-def test_nan_reaches_exactly_what_sees_it(op, name, dtype) -> None:
+@pytest.mark.parametrize("op_name", OURS)
+def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
     """One NaN in one argument: the outputs that depend on that element are NaN, no others."""
-    ones = tree_map_only(torch.Tensor, torch.ones_like, op.make(PROBLEMS[name], dtype))
-    base = outputs(op.expected(*converted(ones, torch.float64)))
-    leaves, spec = tree_flatten(ones)
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor) or leaf.numel() == 0:
-            continue
+    op, problem = OPS[op_name], PROBLEMS[name]
+    for leaf in leaf_count(op, problem):
+        for nan, seen in zip(*nan_and_seen(op, problem, dtype, leaf), strict=True):
+            assert torch.equal(nan, seen), f"argument {leaf}"
 
-        def with_element(value: float, at: int = i) -> tuple:
-            changed = leaves[at].clone()
-            changed.flatten()[2 * changed.numel() // 3] = value
-            return tree_unflatten([changed if j == at else t for j, t in enumerate(leaves)], spec)
 
-        moved = outputs(op.expected(*converted(with_element(2.0), torch.float64)))
-        for call in op.implementations().values():
-            for got, before, after in zip(
-                outputs(call(*with_element(torch.nan))), base, moved, strict=True
-            ):
-                assert torch.equal(got.isnan(), before != after), f"argument {i}"
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("op_name", ["pyramid_grad_input", "pyramid_grad_weight"])
+def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
+    """oneDNN multiplies the zero padding, so that a NaN may reach more gradients than it has to."""
+    op, problem = OPS[op_name], PROBLEMS[name]
+    for leaf in leaf_count(op, problem):
+        for nan, seen in zip(*nan_and_seen(op, problem, torch.float32, leaf), strict=True):
+            assert nan[seen].all(), f"argument {leaf}"
 
 
 def test_infinity_is_kept() -> None:

@@ -150,7 +150,7 @@ if _native.cpu_missing is None:
     _op = torch.ops.aspp_ext.aspp_inference.default
 
     @torch.library.register_fake("aspp_ext::aspp_inference")
-    def _(*arguments):  # type: ignore[no-untyped-def]
+    def _(*arguments):
         return empty_image(arguments[0], check_head(*arguments), [arguments[0]])
 
     refuse_gradient(

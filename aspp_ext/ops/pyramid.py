@@ -250,21 +250,21 @@ def _with_epilogue(
 if _native.cpu_missing is None:
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid")
-    def _(x, weights, rates, scale=None, shift=None, relu=False):  # type: ignore[no-untyped-def]
+    def _(x, weights, rates, scale=None, shift=None, relu=False):
         channels = checks.check_dense(_OP, x, weights, rates)
         checks.check_vector(_OP, "scale", scale, x, channels)
         checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
         return empty_image(x, channels, [x, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_input")
-    def _(grad, weights, rates):  # type: ignore[no-untyped-def]
+    def _(grad, weights, rates):
         checks.check_image("atrous_pyramid_grad_input", "grad", grad)
         x = empty_image(grad, weights[0].size(1) if weights else 1, [])
         checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
         return empty_image(grad, x.size(1), [grad, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
-    def _(grad, x, kernels, out_channels, rates):  # type: ignore[no-untyped-def]
+    def _(grad, x, kernels, out_channels, rates):
         checks.check_image("atrous_pyramid_grad_weight", "x", x)
         checks.check_sizes("atrous_pyramid_grad_weight", kernels, out_channels)
         weights = [

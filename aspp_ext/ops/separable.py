@@ -399,7 +399,7 @@ def _with_epilogue(
 if _native.cpu_missing is None:
 
     @torch.library.register_fake("aspp_ext::atrous_separable_pyramid")
-    def _(  # type: ignore[no-untyped-def]
+    def _(
         x,
         depthwise,
         pointwise,
@@ -418,7 +418,7 @@ if _native.cpu_missing is None:
         return empty_image(x, channels, [x, *pointwise])
 
     @torch.library.register_fake("aspp_ext::atrous_separable_pyramid_backward")
-    def _(  # type: ignore[no-untyped-def]
+    def _(
         grad,
         x,
         depthwise,
@@ -436,7 +436,7 @@ if _native.cpu_missing is None:
         checks.check_between(_OP, x, between_scale, between_shift, depthwise)
         checks.check_grad(_OP, grad, x, channels)
 
-        def like(tensors, needed):  # type: ignore[no-untyped-def]
+        def like(tensors, needed):
             return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
 
         return (

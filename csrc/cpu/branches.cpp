@@ -66,8 +66,8 @@ PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<
 void check_between(const char* op, const Tensor& x, const std::vector<Tensor>& scale,
                    const std::vector<Tensor>& shift, const std::vector<Tensor>& depthwise) {
   require(scale.size() == shift.size() && (scale.empty() || scale.size() == depthwise.size()), op,
-          ": between must have one entry per branch, got ", scale.size(), " for ",
-          depthwise.size(), " branches");
+          ": between must have one entry per branch, got ", scale.size(), " for ", depthwise.size(),
+          " branches");
   for (size_t b = 0; b < scale.size(); ++b) {
     if (scale[b].numel() == 0 && shift[b].numel() == 0) continue;
     const std::string name = entry("between", b);

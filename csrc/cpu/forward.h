@@ -10,7 +10,7 @@ namespace aspp {
 
 struct Schedule {
   int64_t chunks_per_image = 0;
-  int64_t chunk_pixels = 0;  // the longest chunk
+  int64_t chunk_pixels = 0;         // the longest chunk
   std::vector<int64_t> begin, end;  // of each chunk of an image, in the order of row_order
   std::vector<int64_t> row_order;
 };

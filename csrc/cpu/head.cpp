@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CPU binding of aspp_inference: the folded head in one pass over the input. The branches of a chunk
-// of pixels are projected while they are in cache; the image pooling is summed on the way and, being
-// constant over the plane, joins as a per-sample bias in the last, small pass.
+// CPU binding of aspp_inference: the folded head in one pass over the input. The branches of a
+// chunk of pixels are projected while they are in cache; the image pooling is summed on the way
+// and, being constant over the plane, joins as a per-sample bias in the last, small pass.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -52,9 +52,9 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
   }
   check_like(kOp, "project_weight", project_weight, x);
   const int64_t inputs = shape.pyramid.out_channels + shape.pooled;
-  require(project_weight.dim() == 2 && project_weight.size(1) == inputs &&
-              project_weight.size(0) >= 1,
-          kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
+  require(
+      project_weight.dim() == 2 && project_weight.size(1) == inputs && project_weight.size(0) >= 1,
+      kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
   shape.projected = project_weight.size(0);
   check_vector(kOp, "project_shift", project_shift, x, shape.projected);
   return shape;
@@ -114,9 +114,9 @@ void head_bias(const T* sums, int64_t chunks, double pixels, int64_t channels, c
 }
 
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
-                 std::vector<int64_t> rates, const Tensor& shift,
-                 std::optional<Tensor> pool_weight, std::optional<Tensor> pool_shift,
-                 const Tensor& project_weight, const Tensor& project_shift) {
+                 std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
+                 std::optional<Tensor> pool_shift, const Tensor& project_weight,
+                 const Tensor& project_shift) {
   const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
                                     project_weight, project_shift);
   const PyramidShape& shape = head.pyramid;
@@ -143,8 +143,8 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   params.raw = operands.allocate(shape.batch * pixels * width);
   const Schedule schedule = schedule_of(branches, shape.batch, shape.height, shape.width);
   if (head.pooled > 0) {
-    params.pixel_sums = operands.allocate(shape.batch * schedule.chunks_per_image *
-                                          padded(shape.channels));
+    params.pixel_sums =
+        operands.allocate(shape.batch * schedule.chunks_per_image * padded(shape.channels));
   }
   run_forward(params, schedule, wide);
 
@@ -172,8 +172,8 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   };
   wide ? fill(double{}) : fill(float{});
 
-  const FinishParams finish{params.raw, width, bias, image_of(out), shape.height, shape.width,
-                            head.projected};
+  const FinishParams finish{params.raw,   width,       bias,          image_of(out),
+                            shape.height, shape.width, head.projected};
   const Kernels& k = kernels();
   run_tasks(shape.batch * shape.height, shape.width * width * (wide ? 8 : 4),
             [&](int64_t task, void* scratch) {

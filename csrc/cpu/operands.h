@@ -24,7 +24,8 @@ class Operands {
   explicit Operands(const Tensor& x);
 
   bool double_precision() const { return double_precision_; }
-  // `count` elements, in the compute type unless told, alive as long as this object; not initialised
+  // `count` elements, in the compute type unless told, alive as long as this object; not
+  // initialised
   void* allocate(int64_t count) { return allocate(count, compute_dtype()); }
   void* allocate(int64_t count, Dtype dtype);
   void* allocate_zeros(int64_t count, Dtype dtype);

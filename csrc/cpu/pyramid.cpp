@@ -81,8 +81,8 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
   Tensor sum;
   int64_t first = 0;
   for (size_t b = 0; b < weights.size(); ++b) {
-    const Tensor part = channels_last_copy(
-        torch::stable::narrow(source, 1, first, weights[b].size(0)));
+    const Tensor part =
+        channels_last_copy(torch::stable::narrow(source, 1, first, weights[b].size(0)));
     const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
     first += weights[b].size(0);
     sum = b == 0 ? one : torch::stable::subtract(sum, one, -1.0);  // there is no stable add

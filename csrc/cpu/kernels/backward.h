@@ -41,8 +41,8 @@ BackwardScratch<T> lay_out_backward(const SeparableBackwardParams& p, void* memo
     at += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
     return here;
   };
-  BackwardScratch<T> s{take(plane), take(plane), take(plane), take(plane),
-                       take(most * kBackwardChannels), 0};
+  BackwardScratch<T> s{
+      take(plane), take(plane), take(plane), take(plane), take(most * kBackwardChannels), 0};
   s.bytes = at - static_cast<char*>(memory);
   return s;
 }
@@ -51,7 +51,10 @@ template <typename T>
 class BlockBackward {
  public:
   BlockBackward(const SeparableBackwardParams& p, int64_t channel, void* scratch)
-      : p_(p), c_(channel), s_(lay_out_backward<T>(p, scratch)), pixels_(p.height * p.width) {
+      : p_(p),
+        c_(channel),
+        s_(lay_out_backward<T>(p, scratch)),
+        pixels_(p.height * p.width) {
     channels_ = p.channels - c_ < kBackwardChannels ? p.channels - c_ : kBackwardChannels;
     stride_ = padded(channels_);
   }
@@ -99,7 +102,7 @@ class BlockBackward {
         const Plane<S> plane = plane_of<S>(image, n, c_);
         for (int64_t y = 0; y < p_.height; ++y) {
           load_row<T>(plane, y, 0, p_.width, channels_, stride_, to + y * p_.width * stride_,
-                         stride_);
+                      stride_);
         }
       }
     });
@@ -112,7 +115,7 @@ class BlockBackward {
         const Plane<S> plane = plane_of<S>(p_.grad_x, n, c_);
         for (int64_t y = 0; y < p_.height; ++y) {
           store_row<T>(s_.grad_x + y * p_.width * stride_, stride_, channels_, plane, y, 0,
-                          p_.width);
+                       p_.width);
         }
       }
     });
@@ -126,7 +129,7 @@ class BlockBackward {
       if constexpr (kMatches<T, S>) {
         const Plane<S> plane{static_cast<S*>(w.data) + c_ * w.c_stride, w.c_stride, 0, w.n_stride};
         load_row<T>(plane, 0, 0, p_.branches[b].out_channels, channels_, stride_, s_.pointwise,
-                       stride_);
+                    stride_);
       }
     });
   }
@@ -156,8 +159,7 @@ class BlockBackward {
 
   void branch(int64_t b, int64_t n) {
     const BranchParams& branch = p_.branches[b];
-    const T* grad =
-        static_cast<const T*>(p_.grad) + n * pixels_ * p_.grad_stride + branch.column;
+    const T* grad = static_cast<const T*>(p_.grad) + n * pixels_ * p_.grad_stride + branch.column;
     T* grad_pointwise = output(p_.grad_pointwise, b);
     T* grad_depthwise = output(p_.grad_depthwise, b);
     const bool separable = branch.depthwise != nullptr;
@@ -260,7 +262,8 @@ class BlockBackward {
     }
     for (; v < stride_; v += kLanes<T>) {
       Vec<T> sum{};
-      for (int64_t q = 0; q < count; ++q) sum += load(h + q * stride_ + v) * load(x + q * stride_ + v);
+      for (int64_t q = 0; q < count; ++q)
+        sum += load(h + q * stride_ + v) * load(x + q * stride_ + v);
       store(to + v, load(to + v) + sum);
     }
   }

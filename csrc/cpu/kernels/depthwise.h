@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Depthwise convolution of rows of pixels, padding-free: a row is cut where the set of live taps
-// changes, and inside a piece every tap is a plain load. Taps form a grid (live rows x live columns).
+// changes, and inside a piece every tap is a plain load. Taps form a grid (live rows x live
+// columns).
 #pragma once
 
 #include "vector.h"
@@ -36,14 +37,14 @@ inline ptrdiff_t same_taps_until(ptrdiff_t position, ptrdiff_t end, ptrdiff_t ke
 
 // S stores the pixels (T, or bfloat16 where products are bfloat16); T is what is computed in.
 template <typename T, typename S>
-struct Piece {                 // one run of pixels with the same live taps
-  const S* const* rows;        // [row_taps] pixel x = 0 of each live row
-  const ptrdiff_t* columns;    // [column_taps] element offset of each live column
-  const T* weights;            // weight of the first live tap
+struct Piece {                          // one run of pixels with the same live taps
+  const S* const* rows;                 // [row_taps] pixel x = 0 of each live row
+  const ptrdiff_t* columns;             // [column_taps] element offset of each live column
+  const T* weights;                     // weight of the first live tap
   ptrdiff_t weight_row, weight_column;  // element steps from tap to tap
-  ptrdiff_t pixel_stride;      // of the rows
+  ptrdiff_t pixel_stride;               // of the rows
   ptrdiff_t count;
-  const T* scale;              // between, or null
+  const T* scale;  // between, or null
   const T* shift;
   bool relu;
   bool accumulate;
@@ -109,7 +110,8 @@ inline void run_any(const Piece<T, S>& p, ptrdiff_t c, ptrdiff_t row_taps, ptrdi
 }
 
 template <bool kBetween, typename T, typename S>
-void run_piece(const Piece<T, S>& p, ptrdiff_t channels, ptrdiff_t row_taps, ptrdiff_t column_taps) {
+void run_piece(const Piece<T, S>& p, ptrdiff_t channels, ptrdiff_t row_taps,
+               ptrdiff_t column_taps) {
   const ptrdiff_t grid = row_taps <= 3 && column_taps <= 3 ? row_taps * 4 + column_taps : 0;
   for (ptrdiff_t c = 0; c < channels; c += kLanes<T>) {
     switch (grid) {
@@ -134,7 +136,7 @@ struct DepthwiseRows {
   ptrdiff_t weight_stride;
   ptrdiff_t kernel_h, kernel_w, rate_h, rate_w;
   ptrdiff_t height, width;
-  bool flipped;      // use tap (kh - 1 - i, kw - 1 - j): the gradient of the input
+  bool flipped;        // use tap (kh - 1 - i, kw - 1 - j): the gradient of the input
   ptrdiff_t channels;  // whole vectors
   ptrdiff_t pixel_stride;
   const T* scale;
@@ -162,9 +164,19 @@ inline void depthwise_row(const DepthwiseRows<T>& d, ptrdiff_t y, ptrdiff_t x0, 
     const ptrdiff_t tap = vertical.first * d.kernel_w + across.first;
     const ptrdiff_t first = d.flipped ? d.kernel_h * d.kernel_w - 1 - tap : tap;
     const ptrdiff_t step = d.flipped ? -d.weight_stride : d.weight_stride;
-    const Piece<T, S> piece{rows, columns, d.weights + first * d.weight_stride, d.kernel_w * step, step,
-                         d.pixel_stride, until - x, d.scale, d.shift, d.relu, d.accumulate,
-                         out + (x - x0) * out_stride, out_stride};
+    const Piece<T, S> piece{rows,
+                            columns,
+                            d.weights + first * d.weight_stride,
+                            d.kernel_w * step,
+                            step,
+                            d.pixel_stride,
+                            until - x,
+                            d.scale,
+                            d.shift,
+                            d.relu,
+                            d.accumulate,
+                            out + (x - x0) * out_stride,
+                            out_stride};
     if (d.scale != nullptr) {
       run_piece<true>(piece, d.channels, vertical.count, across.count);
     } else {

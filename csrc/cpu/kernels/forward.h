@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Forward of a pyramid for one chunk of output pixels: stage the input rows the chunk needs, a block
-// of channels at a time, and add each branch's product to accumulators that stay in cache.
+// Forward of a pyramid for one chunk of output pixels: stage the input rows the chunk needs, a
+// block of channels at a time, and add each branch's product to accumulators that stay in cache.
 //
 //   separable   depthwise(staged rows) -> a cache-resident block -> GEMM with the pointwise weights
 //   dense       per live tap: GEMM of the staged rows, shifted, with that tap's weights
@@ -8,8 +8,9 @@
 // A separable pyramid takes its branches together (one staging serves every rate); a dense branch
 // goes alone, because its weights (kh * kw times as many) must be streamed past fewer accumulators.
 //
-// T is computed in; E is what the GEMMs multiply: T, or bfloat16 where the processor has products of
-// it. Then staged rows and the depthwise result are bfloat16, as PyTorch's intermediate results are.
+// T is computed in; E is what the GEMMs multiply: T, or bfloat16 where the processor has products
+// of it. Then staged rows and the depthwise result are bfloat16, as PyTorch's intermediate results
+// are.
 #pragma once
 
 #include <type_traits>
@@ -40,8 +41,8 @@ inline Group group_from(const PyramidParams& p, int64_t first) {
 
 // Columns and rows around the chunk that a group can touch.
 struct Window {
-  ptrdiff_t x0, x1;       // staged columns
-  ptrdiff_t slots;        // upper bound of staged rows
+  ptrdiff_t x0, x1;  // staged columns
+  ptrdiff_t slots;   // upper bound of staged rows
 };
 inline Window window_of(const PyramidParams& p, const Group& group, int64_t begin, int64_t end) {
   ptrdiff_t reach = 0, row_offsets = 1;
@@ -79,7 +80,7 @@ struct ForwardScratch {
   E* activated;         // [pixels, columns], where E is not T and there is a projection
   T* projected;         // [pixels, project columns]
   BFloat16Pair* pairs;  // [block / 2, widest branch or projection], where E is not T
-  int64_t* slot_of;  // [H]
+  int64_t* slot_of;     // [H]
   int64_t bytes;
 };
 
@@ -117,8 +118,8 @@ ForwardScratch<T, E> lay_out_forward(const PyramidParams& p, int64_t chunk_pixel
   s.depthwise = reinterpret_cast<E*>(take(chunk_pixels * block * ptrdiff_t(sizeof(E))));
   s.accumulators = reinterpret_cast<T*>(take(chunk_pixels * p.columns * ptrdiff_t(sizeof(T))));
   const bool activated = kNarrow && p.project != nullptr;
-  s.activated = reinterpret_cast<E*>(
-      take(activated ? chunk_pixels * p.columns * ptrdiff_t(sizeof(E)) : 0));
+  s.activated =
+      reinterpret_cast<E*>(take(activated ? chunk_pixels * p.columns * ptrdiff_t(sizeof(E)) : 0));
   s.pairs = reinterpret_cast<BFloat16Pair*>(take(kNarrow ? block / 2 * widest * 4 : 0));
   s.projected = reinterpret_cast<T*>(take(chunk_pixels * p.project_columns * ptrdiff_t(sizeof(T))));
   s.slot_of = reinterpret_cast<int64_t*>(take(p.height * 8));
@@ -158,7 +159,11 @@ class ChunkForward {
  public:
   ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
                int64_t chunk_pixels, void* scratch)
-      : p_(p), n_(n), chunk_(chunk), begin_(begin), end_(end),
+      : p_(p),
+        n_(n),
+        chunk_(chunk),
+        begin_(begin),
+        end_(end),
         s_(lay_out_forward<T, E>(p, chunk_pixels, scratch)) {}
 
   void run() {
@@ -256,8 +261,9 @@ class ChunkForward {
       d.relu = branch.between_relu;
     }
     for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
-      depthwise_row(d, y, x0, x1, [this](ptrdiff_t row) { return row_of(row); },
-                    s_.depthwise + at * stride_, stride_);
+      depthwise_row(
+          d, y, x0, x1, [this](ptrdiff_t row) { return row_of(row); }, s_.depthwise + at * stride_,
+          stride_);
     });
     const Rows weight = rows_of(branch.weight, c * branch.weight_row, branch.weight_row, channels,
                                 padded(branch.out_channels));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// C[i, j] (+)= sum_k A[i, k] * B[k, j] on operands that lie in cache. A is read by broadcast through
-// free strides, so pixels, transposes and K-major weights are all just addresses; B and C rows are
-// contiguous in j and padded to whole vectors, so no lane is ever masked.
+// C[i, j] (+)= sum_k A[i, k] * B[k, j] on operands that lie in cache. A is read by broadcast
+// through free strides, so pixels, transposes and K-major weights are all just addresses; B and C
+// rows are contiguous in j and padded to whole vectors, so no lane is ever masked.
 #pragma once
 
 #include "vector.h"

@@ -42,16 +42,14 @@ void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, int64_t beg
 }
 
 int64_t backward_scratch(const SeparableBackwardParams& p, bool double_precision) {
-  return with_compute_type(double_precision, [&](auto t) {
-    return lay_out_backward<decltype(t)>(p, nullptr).bytes;
-  });
+  return with_compute_type(double_precision,
+                           [&](auto t) { return lay_out_backward<decltype(t)>(p, nullptr).bytes; });
 }
 
 void backward_block(const SeparableBackwardParams& p, int64_t channel, void* scratch,
                     bool double_precision) {
-  with_compute_type(double_precision, [&](auto t) {
-    BlockBackward<decltype(t)>(p, channel, scratch).run();
-  });
+  with_compute_type(double_precision,
+                    [&](auto t) { BlockBackward<decltype(t)>(p, channel, scratch).run(); });
 }
 
 void to_pixels(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
@@ -85,7 +83,7 @@ void from_pixels(const void* rows, int64_t stride, int64_t count, int64_t channe
       using S = std::remove_pointer_t<decltype(tag)>;
       if constexpr (kMatches<T, S>) {
         store_row<T>(static_cast<const T*>(rows), stride, channels, plane_of<S>(out, 0, 0), 0, 0,
-                        count);
+                     count);
       }
     });
   });
@@ -121,7 +119,8 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
 #define ASPP_STRING(name) ASPP_STRING_OF(name)
 
 extern const Kernels table;
-const Kernels table{ASPP_STRING(ASPP_ISA), kBFloat16Products, forward_scratch,   forward_chunk, backward_scratch,
-                    kBackwardChannels,     backward_block, to_pixels,     from_pixels, finish_rows};
+const Kernels table{ASPP_STRING(ASPP_ISA), kBFloat16Products, forward_scratch, forward_chunk,
+                    backward_scratch,      kBackwardChannels, backward_block,  to_pixels,
+                    from_pixels,           finish_rows};
 
 }  // namespace aspp::ASPP_ISA

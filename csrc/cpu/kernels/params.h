@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a CPU kernel is told: plain pointers, strides in elements and sizes. No torch, no allocation, no threads.
+// What a CPU kernel is told: plain pointers, strides in elements and sizes. No torch, no
+// allocation, no threads.
 #pragma once
 
 #include <cstddef>
@@ -16,11 +17,13 @@ struct Image {
   int64_t n_stride = 0, c_stride = 0, y_stride = 0, x_stride = 0;
 };
 
-// One branch. Everything is in the compute type T (double for float64 tensors, float otherwise), but
-// `weight` in bfloat16 where Kernels::bfloat16_products says so.
+// One branch. Everything is in the compute type T (double for float64 tensors, float otherwise),
+// but `weight` in bfloat16 where Kernels::bfloat16_products says so.
 struct BranchParams {
-  const void* depthwise = nullptr;      // [kh * kw, padded C] or null: the branch is a plain convolution
-  const void* between_scale = nullptr;  // [padded C] or null: nothing between depthwise and pointwise
+  const void* depthwise =
+      nullptr;  // [kh * kw, padded C] or null: the branch is a plain convolution
+  const void* between_scale =
+      nullptr;  // [padded C] or null: nothing between depthwise and pointwise
   const void* between_shift = nullptr;  // [padded C]
   bool between_relu = false;
   // weight[tap * weight_tap + c * weight_row + o] of the pointwise or dense weight;
@@ -38,7 +41,7 @@ struct PyramidParams {
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const BranchParams* branches = nullptr;
   int64_t branch_count = 0;
-  int64_t columns = 0;           // accumulator row: the sum of the branches' padded out_channels
+  int64_t columns = 0;  // accumulator row: the sum of the branches' padded out_channels
   const int64_t* row_order = nullptr;  // [H]: rows that share taps stand together
 
   const void* scale = nullptr;  // [columns] T or null
@@ -51,8 +54,9 @@ struct PyramidParams {
   const void* project = nullptr;  // [columns, project_row]
   int64_t project_row = 0;
   int64_t project_columns = 0;  // padded
-  void* raw = nullptr;        // [N, H * W, project_columns]
-  void* pixel_sums = nullptr;  // [N, chunks, padded C]: each chunk's sum of x over its pixels, or null
+  void* raw = nullptr;          // [N, H * W, project_columns]
+  void* pixel_sums =
+      nullptr;  // [N, chunks, padded C]: each chunk's sum of x over its pixels, or null
 };
 
 struct SeparableBackwardParams {
@@ -72,7 +76,7 @@ struct SeparableBackwardParams {
 
 // The last pass of aspp_inference: out = relu(raw + bias[n]) in the output's format and dtype.
 struct FinishParams {
-  const void* raw = nullptr;   // [N, H * W, raw_stride] T
+  const void* raw = nullptr;  // [N, H * W, raw_stride] T
   int64_t raw_stride = 0;
   const void* bias = nullptr;  // [N, raw_stride] T
   Image out;

@@ -34,8 +34,8 @@ inline Plane<S> plane_of(const Image& image, int64_t n, int64_t channel) {
           image.c_stride, image.y_stride, image.x_stride};
 }
 
-// Pixels [x0, x1) of row y, channels [0, channels) of `src` -> dst[(x - x0) * stride + c] in D, which
-// is T or narrower. Channels up to `width` (whole vectors, <= stride) are written; those past
+// Pixels [x0, x1) of row y, channels [0, channels) of `src` -> dst[(x - x0) * stride + c] in D,
+// which is T or narrower. Channels up to `width` (whole vectors, <= stride) are written; those past
 // `channels` are zero.
 template <typename T, typename S, typename D>
 void load_row(const Plane<S>& src, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrdiff_t channels,

@@ -16,7 +16,7 @@ namespace aspp::ASPP_ISA {
 
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
-inline constexpr int kTileRows = 6;     // 6 x 4 accumulators of 32 registers
+inline constexpr int kTileRows = 6;  // 6 x 4 accumulators of 32 registers
 inline constexpr int kTileVectors = 4;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
@@ -130,8 +130,7 @@ inline void convert(float v, Half& out) {
 #endif
 }
 
-typedef uint16_t HalfWords
-    __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 // One vector of T from storage elements S, and back.
@@ -167,8 +166,8 @@ inline void store_as(S* p, Vec<T> v) {
     const Words bits = reinterpret_cast<Words>(v);
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Words nan = Words{} + 0x7fc0u;
-    *reinterpret_cast<HalfWords*>(p) = __builtin_convertvector(
-        (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfWords);
+    *reinterpret_cast<HalfWords*>(p) =
+        __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfWords);
   } else {
 #if defined(__AVX512F__)
     if constexpr (__is_same(S, Half)) {
