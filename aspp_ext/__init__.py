@@ -6,7 +6,7 @@
 
 from . import autograd, reference
 from .dispatch import explain
-from .fuse import fuse, unfuse
+from .fuse import fuse, fuse_report, unfuse
 from .modules import ASPP
 from .ops import (
     aspp_inference,
@@ -26,6 +26,7 @@ __all__ = [
     "autograd",
     "explain",
     "fuse",
+    "fuse_report",
     "reference",
     "unfuse",
 ]

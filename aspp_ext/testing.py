@@ -306,7 +306,16 @@ def _forward(name: str, arguments: Callable[..., Any], exact: Any = _always) -> 
 def _separable(p: Problem, v: Values, between: bool = False, grad: bool = False) -> tuple[Any, ...]:
     first = (_image(p, v, p.out_channels),) if grad else ()
     scale, shift = (_between(p, v), _between(p, v)) if between else ([], [])
-    return (*first, _image(p, v), _depthwise(p, v), _pointwise(p, v), p.rates, scale, shift, between)
+    return (
+        *first,
+        _image(p, v),
+        _depthwise(p, v),
+        _pointwise(p, v),
+        p.rates,
+        scale,
+        shift,
+        between,
+    )
 
 
 OPS: dict[str, Op] = {
@@ -351,9 +360,7 @@ OPS: dict[str, Op] = {
         lambda p, v: (*_separable(p, v, True, grad=True), True, True, True, True),
         _expected_separable_backward,
     ),
-    "head": _forward(
-        "aspp_inference", lambda p, v: _head(p, v, False, True), _power_of_two_pixels
-    ),
+    "head": _forward("aspp_inference", lambda p, v: _head(p, v, False, True), _power_of_two_pixels),
     "head_separable": _forward(
         "aspp_inference", lambda p, v: _head(p, v, True, True), _power_of_two_pixels
     ),

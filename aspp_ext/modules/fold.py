@@ -35,7 +35,7 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
         for b in head.branches
     ]
     folded = [_fold_one(b.conv, b.norm) for b in head.branches]
-    weights = [_laid_out(w).to(dtype) for w, _ in folded]
+    weights = [_outputs_innermost(w.to(dtype)) for w, _ in folded]
     shift = torch.cat([s for _, s in folded]).to(dtype)
     pool_weight, pool_shift = _fold_one(head.pool, head.pool_norm)
     project_weight, project_shift = _fold_one(head.project, head.project_norm)
@@ -44,9 +44,9 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
         weights,
         [b.rate for b in head.branches],
         shift,
-        pool_weight.flatten(1).contiguous().to(dtype),
+        _outputs_innermost(pool_weight.flatten(1).to(dtype)),
         pool_shift.to(dtype),
-        _outputs_innermost(project_weight.flatten(1)).to(dtype),
+        _outputs_innermost(project_weight.flatten(1).to(dtype)),
         project_shift.to(dtype),
     )
 
@@ -69,16 +69,11 @@ def _fold_one(conv: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
     return weight.to(wide) * scale[:, None, None, None], shift
 
 
-def _laid_out(weight: Tensor) -> Tensor:
-    """The memory order in which the CPU kernels read a weight without repacking it."""
-    if tuple(weight.shape[2:]) == (1, 1):
-        return _outputs_innermost(weight.flatten(1))[:, :, None, None]
-    return weight.contiguous(memory_format=torch.channels_last)
-
-
-def _outputs_innermost(matrix: Tensor) -> Tensor:
-    """[O, K] with stride 1 over O."""
-    return matrix.t().contiguous().t()
+def _outputs_innermost(weight: Tensor) -> Tensor:
+    """[O, K] or [O, C, kh, kw] with stride 1 over O, which the CPU kernels read in place."""
+    inner = (*range(2, weight.dim()), 1, 0)
+    order = [inner.index(d) for d in range(weight.dim())]
+    return weight.permute(inner).contiguous().permute(order)
 
 
 class FoldCache:

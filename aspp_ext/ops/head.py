@@ -15,7 +15,7 @@ from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
 from .formats import empty_image
-from .registration import library, register_autocast, register_vmap
+from .registration import library, register_autocast, register_vmap, under_autocast
 
 _OP = "aspp_inference"
 
@@ -77,7 +77,7 @@ def aspp_inference(
         checks.check_tensor(_OP, name, value)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
-    arguments = (
+    arguments = under_autocast(
         x,
         depthwise,
         list(weights),
@@ -88,6 +88,7 @@ def aspp_inference(
         project_weight,
         project_shift,
     )
+    x, depthwise, weights = arguments[:3]
     check_head(*arguments)
     problem = Problem(_OP, x, tuple(d for d in depthwise if d.numel()) + tuple(weights))
     return select(problem, backend).call(*arguments)

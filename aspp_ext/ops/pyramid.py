@@ -20,7 +20,13 @@ from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
 from .formats import empty_image
-from .registration import fold_image, library, register_autocast, register_vmap
+from .registration import (
+    fold_image,
+    library,
+    register_autocast,
+    register_vmap,
+    under_autocast,
+)
 
 _OP = "atrous_pyramid"
 
@@ -70,7 +76,7 @@ def atrous_pyramid(
     if line:
         x = x.unsqueeze(2)
         weights = [w.unsqueeze(2) if w.dim() == 3 else w for w in weights]
-    weights = list(weights)
+    x, weights, bias, scale, shift = under_autocast(x, list(weights), bias, scale, shift)
     channels = checks.check_dense(_OP, x, weights, rates)
     checks.check_vector(_OP, "bias", bias, x, channels)
     checks.check_vector(_OP, "scale", scale, x, channels)

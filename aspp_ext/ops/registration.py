@@ -24,6 +24,18 @@ def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     return value.to(dtype) if eligible else value
 
 
+def under_autocast(x: Tensor, *arguments: Any) -> Any:
+    """x and the arguments as the operator will see them: cast where autocast is on for x's device.
+
+    The public functions check dtypes before the dispatcher gets to cast, so they cast first.
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return (x, *arguments)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_cast(a, dtype, device) for a in (x, *arguments))
+
+
 def register_autocast(op: Any) -> None:
     """Under autocast the floating arguments go to the autocast dtype, as convolution's do."""
     name = op._schema.name.split("::")[1]

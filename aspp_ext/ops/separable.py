@@ -21,7 +21,13 @@ from . import checks
 from .checks import Rate
 from .formats import empty_image
 from .pyramid import add, epilogue, zeros_for
-from .registration import fold_image, library, register_autocast, register_vmap
+from .registration import (
+    fold_image,
+    library,
+    register_autocast,
+    register_vmap,
+    under_autocast,
+)
 
 _OP = "atrous_separable_pyramid"
 Affine = tuple[Tensor, Tensor]
@@ -74,9 +80,11 @@ def atrous_separable_pyramid(
                 checks.check_tensor(_OP, f"{name}_weights[{b}]", t)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
-    pointwise = list(pointwise_weights)
-    channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
     between_scale, between_shift = _between_lists(x, between)
+    x, depthwise, pointwise, between_scale, between_shift, bias, scale, shift = under_autocast(
+        x, depthwise, list(pointwise_weights), between_scale, between_shift, bias, scale, shift
+    )
+    channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
     checks.check_between(_OP, x, between_scale, between_shift, depthwise)
     checks.check_activation(_OP, "between_activation", between_activation)
     checks.check_vector(_OP, "bias", bias, x, channels)
