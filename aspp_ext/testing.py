@@ -55,6 +55,9 @@ class Problem:
         return sum(b.out_channels for b in self.branches)
 
 
+Spec = tuple[int] | tuple[int, int | Pair] | tuple[int, int | Pair, int | Pair]
+
+
 def _branch(out_channels: int, kernel: int | Pair = 3, rate: int | Pair = 1) -> Branch:
     def pair(v: int | Pair) -> Pair:
         return (v, v) if isinstance(v, int) else v
@@ -62,59 +65,61 @@ def _branch(out_channels: int, kernel: int | Pair = 3, rate: int | Pair = 1) -> 
     return Branch(out_channels, pair(kernel), pair(rate))
 
 
-def _aspp(out_channels: int, *rates: int) -> tuple[Branch, ...]:
-    return (_branch(out_channels, 1), *(_branch(out_channels, 3, r) for r in rates))
+def _problem(
+    name: str, shape: tuple[int, int, int, int], *branches: Spec, **layouts: str
+) -> Problem:
+    """Branches: (out_channels, kernel = 3, rate = 1)."""
+    return Problem(name, shape, tuple(_branch(*spec) for spec in branches), **layouts)
 
 
-_LAYOUT_BRANCHES = (_branch(16, 1), _branch(5, 3, 2), _branch(32, 3, (1, 4)))
-_LAYOUTS = (
-    "channels_last",
-    "offset",
-    "sliced",
-    "strided",
-    "transposed",
-    "expanded_batch",
-    "expanded_channels",
-    "expanded_plane",
+def _aspp(out_channels: int, *rates: int) -> list[Spec]:
+    return [(out_channels, 1), *((out_channels, 3, rate) for rate in rates)]
+
+
+_HUGE = 2**31 - 1
+_X_LAYOUTS = (
+    *("channels_last", "offset", "sliced", "strided", "transposed"),
+    *("expanded_batch", "expanded_channels", "expanded_plane"),
 )
+_WEIGHT_LAYOUTS = ("channels_last", "outputs_last", "sliced", "strided", "offset")
+_ANY_LAYOUT: tuple[Spec, ...] = ((16, 1), (5, 3, 2), (32, 3, (1, 4)))
 
-PROBLEMS: dict[str, Problem] = {
-    p.name: p
-    for p in (
-        Problem("aspp", (2, 16, 17, 17), _aspp(16, 3, 6, 9)),
-        Problem("one_branch", (1, 8, 6, 8), (_branch(8, 3, 2),)),
-        Problem("seven_branches", (1, 6, 9, 8), (*_aspp(4, 1, 2, 3, 5, 8), _branch(3, 5, 2))),
-        Problem("prime_sizes", (3, 13, 7, 11), (_branch(5, 3, 2), _branch(17, 1), _branch(1, 3, 5))),
-        Problem("one_channel", (1, 1, 4, 5), (_branch(1), _branch(2, 1))),
-        Problem("channels_not_of_8", (2, 43, 5, 6), (_branch(11, 3, 2), _branch(9, 1))),
-        Problem("channel_blocks", (1, 301, 4, 5), (_branch(3, 3, 2), _branch(4, 1))),
-        Problem("channel_blocks_dense", (1, 144, 3, 4), (_branch(18), _branch(18, 3, 2))),
-        Problem("outputs_not_of_16", (1, 5, 8, 7), (_branch(33, 3, 3), _branch(70, 1), _branch(15))),
-        Problem("rate_of_the_map", (2, 4, 6, 5), (_branch(3, 3, 6), _branch(3, 3, 5), _branch(3, 3, 4))),
-        Problem("rate_above_the_map", (2, 5, 4, 6), (_branch(3, 3, 9), _branch(4, 5, 100), _branch(2, 3, (7, 1)))),
-        Problem("rate_maximum", (1, 3, 4, 5), (_branch(2, 3, 2**31 - 1), _branch(3, 5, (1, 2**31 - 1)))),
-        Problem("one_pixel", (3, 6, 1, 1), _aspp(5, 1, 7)),
-        Problem("one_row", (1, 4, 1, 29), (_branch(5, 3, 4), _branch(4, (1, 3), 6), _branch(4, (1, 5), 2))),
-        Problem("one_column", (2, 4, 23, 1), (_branch(5, 3, 4), _branch(4, (3, 1), 6))),
-        Problem("empty_batch", (0, 5, 6, 7), _aspp(4, 2)),
-        Problem("kernel_5x5", (1, 6, 12, 13), (_branch(5, 5, 2), _branch(4, 5, 1))),
-        Problem("kernel_1x3_3x1", (1, 6, 7, 9), (_branch(5, (1, 3), 2), _branch(4, (3, 1), 3))),
-        Problem("kernel_7x1_3x5", (2, 3, 11, 9), (_branch(5, (7, 1), 2), _branch(4, (3, 5), (4, 1)))),
-        Problem("kernel_1x1_at_a_rate", (1, 7, 5, 6), (_branch(5, 1, 3), _branch(3, 1))),
-        Problem("kernel_63x63", (1, 2, 9, 8), (_branch(3, 63, 1), _branch(2, (63, 1), 2))),
-        Problem("rates_per_axis", (2, 9, 10, 14), (_branch(6, 3, (1, 6)), _branch(6, 3, (5, 2)))),
-        Problem("rows_of_many_chunks", (1, 3, 41, 40), (_branch(5, 3, 12), _branch(4, 3, 7), _branch(3, 1))),
-        Problem("row_windows", (1, 3, 3, 431), (_branch(4, 3, (1, 150)), _branch(2, 3, (2, 3)), _branch(2, 1))),
-        Problem("row_windows_batch", (2, 2, 2, 811), (_branch(3, (1, 3), 6), _branch(2, 3, (1, 500)))),
-        Problem("row_at_the_chunk_limit", (1, 4, 3, 384), (_branch(3, 3, (1, 9)), _branch(2, 1))),
-        Problem("row_below_the_chunk_limit", (1, 4, 4, 191), (_branch(3, 3, (2, 90)), _branch(2, 1))),
-        *(Problem(f"x_{layout}", (2, 20, 6, 18), _LAYOUT_BRANCHES, layout) for layout in _LAYOUTS),
-        *(
-            Problem(f"weights_{layout}", (1, 6, 5, 7), _LAYOUT_BRANCHES, "contiguous", layout)
-            for layout in ("channels_last", "outputs_last", "sliced", "strided", "offset")
-        ),
-    )
-}  # fmt: skip
+_PROBLEMS = (
+    _problem("aspp", (2, 16, 17, 17), *_aspp(16, 3, 6, 9)),
+    _problem("one_branch", (1, 8, 6, 8), (8, 3, 2)),
+    _problem("seven_branches", (1, 6, 9, 8), *_aspp(4, 1, 2, 3, 5, 8), (3, 5, 2)),
+    _problem("prime_sizes", (3, 13, 7, 11), (5, 3, 2), (17, 1), (1, 3, 5)),
+    _problem("one_channel", (1, 1, 4, 5), (1,), (2, 1)),
+    _problem("channels_not_of_8", (2, 43, 5, 6), (11, 3, 2), (9, 1)),
+    _problem("channel_blocks", (1, 301, 4, 5), (3, 3, 2), (4, 1)),
+    _problem("channel_blocks_dense", (1, 144, 3, 4), (18,), (18, 3, 2)),
+    _problem("outputs_not_of_16", (1, 5, 8, 7), (33, 3, 3), (70, 1), (15,)),
+    _problem("rate_of_the_map", (2, 4, 6, 5), (3, 3, 6), (3, 3, 5), (3, 3, 4)),
+    _problem("rate_above_the_map", (2, 5, 4, 6), (3, 3, 9), (4, 5, 100), (2, 3, (7, 1))),
+    _problem("rate_maximum", (1, 3, 4, 5), (2, 3, _HUGE), (3, 5, (1, _HUGE))),
+    _problem("rate_maximum_in_a_window", (1, 3, 2, 411), (2, 3, _HUGE), (3, 5, (1, _HUGE))),
+    _problem("one_pixel", (3, 6, 1, 1), *_aspp(5, 1, 7)),
+    _problem("one_row", (1, 4, 1, 29), (5, 3, 4), (4, (1, 3), 6), (4, (1, 5), 2)),
+    _problem("one_column", (2, 4, 23, 1), (5, 3, 4), (4, (3, 1), 6)),
+    _problem("empty_batch", (0, 5, 6, 7), *_aspp(4, 2)),
+    _problem("kernel_5x5", (1, 6, 12, 13), (5, 5, 2), (4, 5, 1)),
+    _problem("kernel_1x3_3x1", (1, 6, 7, 9), (5, (1, 3), 2), (4, (3, 1), 3)),
+    _problem("kernel_7x1_3x5", (2, 3, 11, 9), (5, (7, 1), 2), (4, (3, 5), (4, 1))),
+    _problem("kernel_1x1_at_a_rate", (1, 7, 5, 6), (5, 1, 3), (3, 1)),
+    _problem("kernel_63x63", (1, 2, 9, 8), (3, 63, 1), (2, (63, 1), 2)),
+    _problem("rates_per_axis", (2, 9, 10, 14), (6, 3, (1, 6)), (6, 3, (5, 2))),
+    _problem("many_chunks", (1, 3, 41, 40), (5, 3, 12), (4, 3, 7), (3, 1)),
+    _problem("row_windows", (1, 3, 3, 431), (4, 3, (1, 150)), (2, 3, (2, 3)), (2, 1)),
+    _problem("row_windows_batch", (2, 2, 2, 811), (3, (1, 3), 6), (2, 3, (1, 500))),
+    _problem("row_at_the_chunk_limit", (1, 4, 3, 384), (3, 3, (1, 9)), (2, 1)),
+    _problem("row_below_the_chunk_limit", (1, 4, 4, 191), (3, 3, (2, 90)), (2, 1)),
+    *(_problem(f"x_{k}", (2, 20, 6, 18), *_ANY_LAYOUT, layout=k) for k in _X_LAYOUTS),
+    *(
+        _problem(f"weights_{k}", (1, 6, 5, 7), *_ANY_LAYOUT, weight_layout=k)
+        for k in _WEIGHT_LAYOUTS
+    ),
+)
+PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _PROBLEMS}
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
@@ -272,9 +277,8 @@ def _power_of_two_pixels(problem: Problem) -> bool:
 class Op:
     """An operator with a choice of arguments.
 
-    ``arguments(problem, values)`` are the native operator's; ``expected(*arguments)`` is the same in
-    plain PyTorch; ``exact(problem)``: integer inputs give results without any rounding before the
-    last one.
+    ``arguments(problem, values)`` are the native operator's; ``expected(*arguments)`` is the same
+    in plain PyTorch; ``exact(problem)``: with integers nothing is rounded before the last step.
     """
 
     name: str
@@ -396,6 +400,7 @@ def assert_no_worse_than_torch(
     Raises:
         AssertionError: with both errors, for each of the four measures that is too large.
     """
+    __tracebackhide__ = True
     assert actual.dtype == baseline.dtype, f"dtype {actual.dtype}, expected {baseline.dtype}"
     assert actual.shape == reference64.shape, f"{actual.shape}, expected {reference64.shape}"
     assert reference64.dtype == torch.float64, "the oracle must be float64"

@@ -105,6 +105,9 @@ class Contest:
                 flush=self.settings.flush,
                 on_round=lambda done, total: on_step(f"timing {self.problem.title}", done, total),
             )
+        if self.problem.model:
+            on_step(f"the head's share of {self.problem.title}")
+            self.note_heads(*self.problem.build(), names=set(calls))
         rows = [self.row(contender, timings.get(contender.name)) for contender in self.contenders]
         rows = [with_roofline(rate(row, rows), self.ceilings) for row in rows]
         if self.settings.measure_memory(self.problem) and not self.problem.model:
@@ -144,24 +147,18 @@ class Contest:
                 self.notes[name] = reason
                 self.failures.append(f"{name}: {reason}")
                 del calls[name]
-        if problem.model:
-            self.note_models(module, example, calls, results, truth)
+            elif problem.model:
+                same = models.agreement(results[name][0], truth[0])
+                self.notes[name] = f"{100 * same:.3f} % of the pixels predicted as in float64"
         return calls
 
-    def note_models(
-        self, module: Any, example: torch.Tensor, calls: Any, results: Any, truth: Results
-    ) -> None:
-        """Compares the predictions of whole models and says where their time goes."""
+    def note_heads(self, module: models.Logits, example: torch.Tensor, names: set[str]) -> None:
+        """Says how much of a whole model's time its head takes, where that can be seen."""
         for contender in self.contenders:
-            if contender.name not in calls:
-                continue
-            same = models.agreement(results[contender.name][0], truth[0])
-            note = f"{100 * same:.3f} % of the pixels predicted as in float64"
-            if isinstance(contender, peers.Eager):
+            if contender.name in names and isinstance(contender, peers.Eager):
                 x = example.to(memory_format=peers.FORMATS[contender.layout])
                 share = models.head_share(contender.convert(module), x)
-                note += f"; the head takes {100 * share:.0f} %"
-            self.notes[contender.name] = note
+                self.notes[contender.name] += f"; the head takes {100 * share:.0f} %"
 
     def row(self, contender: peers.Contender, timed: timing.Timing | None) -> Row:
         problem = self.problem

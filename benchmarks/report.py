@@ -198,8 +198,9 @@ def readme_table(rows: Sequence[Row]) -> str:
     singles = ("ONNX Runtime", "OpenVINO")
     lines = [
         "Medians in ms, NCHW / NHWC input; batch 1, float32 and inference unless said. `compile` "
-        "is `torch.compile` with frozen weights. The last two columns: how many times as fast as "
-        f"the best of PyTorch and of the other runtimes. {conditions(rows[0])}.",
+        "is `torch.compile` with frozen weights, — was not run. The last two columns: how many "
+        "times as fast as the best of PyTorch and of the other runtimes that did run. "
+        f"{conditions(rows[0])}.",
         "",
         "| | aspp_ext | eager | compile | ONNX Runtime | OpenVINO | vs PyTorch | vs others |",
         "|---|" + "---:|" * 7,

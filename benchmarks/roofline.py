@@ -94,7 +94,7 @@ def work_of(problem: Problem) -> Work | None:
     return Work(flops, elements * ITEM_BYTES[problem.dtype])
 
 
-def measure_peak(dtype: torch.dtype) -> float:
+def measure_peak(dtype: torch.dtype, budget_s: float) -> float:
     """FLOP/s of the fastest large matrix product PyTorch offers: matmul or 1x1 convolution."""
     rows, inner, columns = 4096, 1024, 1024
     a = torch.randn(rows, inner).to(dtype)
@@ -103,18 +103,18 @@ def measure_peak(dtype: torch.dtype) -> float:
     weight = torch.randn(columns, inner, 1, 1).to(dtype, memory_format=torch.channels_last)
     with torch.no_grad():
         products = (lambda: a @ b, lambda: F.conv2d(image, weight))
-        seconds = min(fastest_seconds(product) for product in products)
+        seconds = min(fastest_seconds(product, budget_s) for product in products)
     return 2.0 * rows * inner * columns / seconds
 
 
-def measure_bandwidth(megabytes: int = 256) -> float:
+def measure_bandwidth(budget_s: float, megabytes: int = 256) -> float:
     """Bytes/s (read + written) of a large copy."""
     source = torch.ones(megabytes * 2**18)  # float32
     target = torch.empty_like(source)
-    return 2.0 * source.numel() * 4 / fastest_seconds(lambda: target.copy_(source))
+    return 2.0 * source.numel() * 4 / fastest_seconds(lambda: target.copy_(source), budget_s)
 
 
-def measure_ceilings(dtypes: Iterable[str]) -> Ceilings:
-    """Measures this machine's peak for each dtype and its copy bandwidth, in a few seconds."""
-    peaks = {name: measure_peak(getattr(torch, name)) for name in sorted(set(dtypes))}
-    return Ceilings(peaks, measure_bandwidth())
+def measure_ceilings(dtypes: Iterable[str], budget_s: float = 0.4) -> Ceilings:
+    """Measures this machine's peak for each dtype and its copy bandwidth, `budget_s` a try."""
+    peaks = {name: measure_peak(getattr(torch, name), budget_s) for name in sorted(set(dtypes))}
+    return Ceilings(peaks, measure_bandwidth(budget_s))

@@ -124,7 +124,7 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def fastest_seconds(call: Callable[[], object], budget_s: float = 0.5, least: int = 5) -> float:
+def fastest_seconds(call: Callable[[], object], budget_s: float, least: int = 3) -> float:
     """The shortest of many repetitions: for the machine's ceilings, which only noise can hide."""
     call()
     values: list[float] = []

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def isolated() -> Iterator[None]:
     """Global state a test may change does not reach the next one.
 
-    One thread is quicker on these sizes; test_threads.py has every problem give the same bits on two.
+    One thread is quicker on these sizes; test_threads.py compares the bits with two threads'.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), nan_poison():

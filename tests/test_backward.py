@@ -221,6 +221,6 @@ def test_low_precision_gradients(name, dtype) -> None:
             y = module.atrous_separable_conv2d(*leaves, 3, shift=shift)
         return torch.autograd.grad(y, leaves, grad.to(to))
 
-    triples = zip(run(aspp_ext, dtype), run(reference, dtype), run(reference, torch.float64))
-    for got, baseline, oracle in triples:
+    runs = (run(aspp_ext, dtype), run(reference, dtype), run(reference, torch.float64))
+    for got, baseline, oracle in zip(*runs, strict=True):
         assert_no_worse_than_torch(got, baseline, oracle, factor=3)

@@ -48,10 +48,13 @@ def test_integers_are_exact(op, problem, dtype) -> None:
 
 
 def is_representative(problem) -> bool:
-    """Enough outputs for statistics; other strides have been tested on integers."""
+    """Enough outputs for statistics; other strides have been tested on integers.
+
+    PyTorch, the yardstick, divides by zero at rates near 2**31 in low precision.
+    """
     n, _, h, w = problem.shape
     plain = problem.layout == problem.weight_layout == "contiguous"
-    return plain and n * h * w * problem.out_channels >= 500
+    return plain and max(problem.rates) < 2**20 and n * h * w * problem.out_channels >= 500
 
 
 def is_gradient(op) -> bool:
@@ -59,7 +62,7 @@ def is_gradient(op) -> bool:
 
 
 def baseline_of(op, arguments, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
-    """PyTorch's own results. Of its two memory formats the one that is further off, tensor by tensor.
+    """PyTorch's own results: of its two memory formats the one that is further off.
 
     They are different kernels, whose errors differ up to fivefold in either direction.
     """
@@ -83,7 +86,9 @@ def test_error_law(op, problem, dtype) -> None:
         ours = outputs(op.native(*arguments))
         draws.append(list(zip(ours, baseline_of(op, arguments, oracle), oracle, strict=True)))
     for same_output in zip(*draws, strict=True):
-        got, base, exact = (torch.cat([t.flatten() for t in of]) for of in zip(*same_output, strict=True))
+        got, base, exact = (
+            torch.cat([t.flatten() for t in of]) for of in zip(*same_output, strict=True)
+        )
         assert_no_worse_than_torch(got, base, exact, factor=3 if is_gradient(op) else 2)
 
 
@@ -99,7 +104,7 @@ OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
 
 
 def nan_and_seen(op, problem, dtype, leaf: int):
-    """(NaN in the results, results that depend on it) for one NaN element of the leaf-th argument."""
+    """Which results are NaN, and which depend on the one element that was made NaN."""
     ones = tree_map_only(torch.Tensor, torch.ones_like, op.make(problem, dtype))
     leaves, spec = tree_flatten(ones)
     changed = leaves[leaf].clone()
@@ -171,7 +176,10 @@ def test_epilogue(separable, given, backend) -> None:
     }
     x, rates = integers(3, 6, 5, 7), [2, (1, 3)]
     dense = [integers(5, 6, 3, 3), integers(3, 6, 1, 3)]
-    depthwise, pointwise = [integers(6, 1, 3, 3), None], [integers(5, 6, 1, 1), integers(3, 6, 1, 1)]
+    depthwise, pointwise = (
+        [integers(6, 1, 3, 3), None],
+        [integers(5, 6, 1, 1), integers(3, 6, 1, 1)],
+    )
     name = "atrous_separable_pyramid" if separable else "atrous_pyramid"
     weights = (depthwise, pointwise) if separable else (dense,)
     got = getattr(aspp_ext, name)(x, *weights, rates, **keywords, backend=backend)

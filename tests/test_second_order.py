@@ -77,6 +77,24 @@ def test_jacfwd(loss, shapes) -> None:
     same(lambda f: func.jacfwd(f, every(shapes)), loss, values(*shapes))
 
 
+NESTED = {
+    "jvp of jvp": lambda f, x, v: func.jvp(lambda x: func.jvp(f, (x,), (v,))[1], (x,), (v,))[1],
+    "jvp of grad": lambda f, x, v: func.jvp(func.grad(f), (x,), (v,))[1],
+    "vjp of grad": lambda f, x, v: func.vjp(func.grad(f), x)[1](v)[0],
+    "grad of grad": lambda f, x, v: func.grad(lambda x: (func.grad(f)(x) * v).sum())(x),
+}
+
+
+@each_loss
+@pytest.mark.parametrize("nested", NESTED.values(), ids=NESTED.keys())
+def test_nested_transforms(nested, loss, shapes) -> None:
+    x, *rest = values(*shapes)
+    v = torch.randn_like(x)
+    if loss is separable_loss and nested is NESTED["jvp of grad"]:
+        pytest.skip("refused, see below")
+    same(lambda f: lambda x, *rest: nested(lambda x: f(x, *rest), x, v), loss, [x, *rest])
+
+
 def test_hessian_of_the_pyramid() -> None:
     same(lambda f: func.hessian(f, (0, 1, 2)), pyramid_loss, values(*PYRAMID))
 
@@ -118,13 +136,13 @@ def test_vmap(loss, shapes, batched) -> None:
 
 
 def test_vmap_over_another_dimension_and_per_sample_shift() -> None:
-    x, w, shift = values((2, 3, 5, 2, 4), (2, 3, 3, 3), (4, 2, 2))
+    x, w, shift = values((2, 3, 5, 6, 4), (2, 3, 3, 3), (4, 2, 2))
 
     def forward(module):
         return lambda x, shift: module.atrous_pyramid(x, [w], [2], shift=shift, activation="relu")
 
-    # x [N, C, H, N', W]: the batch is its last dimension
-    same(lambda f: func.vmap(f, (4, 0)), forward, [x.transpose(3, 4).unflatten(3, (4, 1))[..., 0, :].movedim(3, -1), shift])
+    # The samples are the input's last dimension.
+    same(lambda f: func.vmap(f, (4, 0)), forward, [x, shift])
 
 
 def test_forward_mode_is_not_dropped() -> None:
@@ -137,13 +155,16 @@ def test_forward_mode_is_not_dropped() -> None:
 
 
 def test_functions_are_the_other_door() -> None:
-    x, w, d, p = (t.requires_grad_() for t in values((1, 2, 3, 4), *[(2, 2, 3, 3), (2, 1, 3, 3), (2, 2, 1, 1)]))
-    y = AtrousPyramid.apply([2, 2], x, w)
-    expected = reference.atrous_pyramid(x, [w], [2])
-    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, w]), torch.autograd.grad(expected.square().sum(), [x, w]))
-    y = AtrousSeparablePyramid.apply(1, [2, 2], False, x, d, p)
-    expected = reference.atrous_separable_conv2d(x, d, p, 2)
-    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, d, p]), torch.autograd.grad(expected.square().sum(), [x, d, p]))
+    shapes = [(1, 2, 3, 4), (2, 2, 3, 3), (2, 1, 3, 3), (2, 2, 1, 1)]
+    x, w, d, p = (t.requires_grad_() for t in values(*shapes))
+    pyramids = (AtrousPyramid.apply([2, 2], x, w), reference.atrous_pyramid(x, [w], [2]))
+    separables = (
+        AtrousSeparablePyramid.apply(1, [2, 2], False, x, d, p),
+        reference.atrous_separable_conv2d(x, d, p, 2),
+    )
+    for pair, inputs in ((pyramids, [x, w]), (separables, [x, d, p])):
+        got, expected = (torch.autograd.grad(y.square().sum(), inputs) for y in pair)
+        torch.testing.assert_close(got, expected)
 
 
 def between_relu(backend=None):

@@ -42,16 +42,9 @@ def one_wrong(t):
     return t
 
 
-def few_wrong(t):
-    t.view(-1)[::700] *= 1.02
-    return t
-
-
 PLANTED = {
     "one wrong element": (one_wrong, "max"),
-    "some wrong elements": (few_wrong, "99.9 %"),
     "offset": (lambda t: t + 0.002, "mean:"),
-    "scaled": (lambda t: t * 1.001, "mean along the sign"),
     "nan": (lambda t: t.index_fill_(1, torch.tensor([2]), torch.nan), "not finite"),
     "dtype": (lambda t: t.double(), "dtype"),
     "shape": (lambda t: t[:, 1:], "expected"),
@@ -66,6 +59,15 @@ def test_law_refuses(planted) -> None:
         assert_no_worse_than_torch(plant(baseline.clone()), baseline, oracle)
 
 
+def test_law_refuses_many_errors_below_the_largest() -> None:
+    """PyTorch's one large error hides two hundred from the maximum, not from the percentile."""
+    _, baseline, oracle = low_precision_problem(torch.bfloat16)
+    got = baseline.clone()
+    got.view(-1)[::90] += 0.06
+    with pytest.raises(AssertionError, match=r"99\.9 %"):
+        assert_no_worse_than_torch(got, one_wrong(baseline), oracle)
+
+
 def test_law_refuses_truncation_towards_zero() -> None:
     """Each error is below one unit in the last place, the values are symmetric: only a bias."""
     _, baseline, oracle = low_precision_problem(torch.bfloat16)
@@ -74,14 +76,10 @@ def test_law_refuses_truncation_towards_zero() -> None:
 
 
 def test_law_refuses_low_precision_accumulation() -> None:
-    """A sum of 64 x 9 products rounded to bfloat16 after each tap."""
+    """A sum over channels that is rounded to bfloat16 after each."""
     x, w = torch.randn(1, 64, 24, 24).bfloat16(), (torch.randn(32, 64, 3, 3) / 24).bfloat16()
     oracle, baseline = F.conv2d(x.double(), w.double()), F.conv2d(x, w)
-    sloppy = sum(
-        F.conv2d(x[:, :, i : i + 22, j : j + 22], w[:, :, i : i + 1, j : j + 1])
-        for i in range(3)
-        for j in range(3)
-    )
+    sloppy = sum(F.conv2d(x[:, c : c + 1], w[:, c : c + 1]) for c in range(64))
     with pytest.raises(AssertionError, match="above 2"):
         assert_no_worse_than_torch(sloppy, baseline, oracle)
 
