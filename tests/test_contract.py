@@ -131,9 +131,7 @@ def separable(x=X, depthwise=(D,), pointwise=(P,), rates=(2,), **keywords):
     return lambda: aspp_ext.atrous_separable_pyramid(x, depthwise, pointwise, rates, **keywords)
 
 
-def head(
-    depthwise=(None,), weights=(W,), shift=V, pool=(None, None), project=(zeros(2, 4), zeros(2))
-):
+def head(depthwise=(None,), weights=(W,), shift=V, pool=(None, None), project=PROJECT):
     return lambda: aspp_ext.aspp_inference(X, depthwise, weights, [2], shift, *pool, *project)
 
 

@@ -62,22 +62,21 @@ Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, i
     }
   }
   s.chunks_per_image = int64_t(s.begin.size());
-  for (size_t i = 0; i < s.begin.size(); ++i) {
-    s.chunk_pixels = std::max(s.chunk_pixels, s.end[i] - s.begin[i]);
-  }
+  s.chunk_pixels = target;
   return s;
 }
 
 void run_forward(PyramidParams params, const Schedule& schedule, bool double_precision) {
   params.row_order = schedule.row_order.data();
+  params.chunk_pixels = schedule.chunk_pixels;
+  params.sum_rows = params.width < schedule.chunk_pixels;
   const Kernels& k = kernels();
-  run_tasks(params.batch * schedule.chunks_per_image,
-            k.forward_scratch(params, schedule.chunk_pixels, double_precision),
+  run_tasks(params.batch * schedule.chunks_per_image, k.forward_scratch(params, double_precision),
             [&](int64_t task, void* scratch) {
               const int64_t chunk = task % schedule.chunks_per_image;
               k.forward_chunk(params, task / schedule.chunks_per_image, task,
-                              schedule.begin[size_t(chunk)], schedule.end[size_t(chunk)],
-                              schedule.chunk_pixels, scratch, double_precision);
+                              schedule.begin[size_t(chunk)], schedule.end[size_t(chunk)], scratch,
+                              double_precision);
             });
 }
 

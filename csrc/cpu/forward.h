@@ -10,7 +10,7 @@ namespace aspp {
 
 struct Schedule {
   int64_t chunks_per_image = 0;
-  int64_t chunk_pixels = 0;         // the longest chunk
+  int64_t chunk_pixels = 0;         // no chunk is longer; decided by the problem alone
   std::vector<int64_t> begin, end;  // of each chunk of an image, in the order of row_order
   std::vector<int64_t> row_order;
 };
@@ -18,7 +18,7 @@ struct Schedule {
 Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, int64_t height,
                      int64_t width);
 
-// Fills in params.row_order and runs every chunk.
+// Runs every chunk; row_order and chunk_pixels of params come from the schedule.
 void run_forward(PyramidParams params, const Schedule& schedule, bool double_precision);
 
 }  // namespace aspp

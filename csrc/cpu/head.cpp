@@ -91,7 +91,7 @@ Matrix project_rows(Operands& operands, const Tensor& project,
 
 // bias[n, :] = project_shift + project[:, pool] relu(pool_weight mean(x[n]) + pool_shift)
 template <typename T>
-void head_bias(const T* sums, int64_t chunks, double pixels, int64_t channels, const Matrix* pool,
+void head_bias(const T* sums, int64_t parts, double pixels, int64_t channels, const Matrix* pool,
                const T* pool_shift, int64_t pooled, const Matrix* project, const T* project_shift,
                int64_t width, T* bias) {
   for (int64_t o = 0; o < width; ++o) bias[o] = project_shift[o];
@@ -101,7 +101,7 @@ void head_bias(const T* sums, int64_t chunks, double pixels, int64_t channels, c
   for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] = pool_shift[q];
   for (int64_t c = 0; c < channels; ++c) {
     double total = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += double(sums[chunk * stride + c]);
+    for (int64_t part = 0; part < parts; ++part) total += double(sums[part * stride + c]);
     const T mean = T(total / pixels);
     const T* row = static_cast<const T*>(pool->data) + c * pool->row;
     for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] += mean * row[q];
@@ -142,9 +142,10 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   params.project_columns = width;
   params.raw = operands.allocate(shape.batch * pixels * width);
   const Schedule schedule = schedule_of(branches, shape.batch, shape.height, shape.width);
+  const int64_t parts =
+      shape.width < schedule.chunk_pixels ? shape.height : schedule.chunks_per_image;
   if (head.pooled > 0) {
-    params.pixel_sums =
-        operands.allocate(shape.batch * schedule.chunks_per_image * padded(shape.channels));
+    params.pixel_sums = operands.allocate(shape.batch * parts * padded(shape.channels));
   }
   run_forward(params, schedule, wide);
 
@@ -162,12 +163,11 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   const auto fill = [&](auto element) {
     using T = decltype(element);
     for (int64_t n = 0; n < shape.batch; ++n) {
-      const int64_t first = n * schedule.chunks_per_image * padded(shape.channels);
-      head_bias<T>(static_cast<const T*>(params.pixel_sums) + (head.pooled > 0 ? first : 0),
-                   schedule.chunks_per_image, double(pixels), shape.channels,
-                   head.pooled > 0 ? &pool : nullptr, static_cast<const T*>(pool_bias), head.pooled,
-                   &pool_project, static_cast<const T*>(base), width,
-                   static_cast<T*>(bias) + n * width);
+      const int64_t first = n * parts * padded(shape.channels);
+      head_bias<T>(static_cast<const T*>(params.pixel_sums) + (head.pooled > 0 ? first : 0), parts,
+                   double(pixels), shape.channels, head.pooled > 0 ? &pool : nullptr,
+                   static_cast<const T*>(pool_bias), head.pooled, &pool_project,
+                   static_cast<const T*>(base), width, static_cast<T*>(bias) + n * width);
     }
   };
   wide ? fill(double{}) : fill(float{});

@@ -209,18 +209,23 @@ class BlockBackward {
     for (int64_t v = 0; v < stride_; v += kLanes<T>) {
       const Vec<T> scale = load(static_cast<const T*>(branch.between_scale) + c_ + v);
       const Vec<T> shift = load(static_cast<const T*>(branch.between_shift) + c_ + v);
-      Vec<T> scale_sum{}, shift_sum{};
-      for (int64_t q = 0; q < pixels_; ++q) {
-        T* at = s_.depthwise + q * stride_ + v;
-        const Vec<T> d = load(at);
-        const Vec<T> u = d * scale + shift;
-        store(at, branch.between_relu ? at_least<T>(u, Vec<T>{}) : u);
-        if (!need_h) continue;
-        Vec<T> h = load(s_.h + q * stride_ + v);
-        if (branch.between_relu) h = u > Vec<T>{} ? h : Vec<T>{};
-        scale_sum += h * d;
-        shift_sum += h;
-        store(s_.h + q * stride_ + v, h * scale);
+      Vec<T> scale_sum{}, shift_sum{};  // of row sums: long sums in one chain lose digits
+      for (int64_t y = 0; y < p_.height; ++y) {
+        Vec<T> row_scale{}, row_shift{};
+        for (int64_t q = y * p_.width; q < (y + 1) * p_.width; ++q) {
+          T* at = s_.depthwise + q * stride_ + v;
+          const Vec<T> d = load(at);
+          const Vec<T> u = d * scale + shift;
+          store(at, branch.between_relu ? at_least<T>(u, Vec<T>{}) : u);
+          if (!need_h) continue;
+          Vec<T> h = load(s_.h + q * stride_ + v);
+          if (branch.between_relu) h = u > Vec<T>{} ? h : Vec<T>{};
+          row_scale += h * d;
+          row_shift += h;
+          store(s_.h + q * stride_ + v, h * scale);
+        }
+        scale_sum += row_scale;
+        shift_sum += row_shift;
       }
       if (grad_scale != nullptr) store(grad_scale + c_ + v, load(grad_scale + c_ + v) + scale_sum);
       if (grad_shift != nullptr) store(grad_shift + c_ + v, load(grad_shift + c_ + v) + shift_sum);
@@ -243,28 +248,33 @@ class BlockBackward {
     }
   }
 
-  // to[c] += sum over the row; summed per row first, which keeps long sums accurate.
+  // to[c] += sum over the row, taken in stretches: long sums in one chain lose digits.
   void add_row_product(const T* h, const T* x, int64_t count, T* to) {
-    constexpr int kVectors = 4;
-    int64_t v = 0;
-    for (; v + kVectors * kLanes<T> <= stride_; v += kVectors * kLanes<T>) {
-      Vec<T> sum[kVectors] = {};
-      for (int64_t q = 0; q < count; ++q) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) {
-          const int64_t at = q * stride_ + v + j * kLanes<T>;
-          sum[j] += load(h + at) * load(x + at);
-        }
+    constexpr int64_t kStretch = 64;
+    for (int64_t q = 0; q < count; q += kStretch) {
+      const int64_t length = count - q < kStretch ? count - q : kStretch;
+      int64_t v = 0;
+      for (; v + 4 * kLanes<T> <= stride_; v += 4 * kLanes<T>) {
+        add_stretch<4>(h + q * stride_ + v, x + q * stride_ + v, length, to + v);
       }
-      for (int j = 0; j < kVectors; ++j) {
-        store(to + v + j * kLanes<T>, load(to + v + j * kLanes<T>) + sum[j]);
+      for (; v < stride_; v += kLanes<T>) {
+        add_stretch<1>(h + q * stride_ + v, x + q * stride_ + v, length, to + v);
       }
     }
-    for (; v < stride_; v += kLanes<T>) {
-      Vec<T> sum{};
-      for (int64_t q = 0; q < count; ++q)
-        sum += load(h + q * stride_ + v) * load(x + q * stride_ + v);
-      store(to + v, load(to + v) + sum);
+  }
+
+  template <int kVectors>
+  void add_stretch(const T* h, const T* x, int64_t count, T* to) {
+    Vec<T> sum[kVectors] = {};
+    for (int64_t q = 0; q < count; ++q) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const int64_t at = q * stride_ + j * kLanes<T>;
+        sum[j] += load(h + at) * load(x + at);
+      }
+    }
+    for (int j = 0; j < kVectors; ++j) {
+      store(to + j * kLanes<T>, load(to + j * kLanes<T>) + sum[j]);
     }
   }
 

@@ -23,6 +23,8 @@
 namespace aspp::ASPP_ISA {
 
 inline constexpr ptrdiff_t kStageBytes = 1 << 20;
+inline constexpr ptrdiff_t kProductBytes =
+    512;  // k of one product: its panel of B fills half of L1
 
 // Branches [first, last) that are computed together.
 struct Group {
@@ -55,7 +57,7 @@ inline Window window_of(const PyramidParams& p, const Group& group, int64_t begi
   const ptrdiff_t first_row = begin / p.width, last_row = (end - 1) / p.width;
   Window window{0, p.width, (last_row - first_row + 1) * row_offsets};
   if (window.slots > p.height) window.slots = p.height;
-  if (first_row == last_row) {
+  if (first_row == last_row && !p.sum_rows) {
     const ptrdiff_t left = begin - first_row * p.width - reach;
     const ptrdiff_t right = end - first_row * p.width + reach;
     if (left > 0) window.x0 = left;
@@ -64,10 +66,24 @@ inline Window window_of(const PyramidParams& p, const Group& group, int64_t begi
   return window;
 }
 
+// Pixels the largest chunk of a group can have staged: a chunk that begins at the end of a row, or,
+// where rows are as long as chunks, a piece of one row with its halo.
+inline ptrdiff_t most_staged(const PyramidParams& p, const Group& group) {
+  if (p.width < p.chunk_pixels) {
+    return window_of(p, group, p.width - 1, p.width - 1 + p.chunk_pixels).slots * p.width;
+  }
+  const Window piece = window_of(p, group, 0, p.chunk_pixels);
+  const ptrdiff_t across = 2 * (piece.x1 - p.chunk_pixels) + p.chunk_pixels;
+  return piece.slots * (across < p.width ? across : p.width);
+}
+
+// Channels staged at a time. The same for every chunk of a problem, however many threads share it:
+// the order of every sum, and so its bits, must not depend on that.
 template <typename T>
-inline ptrdiff_t channel_block(const PyramidParams& p, ptrdiff_t staged_pixels) {
-  ptrdiff_t block = 512 / sizeof(T);
-  while (block > kPad && staged_pixels * block * ptrdiff_t(sizeof(T)) > kStageBytes) block /= 2;
+inline ptrdiff_t channel_block(const PyramidParams& p, const Group& group) {
+  const ptrdiff_t pixels = most_staged(p, group);
+  ptrdiff_t block = kProductBytes / sizeof(T);
+  while (block > kPad && pixels * block * ptrdiff_t(sizeof(T)) > kStageBytes) block /= 2;
   const ptrdiff_t all = padded(p.channels);
   return block < all ? block : all;
 }
@@ -76,8 +92,8 @@ template <typename T, typename E>
 struct ForwardScratch {
   E* staged;            // [slots, window, block]
   E* depthwise;         // [pixels, block]
-  T* accumulators;      // [pixels, columns]
-  E* activated;         // [pixels, columns], where E is not T and there is a projection
+  T* accumulators;      // per branch [pixels, padded out_channels]: compact, so that it caches well
+  E* activated;         // the same in E, where E is not T and there is a projection
   T* projected;         // [pixels, project columns]
   BFloat16Pair* pairs;  // [block / 2, widest branch or projection], where E is not T
   int64_t* slot_of;     // [H]
@@ -85,22 +101,15 @@ struct ForwardScratch {
 };
 
 template <typename T, typename E>
-ForwardScratch<T, E> lay_out_forward(const PyramidParams& p, int64_t chunk_pixels, void* memory) {
-  // The worst chunk: one that begins at the end of a row, or a single row with its halo.
+ForwardScratch<T, E> lay_out_forward(const PyramidParams& p, void* memory) {
   ptrdiff_t staged = 0;
   for (int64_t b = 0; b < p.branch_count;) {
     const Group group = group_from(p, b);
-    const int64_t start = chunk_pixels < p.width ? 0 : p.width - 1;
-    const Window w = window_of(p, group, start, start + chunk_pixels);
-    const ptrdiff_t reach_all = chunk_pixels < p.width ? p.width : w.x1 - w.x0;
-    const ptrdiff_t pixels = w.slots * reach_all;
-    const ptrdiff_t budget = kStageBytes / ptrdiff_t(sizeof(T));  // see channel_block
-    ptrdiff_t size = pixels * kPad > budget ? pixels * kPad : budget;
-    if (pixels * ptrdiff_t(512 / sizeof(T)) < size) size = pixels * ptrdiff_t(512 / sizeof(T));
+    const ptrdiff_t size = most_staged(p, group) * channel_block<T>(p, group);
     if (size > staged) staged = size;
     b = group.last;
   }
-  const ptrdiff_t block = 512 / sizeof(T);
+  const ptrdiff_t block = kProductBytes / sizeof(T), chunk_pixels = p.chunk_pixels;
   char* at = static_cast<char*>(memory);
   const auto take = [&at](ptrdiff_t bytes) {
     char* here = at;
@@ -158,13 +167,13 @@ template <typename T, typename E>
 class ChunkForward {
  public:
   ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
-               int64_t chunk_pixels, void* scratch)
+               void* scratch)
       : p_(p),
         n_(n),
         chunk_(chunk),
         begin_(begin),
         end_(end),
-        s_(lay_out_forward<T, E>(p, chunk_pixels, scratch)) {}
+        s_(lay_out_forward<T, E>(p, scratch)) {}
 
   void run() {
     for (int64_t b = 0; b < p_.branch_count;) {
@@ -183,8 +192,8 @@ class ChunkForward {
  private:
   void run_group(const Group& group) {
     window_ = window_of(p_, group, begin_, end_);
-    const ptrdiff_t slots = assign_slots(group);
-    const ptrdiff_t block = channel_block<T>(p_, slots * (window_.x1 - window_.x0));
+    assign_slots(group);
+    const ptrdiff_t block = channel_block<T>(p_, group);
     for (ptrdiff_t c = 0; c < p_.channels; c += block) {
       const ptrdiff_t channels = p_.channels - c < block ? p_.channels - c : block;
       stride_ = padded(channels);
@@ -201,7 +210,7 @@ class ChunkForward {
   }
 
   // Which input rows the group's live taps touch, in the order they are met.
-  ptrdiff_t assign_slots(const Group& group) {
+  void assign_slots(const Group& group) {
     for (int64_t y = 0; y < p_.height; ++y) s_.slot_of[y] = -1;
     ptrdiff_t next = 0;
     const auto touch = [&](int64_t y) {
@@ -217,7 +226,6 @@ class ChunkForward {
         }
       }
     });
-    return next;
   }
 
   void stage(ptrdiff_t c, ptrdiff_t channels) {
@@ -322,20 +330,33 @@ class ChunkForward {
 
   void multiply(const BranchParams& branch, const Rows& weight, const E* a, ptrdiff_t at,
                 ptrdiff_t pixels, ptrdiff_t channels, bool accumulate) {
-    product(a, stride_, weight, s_.accumulators + at * p_.columns + branch.column, p_.columns,
-            pixels, padded(branch.out_channels), channels, accumulate);
+    const ptrdiff_t columns = padded(branch.out_channels);
+    product(a, stride_, weight, rows_from(s_.accumulators, branch) + at * columns, columns, pixels,
+            columns, channels, accumulate);
   }
 
+  // A branch's [pixels, padded out_channels] within accumulators or activated.
+  template <typename V>
+  V* rows_from(V* base, const BranchParams& branch) const {
+    return base + branch.column * p_.chunk_pixels;
+  }
+
+  // Sums of x: of each image row, by the chunk that has the row's first pixel, or of each chunk
+  // where chunks are pieces of rows. Either way the parts do not depend on how the work was
+  // divided.
   void add_pixel_sums(ptrdiff_t c) {
     const int64_t stride = padded(p_.channels);
-    T* sums = static_cast<T*>(p_.pixel_sums) + chunk_ * stride + c;
-    for (ptrdiff_t v = 0; v < stride_; v += kLanes<T>) {
-      Vec<T> total{};
-      for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t) {
-        for (int64_t x = x0; x < x1; ++x) total += load_as<T>(row_of(y) + x * stride_ + v);
-      });
-      store(sums + v, total);
-    }
+    T* sums = static_cast<T*>(p_.pixel_sums) + c;
+    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t) {
+      if (p_.sum_rows && x0 > 0) return;
+      T* to = sums + (p_.sum_rows ? n_ * p_.height + y : chunk_) * stride;
+      const int64_t last = p_.sum_rows ? p_.width : x1;
+      for (ptrdiff_t v = 0; v < stride_; v += kLanes<T>) {
+        Vec<T> total{};
+        for (int64_t x = x0; x < last; ++x) total += load_as<T>(row_of(y) + x * stride_ + v);
+        store(to + v, total);
+      }
+    });
   }
 
   // y = relu(acc * scale + shift), in place; what a projection reads goes to `activated` in E.
@@ -345,23 +366,28 @@ class ChunkForward {
     if (shift != nullptr) shift += n_ * p_.shift_n_stride;
     const bool narrow = kNarrow && p_.project != nullptr;
     if (scale == nullptr && shift == nullptr && !p_.relu && !narrow) return;
-    for (ptrdiff_t q = 0; q < end_ - begin_; ++q) {
-      T* row = s_.accumulators + q * p_.columns;
-      for (ptrdiff_t c = 0; c < p_.columns; c += kLanes<T>) {
-        Vec<T> v = load(row + c);
-        if (scale != nullptr) v *= load(scale + c);
-        if (shift != nullptr) v += load(shift + c);
-        if (p_.relu) v = at_least<T>(v, Vec<T>{});
-        if (narrow) {
-          store_as<T>(s_.activated + q * p_.columns + c, v);
-        } else {
-          store(row + c, v);
+    for (int64_t b = 0; b < p_.branch_count; ++b) {
+      const BranchParams& branch = p_.branches[b];
+      const ptrdiff_t columns = padded(branch.out_channels);
+      for (ptrdiff_t q = 0; q < end_ - begin_; ++q) {
+        T* row = rows_from(s_.accumulators, branch) + q * columns;
+        E* narrow_row = narrow ? rows_from(s_.activated, branch) + q * columns : nullptr;
+        for (ptrdiff_t c = 0; c < columns; c += kLanes<T>) {
+          Vec<T> v = load(row + c);
+          if (scale != nullptr) v *= load(scale + branch.column + c);
+          if (shift != nullptr) v += load(shift + branch.column + c);
+          if (p_.relu) v = at_least<T>(v, Vec<T>{});
+          if (narrow) {
+            store_as<T>(narrow_row + c, v);
+          } else {
+            store(row + c, v);
+          }
         }
       }
     }
   }
 
-  const E* branch_rows() const {
+  const E* activated_rows() const {
     if constexpr (kNarrow) {
       return s_.activated;
     } else {
@@ -370,13 +396,18 @@ class ChunkForward {
   }
 
   void project() {
-    constexpr ptrdiff_t block = 512 / sizeof(T);
-    for (ptrdiff_t k = 0; k < p_.columns; k += block) {
-      const ptrdiff_t count = p_.columns - k < block ? p_.columns - k : block;
-      const Rows rows =
-          rows_of(p_.project, k * p_.project_row, p_.project_row, count, p_.project_columns);
-      product(branch_rows() + k, p_.columns, rows, s_.projected, p_.project_columns, end_ - begin_,
-              p_.project_columns, count, k > 0);
+    constexpr ptrdiff_t block = kProductBytes / sizeof(T);
+    for (int64_t b = 0; b < p_.branch_count; ++b) {
+      const BranchParams& branch = p_.branches[b];
+      const ptrdiff_t columns = padded(branch.out_channels);
+      const E* a = rows_from(activated_rows(), branch);
+      for (ptrdiff_t k = 0; k < columns; k += block) {
+        const ptrdiff_t count = columns - k < block ? columns - k : block;
+        const Rows rows = rows_of(p_.project, (branch.column + k) * p_.project_row, p_.project_row,
+                                  count, p_.project_columns);
+        product(a + k, columns, rows, s_.projected, p_.project_columns, end_ - begin_,
+                p_.project_columns, count, b > 0 || k > 0);
+      }
     }
     T* raw = static_cast<T*>(p_.raw) + n_ * p_.height * p_.width * p_.project_columns;
     for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
@@ -395,7 +426,8 @@ class ChunkForward {
           const BranchParams& branch = p_.branches[b];
           const Plane<S> plane = plane_of<S>(p_.out, n_, channel);
           for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
-            store_row<T>(s_.accumulators + at * p_.columns + branch.column, p_.columns,
+            const ptrdiff_t columns = padded(branch.out_channels);
+            store_row<T>(rows_from(s_.accumulators, branch) + at * columns, columns,
                          branch.out_channels, plane, y, x0, x1);
           });
           channel += branch.out_channels;

@@ -52,12 +52,15 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
   using P = Product<E>;
   constexpr int n = kLanes<T>;
   const ptrdiff_t a_i = g.a_i, a_k = g.a_k, b_k = g.b_k, k_count = g.k;
+  // Sums start at zero and meet C at the end: long sums are added in blocks, which keeps them
+  // accurate, and C has the whole product's time to arrive.
   Vec<T> acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      acc[i][j] = g.accumulate ? load(c + i * g.c_i + j * n) : Vec<T>{};
+      acc[i][j] = Vec<T>{};
+      __builtin_prefetch(c + i * g.c_i + j * n, 1);
     }
   }
   for (ptrdiff_t k = 0; k < k_count; ++k) {
@@ -76,7 +79,10 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) store(c + i * g.c_i + j * n, acc[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      T* at = c + i * g.c_i + j * n;
+      store(at, g.accumulate ? load(at) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 

@@ -28,16 +28,16 @@ auto with_forward_types(const PyramidParams& p, bool double_precision, F&& body)
   return double_precision ? body(double{}, double{}) : body(float{}, float{});
 }
 
-int64_t forward_scratch(const PyramidParams& p, int64_t chunk_pixels, bool double_precision) {
+int64_t forward_scratch(const PyramidParams& p, bool double_precision) {
   return with_forward_types(p, double_precision, [&](auto t, auto e) {
-    return lay_out_forward<decltype(t), decltype(e)>(p, chunk_pixels, nullptr).bytes;
+    return lay_out_forward<decltype(t), decltype(e)>(p, nullptr).bytes;
   });
 }
 
 void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
-                   int64_t chunk_pixels, void* scratch, bool double_precision) {
+                   void* scratch, bool double_precision) {
   with_forward_types(p, double_precision, [&](auto t, auto e) {
-    ChunkForward<decltype(t), decltype(e)>(p, n, chunk, begin, end, chunk_pixels, scratch).run();
+    ChunkForward<decltype(t), decltype(e)>(p, n, chunk, begin, end, scratch).run();
   });
 }
 

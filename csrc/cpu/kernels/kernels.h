@@ -11,11 +11,11 @@ namespace aspp {
 struct Kernels {
   const char* isa;
   bool bfloat16_products;  // with bfloat16 x, forward weights are bfloat16 instead of float
-  int64_t (*forward_scratch)(const PyramidParams&, int64_t chunk_pixels, bool double_precision);
+  int64_t (*forward_scratch)(const PyramidParams&, bool double_precision);
   // pixels [begin, end) of image n; `chunk` counts over the batch; chunk_pixels is the longest
   // chunk
   void (*forward_chunk)(const PyramidParams&, int64_t n, int64_t chunk, int64_t begin, int64_t end,
-                        int64_t chunk_pixels, void* scratch, bool double_precision);
+                        void* scratch, bool double_precision);
   int64_t (*backward_scratch)(const SeparableBackwardParams&, bool double_precision);
   int64_t backward_channels;  // channels of one backward block
   void (*backward_block)(const SeparableBackwardParams&, int64_t channel, void* scratch,

@@ -32,7 +32,7 @@ struct BranchParams {
   int64_t weight_tap = 0, weight_row = 0;
   int64_t kernel_h = 1, kernel_w = 1, rate_h = 1, rate_w = 1;
   int64_t out_channels = 0;
-  int64_t column = 0;  // where the branch's padded columns begin in the accumulator row
+  int64_t column = 0;  // where the branch's padded columns begin among everybody's
 };
 
 // Forward of all branches, and optionally the folded head behind them (aspp_inference).
@@ -41,8 +41,9 @@ struct PyramidParams {
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const BranchParams* branches = nullptr;
   int64_t branch_count = 0;
-  int64_t columns = 0;  // accumulator row: the sum of the branches' padded out_channels
+  int64_t columns = 0;                 // the sum of the branches' padded out_channels
   const int64_t* row_order = nullptr;  // [H]: rows that share taps stand together
+  int64_t chunk_pixels = 0;  // no chunk is longer; in wide images (W >= this) none leaves its row
 
   const void* scale = nullptr;  // [columns] T or null
   const void* shift = nullptr;  // [shift_batch, columns] T or null
@@ -55,8 +56,10 @@ struct PyramidParams {
   int64_t project_row = 0;
   int64_t project_columns = 0;  // padded
   void* raw = nullptr;          // [N, H * W, project_columns]
-  void* pixel_sums =
-      nullptr;  // [N, chunks, padded C]: each chunk's sum of x over its pixels, or null
+  // Sums of x for the caller to add up, or null: [N * H, padded C], one of each image row
+  // (sum_rows), or in wide images [chunks of the batch, padded C].
+  void* pixel_sums = nullptr;
+  bool sum_rows = false;
 };
 
 struct SeparableBackwardParams {
