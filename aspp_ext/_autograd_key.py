@@ -56,7 +56,8 @@ def _single_level(function: Any) -> Any:
     class SingleLevel(_SingleLevelFunction):
         @staticmethod
         def forward(ctx: Any, op: Any, keyset: Any, *inputs: Any) -> Any:
-            with _below_autograd():
+            # A Function runs its forward without grad mode; an outer transform still wants it.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
                 outputs = function.call(
                     lambda *a: op.redispatch(keyset & _after_autograd, *a), *inputs
                 )
@@ -79,12 +80,14 @@ def register(
     library: torch.library.Library,
     op: Any,
     function: Any,
+    check: Callable[..., Any],
     unpack: Callable[..., Any] = lambda outputs, *_: outputs,
     before: Callable[..., Any] | None = None,
 ) -> None:
     """Registers ``function`` as the gradient of ``op``.
 
     Args:
+        check: ``(*op_arguments)``, refuses what the operator refuses.
         unpack: ``(flat outputs, *op_arguments) -> what op returns``.
         before: ``(*op_arguments) -> result | None``, asked first when a gradient is needed; a
             result other than None, built of differentiable operators, replaces the formula.
@@ -95,6 +98,7 @@ def register(
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if needs_gradient(tensors_in(arguments)):
+            check(*arguments)
             composed = before(*arguments) if before is not None else None
             if composed is not None:
                 return composed

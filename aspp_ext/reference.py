@@ -24,6 +24,8 @@ def _same_conv(x: Tensor, weight: Tensor, rate: Rate, groups: int = 1) -> Tensor
     kernel = weight.shape[2:]
     # A 1-D problem is a row, so its rate is the pair's last entry.
     rates = [rate] * len(kernel) if isinstance(rate, int) else list(rate)[-len(kernel) :]
+    # Beyond the map only the centre tap lives, whatever the rate; oneDNN counts in 32 bits.
+    rates = [min(r, size) for r, size in zip(rates, x.shape[2:], strict=True)]
     padding = [r * (k - 1) // 2 for r, k in zip(rates, kernel, strict=True)]
     conv = F.conv1d if len(kernel) == 1 else F.conv2d
     return conv(x, weight, None, 1, padding, rates, groups)

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -19,6 +20,7 @@ namespace aspp {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline constexpr int64_t kMaxElements = int64_t(1) << 48;
 inline constexpr int64_t kMaxRate = (int64_t(1) << 31) - 1;  // taps * rate stays far from overflow
 
 template <typename... Parts>
@@ -55,6 +57,14 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz: return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz: return "float8_e4m3fnuz";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
     default: return "dtype " + std::to_string(int(dtype));
   }
 }
@@ -92,12 +102,26 @@ struct PyramidShape {
   int64_t batch = 0, channels = 0, height = 0, width = 0, out_channels = 0;
 };
 
+// Offsets are 64 bits wide; sizes that no memory holds (strides of 0 make them legal) stop here,
+// long before a product of them could wrap.
+inline void check_size(const char* op, const std::string& name, std::vector<int64_t> sizes) {
+  int64_t count = 1;
+  bool fits = true;
+  for (const int64_t size : sizes) {
+    if (size == 0) return;
+    fits = fits && !__builtin_mul_overflow(count, size, &count) && count <= kMaxElements;
+  }
+  require(fits, op, ": ", name, " must have at most 2^48 elements");
+}
+
 inline void check_image(const char* op, const char* name, const Tensor& x) {
   require(x.dim() == 4, op, ": ", name, " must be [N, C, H, W], got shape ", shape_of(x));
   require(is_supported(x.scalar_type()), op, ": ", name,
           " must be float32, float64, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
   require(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op, ": ", name,
           " needs at least one channel, row and column, got shape ", shape_of(x));
+  // the batch may be 0, but a plane of any size is still walked
+  check_size(op, name, {std::max<int64_t>(x.size(0), 1), x.size(1), x.size(2), x.size(3)});
 }
 
 inline void check_like(const char* op, const std::string& name, const Tensor& t, const Tensor& x) {
@@ -111,12 +135,17 @@ inline std::string entry(const char* list, size_t index) {
   return std::string(list) + "[" + std::to_string(index) + "]";
 }
 
+inline void check_odd(const char* op, const std::string& name, int64_t kh, int64_t kw) {
+  require(kh % 2 == 1 && kw % 2 == 1, op, ": ", name, " must have odd kernel sizes, got ", kh, "x",
+          kw);
+}
+
 inline void check_kernel(const char* op, const std::string& name, const Tensor& w) {
   require(w.dim() == 4, op, ": ", name, " must be [O, C, kh, kw], got shape ", shape_of(w));
-  require(w.size(2) % 2 == 1 && w.size(3) % 2 == 1, op, ": ", name,
-          " must have odd kernel sizes, got ", w.size(2), "x", w.size(3));
+  check_odd(op, name, w.size(2), w.size(3));
   require(w.size(0) >= 1, op, ": ", name, " needs at least one output channel, got shape ",
           shape_of(w));
+  check_size(op, name, {w.size(0), w.size(1), w.size(2), w.size(3)});
 }
 
 // rates: (rate_h, rate_w) of every branch.

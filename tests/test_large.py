@@ -23,12 +23,13 @@ MAP_NORESERVE = 0x4000  # Linux: pages that are never touched cost nothing
 
 def spread_out(t: torch.Tensor) -> torch.Tensor:
     """``t`` with its dimensions 2**31 elements and more apart."""
-    strides = [2**33 + 5, 2**32 + 3, 2**31 + 7, 2**31 - 5][: t.dim()]
+    strides = [2**33 + 99991, 2**32 + 1009, 2**31 + 101, 2**31 - 7][: t.dim()]
     last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = mmap.mmap(-1, (last + 1) * t.element_size(), flags)
     far = torch.as_strided(torch.frombuffer(memory, dtype=t.dtype), t.shape, strides)
-    return far.copy_(t)
+    assert torch.equal(far.copy_(t), t)  # no two elements share a place
+    return far
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs lazily reserved memory")

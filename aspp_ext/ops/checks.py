@@ -61,11 +61,15 @@ def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
 
 
+def check_odd(op: str, name: str, kh: int, kw: int) -> None:
+    if kh % 2 == 0 or kw % 2 == 0:
+        raise ValueError(f"{op}: {name} must have odd kernel sizes, got {kh}x{kw}")
+
+
 def check_kernel(op: str, name: str, w: Tensor) -> None:
     if w.dim() != 4:
         raise ValueError(f"{op}: {name} must be [O, C, kh, kw], got shape {_shape(w)}")
-    if w.size(2) % 2 == 0 or w.size(3) % 2 == 0:
-        raise ValueError(f"{op}: {name} must have odd kernel sizes, got {w.size(2)}x{w.size(3)}")
+    check_odd(op, name, w.size(2), w.size(3))
     if w.size(0) < 1:
         raise ValueError(f"{op}: {name} needs at least one output channel, got shape {_shape(w)}")
 
@@ -105,6 +109,7 @@ def check_vector(
 ) -> None:
     if v is None:
         return
+    check_tensor(op, name, v)
     check_like(op, name, v, x)
     whole = v.dim() == 1 and v.size(0) == channels
     rows = per_sample and v.dim() == 2 and v.size(0) == x.size(0) and v.size(1) == channels

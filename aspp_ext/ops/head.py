@@ -75,6 +75,8 @@ def aspp_inference(
     ]
     for name, value in named:
         checks.check_tensor(_OP, name, value)
+    if pool_weight is not None:
+        checks.check_tensor(_OP, "pool_weight", pool_weight)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
     arguments = under_autocast(

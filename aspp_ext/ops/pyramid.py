@@ -253,39 +253,69 @@ def _with_epilogue(
     return epilogue(_ops().atrous_pyramid(x, weights, rates), scale, shift, relu)
 
 
+def _check(x, weights, rates, scale=None, shift=None, relu=False):
+    channels = checks.check_dense(_OP, x, weights, rates)
+    checks.check_vector(_OP, "scale", scale, x, channels)
+    checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+    return channels
+
+
+def _check_grad_input(grad, weights, rates):
+    op = "atrous_pyramid_grad_input"
+    checks.check_image(op, "grad", grad)
+    checks.check_rates(_OP, rates, len(weights))
+    checks.check_kernel(_OP, "weights[0]", weights[0])
+    x = grad.new_empty(1).expand(grad.size(0), weights[0].size(1), *grad.shape[2:])
+    checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
+    return x.size(1)
+
+
+def _check_grad_weight(grad, x, kernels, out_channels, rates):
+    op = "atrous_pyramid_grad_weight"
+    checks.check_image(op, "x", x)
+    checks.check_sizes(op, kernels, out_channels)
+    checks.check_rates(_OP, rates, len(out_channels))
+    for b, (kh, kw) in enumerate(pairs(kernels)):
+        checks.check_odd(_OP, f"weights[{b}]", kh, kw)
+    checks.check_grad(_OP, grad, x, sum(out_channels))
+    return [
+        (o, x.size(1), kh, kw) for o, (kh, kw) in zip(out_channels, pairs(kernels), strict=True)
+    ]
+
+
 if _native.cpu_missing is None:
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid")
     def _(x, weights, rates, scale=None, shift=None, relu=False):
-        channels = checks.check_dense(_OP, x, weights, rates)
-        checks.check_vector(_OP, "scale", scale, x, channels)
-        checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
-        return empty_image(x, channels, [x, *weights])
+        return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_input")
     def _(grad, weights, rates):
-        checks.check_image("atrous_pyramid_grad_input", "grad", grad)
-        x = empty_image(grad, weights[0].size(1) if weights else 1, [])
-        checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
-        return empty_image(grad, x.size(1), [grad, *weights])
+        return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
     def _(grad, x, kernels, out_channels, rates):
-        checks.check_image("atrous_pyramid_grad_weight", "x", x)
-        checks.check_sizes("atrous_pyramid_grad_weight", kernels, out_channels)
-        weights = [
-            x.new_empty(o, x.size(1), kh, kw)
-            for o, (kh, kw) in zip(out_channels, pairs(kernels), strict=True)
-        ]
-        checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
-        return weights
+        sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
+        return [x.new_empty(size) for size in sizes]
 
-    register(library, _ops().atrous_pyramid.default, AtrousPyramid, before=_with_epilogue)
-    register(library, _ops().atrous_pyramid_grad_input.default, AtrousPyramidGradInput)
+    register(
+        library,
+        _ops().atrous_pyramid.default,
+        AtrousPyramid,
+        check=_check,
+        before=_with_epilogue,
+    )
+    register(
+        library,
+        _ops().atrous_pyramid_grad_input.default,
+        AtrousPyramidGradInput,
+        check=_check_grad_input,
+    )
     register(
         library,
         _ops().atrous_pyramid_grad_weight.default,
         AtrousPyramidGradWeight,
+        check=_check_grad_weight,
         unpack=lambda outputs, *_: list(outputs),
     )
     register_autocast(_ops().atrous_pyramid.default)

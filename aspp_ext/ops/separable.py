@@ -80,7 +80,7 @@ def atrous_separable_pyramid(
                 checks.check_tensor(_OP, f"{name}_weights[{b}]", t)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
-    between_scale, between_shift = _between_lists(x, between)
+    between_scale, between_shift = _between_lists(x, between, len(depthwise))
     x, depthwise, pointwise, between_scale, between_shift, bias, scale, shift = under_autocast(
         x, depthwise, list(pointwise_weights), between_scale, between_shift, bias, scale, shift
     )
@@ -93,10 +93,10 @@ def atrous_separable_pyramid(
     checks.check_activation(_OP, "activation", activation)
     problem = Problem(_OP, x, tuple(d for d in depthwise if d.numel()) + tuple(pointwise))
     implementation = select(problem, backend)
-    if between_scale and between_activation is None:
+    if any(s.numel() for s in between_scale) and between_activation is None:
         pointwise, constant = _fold_affine(pointwise, between_scale, between_shift)
         bias = constant if bias is None else bias + constant
-        between_scale, between_shift = [], []
+        between_scale = between_shift = [x.new_empty(0)] * len(pointwise)
     if bias is not None:
         moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
@@ -107,7 +107,7 @@ def atrous_separable_pyramid(
         rates,
         between_scale,
         between_shift,
-        bool(between_scale) and between_activation == "relu",
+        between_activation == "relu",
         scale,
         shift,
         activation == "relu",
@@ -146,13 +146,15 @@ def atrous_separable_conv2d(
 
 
 def _between_lists(
-    x: Tensor, between: Sequence[Affine | None] | None
+    x: Tensor, between: Sequence[Affine | None] | None, branches: int
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """One tensor per branch, empty where nothing is between.
+
+    Never empty lists: AOTInductor's runtime would hand those over as None.
+    """
     if between is None:
-        return [], []
+        between = [None] * branches
     checks.check_list(_OP, "between", between)
-    if all(pair is None for pair in between):
-        return [], []
     scale, shift = [], []
     for b, pair in enumerate(between):
         if not (pair is None or (isinstance(pair, (list, tuple)) and len(pair) == 2)):
@@ -234,12 +236,12 @@ class AtrousSeparablePyramid(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _b: Any, _r: Any, _relu: Any, t_x: Any, *t_rest: Any) -> Any:
-        if ctx.relu or len(ctx.saved_tensors) > 2 * ctx.branches + 1:
+        x, *rest = ctx.saved_tensors
+        d, p, s, _ = AtrousSeparablePyramid.lists(ctx.branches, rest)
+        if any(t.numel() for t in s):
             raise NotImplementedError(
                 f"{_OP}: forward-mode derivatives need between_activation=None, got 'relu'"
             )
-        x, *rest = ctx.saved_tensors
-        d, p, _, _ = AtrousSeparablePyramid.lists(ctx.branches, rest)
         t_d, t_p, _, _ = AtrousSeparablePyramid.lists(ctx.branches, t_rest)
         return _variation(ctx.rates, x, d, p, t_x, t_d, t_p)
 
@@ -320,13 +322,13 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> Any:
-        if ctx.relu or len(ctx.saved_tensors) > 2 * ctx.branches + 2:
+        grad, x, *rest = ctx.saved_tensors
+        d, p, s, t = AtrousSeparablePyramid.lists(ctx.branches, rest)
+        if any(tensor.numel() for tensor in s):
             raise NotImplementedError(
                 f"{_OP}: second derivatives need between_activation=None, got 'relu'; "
                 "use backend='reference'"
             )
-        grad, x, *rest = ctx.saved_tensors
-        d, p, _, _ = AtrousSeparablePyramid.lists(ctx.branches, rest)
         v_x, v_d, v_p = AtrousSeparablePyramidBackward.outputs(ctx, v, d)
         op = _ops().atrous_separable_pyramid_backward
         by_grad = _variation(ctx.rates, x, d, p, v_x, v_d, v_p)
@@ -362,7 +364,7 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
                 False,
             )
             by_x, by_d = add(by_x, gx), merge(by_d, gd, d)
-        return (None, None, None, None, by_grad, by_x, *by_d, *by_p)
+        return (None, None, None, None, by_grad, by_x, *by_d, *by_p, *[None] * len(s + t))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -404,6 +406,32 @@ def _with_epilogue(
     return epilogue(y, scale, shift, relu)
 
 
+def _check(
+    x,
+    depthwise,
+    pointwise,
+    rates,
+    between_scale,
+    between_shift,
+    between_relu=False,
+    scale=None,
+    shift=None,
+    relu=False,
+):
+    channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
+    checks.check_between(_OP, x, between_scale, between_shift, depthwise)
+    checks.check_vector(_OP, "scale", scale, x, channels)
+    checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+    return channels
+
+
+def _check_backward(
+    grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu, *needs
+):
+    channels = _check(x, depthwise, pointwise, rates, between_scale, between_shift)
+    checks.check_grad(_OP, grad, x, channels)
+
+
 if _native.cpu_missing is None:
 
     @torch.library.register_fake("aspp_ext::atrous_separable_pyramid")
@@ -419,10 +447,9 @@ if _native.cpu_missing is None:
         shift=None,
         relu=False,
     ):
-        channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
-        checks.check_between(_OP, x, between_scale, between_shift, depthwise)
-        checks.check_vector(_OP, "scale", scale, x, channels)
-        checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+        channels = _check(
+            x, depthwise, pointwise, rates, between_scale, between_shift, scale=scale, shift=shift
+        )
         return empty_image(x, channels, [x, *pointwise])
 
     @torch.library.register_fake("aspp_ext::atrous_separable_pyramid_backward")
@@ -440,9 +467,9 @@ if _native.cpu_missing is None:
         need_pointwise,
         need_between,
     ):
-        channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
-        checks.check_between(_OP, x, between_scale, between_shift, depthwise)
-        checks.check_grad(_OP, grad, x, channels)
+        _check_backward(
+            grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu
+        )
 
         def like(tensors, needed):
             return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
@@ -459,12 +486,14 @@ if _native.cpu_missing is None:
         library,
         _ops().atrous_separable_pyramid.default,
         AtrousSeparablePyramid,
+        check=_check,
         before=_with_epilogue,
     )
     register(
         library,
         _ops().atrous_separable_pyramid_backward.default,
         AtrousSeparablePyramidBackward,
+        check=_check_backward,
         unpack=_unpack_backward,
     )
     register_autocast(_ops().atrous_separable_pyramid.default)

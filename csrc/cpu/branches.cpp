@@ -13,6 +13,11 @@ void check_kernel_limit(const char* op, const std::string& name, const Tensor& w
           w.size(3));
 }
 
+void check_result(const char* op, const PyramidShape& shape) {
+  check_size(op, "the result",
+             {std::max<int64_t>(shape.batch, 1), shape.out_channels, shape.height, shape.width});
+}
+
 }  // namespace
 
 PyramidShape check_dense(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
@@ -29,6 +34,7 @@ PyramidShape check_dense(const char* op, const Tensor& x, const std::vector<Tens
     check_kernel_limit(op, name, weights[b]);
     shape.out_channels += weights[b].size(0);
   }
+  check_result(op, shape);
   return shape;
 }
 
@@ -60,6 +66,7 @@ PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<
             " must be [", shape.channels, ", 1, kh, kw], got shape ", shape_of(depthwise[b]));
     check_kernel_limit(op, depth, depthwise[b]);
   }
+  check_result(op, shape);
   return shape;
 }
 
@@ -164,10 +171,12 @@ bool any_channels_last(const std::vector<Tensor>& weights) {
 Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, const PyramidShape& shape,
                    bool channels_last) {
   const std::array<int64_t, 4> size{batch, channels, shape.height, shape.width};
-  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt,
-                              like.device(), std::nullopt,
-                              channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                            : torch::headeronly::MemoryFormat::Contiguous);
+  return with_memory([&] {
+    return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt,
+                                like.device(), std::nullopt,
+                                channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                              : torch::headeronly::MemoryFormat::Contiguous);
+  });
 }
 
 namespace {
@@ -178,12 +187,12 @@ void store(const void* rows, int64_t stride, int64_t count, int64_t channels, Im
   kernels().from_pixels(rows, stride, count, channels, out, wide);
 }
 
+}  // namespace
+
 Tensor empty_as(const Tensor& like) {
   const auto sizes = like.sizes();
   return torch::stable::new_empty(like, sizes);
 }
-
-}  // namespace
 
 Tensor depthwise_gradient(const Tensor& like, const void* rows, bool wide) {
   const Tensor out = empty_as(like);

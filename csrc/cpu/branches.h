@@ -40,6 +40,8 @@ bool any_channels_last(const std::vector<Tensor>& weights);
 Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, const PyramidShape& shape,
                    bool channels_last);
 
+Tensor empty_as(const Tensor& like);  // contiguous
+
 // Accumulated rows in the compute type -> a contiguous tensor with `like`'s shape and dtype.
 Tensor depthwise_gradient(const Tensor& like, const void* rows, bool wide);  // [taps, padded C]
 Tensor pointwise_gradient(const Tensor& like, const void* rows, bool wide);  // [C, padded O]

@@ -36,7 +36,7 @@ Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, i
   for (const BranchParams& b : branches) {
     dense = dense || (b.depthwise == nullptr && b.kernel_h * b.kernel_w > 1);
   }
-  const int64_t target = dense ? 384 : 192;
+  const int64_t target = dense ? 576 : 288;
   constexpr int64_t kTileRows = 6;
   Schedule s;
   s.row_order = order_rows(branches, height);

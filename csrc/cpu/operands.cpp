@@ -51,7 +51,8 @@ char* at_element(const Image& image, int64_t elements) {
 
 void* Operands::allocate(int64_t count, Dtype dtype) {
   const int64_t size[] = {count};
-  storage_.push_back(torch::stable::new_empty(like_, {size, 1}, scalar_type(dtype)));
+  storage_.push_back(
+      with_memory([&] { return torch::stable::new_empty(like_, {size, 1}, scalar_type(dtype)); }));
   return storage_.back().data_ptr();
 }
 

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 namespace aspp {
 
@@ -67,7 +68,9 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& body) {
     scratch.trim();
   };
   torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, work);
-  if (out_of_memory) throw std::bad_alloc();
+  if (out_of_memory) {
+    throw std::runtime_error("aspp_ext: not enough memory for a thread's working buffers");
+  }
 }
 
 }  // namespace aspp

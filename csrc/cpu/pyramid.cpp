@@ -59,7 +59,7 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
 
 // The shapes of the gradient are the only thing convolution_backward reads of the missing operand.
 Tensor placeholder(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()});
+  return with_memory([&] { return torch::stable::new_empty(like, {sizes.data(), sizes.size()}); });
 }
 
 Tensor channels_last_copy(const Tensor& t) {
@@ -68,9 +68,11 @@ Tensor channels_last_copy(const Tensor& t) {
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates) {
   check_image("atrous_pyramid_grad_input", "grad", grad);
-  const int64_t channels = weights.empty() ? 0 : weights[0].size(1);
-  const Tensor x =
-      placeholder(grad, {grad.size(0), channels > 0 ? channels : 1, grad.size(2), grad.size(3)});
+  check_rates(kOp, rates, weights.size());
+  check_kernel(kOp, "weights[0]", weights[0]);
+  const std::vector<int64_t> sizes{grad.size(0), weights[0].size(1), grad.size(2), grad.size(3)};
+  check_size(kOp, "x", sizes);
+  const Tensor x = placeholder(grad, sizes);
   const PyramidShape shape = check_dense(kOp, x, weights, rates);
   check_grad(kOp, grad, x, shape);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
@@ -93,20 +95,31 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates) {
-  check_image("atrous_pyramid_grad_weight", "x", x);
-  require(kernels.size() == 2 * out_channels.size(),
-          "atrous_pyramid_grad_weight: kernels must have two sizes per branch, got ",
-          kernels.size(), " for ", out_channels.size(), " branches");
+  constexpr const char* kGradWeight = "atrous_pyramid_grad_weight";
+  check_image(kGradWeight, "x", x);
+  require(kernels.size() == 2 * out_channels.size(), kGradWeight,
+          ": kernels must have two sizes per branch, got ", kernels.size(), " for ",
+          out_channels.size(), " branches");
+  PyramidShape expected{x.size(0), x.size(1), x.size(2), x.size(3), 0};
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    const int64_t kh = kernels[2 * b], kw = kernels[2 * b + 1];
+    require(out_channels[b] >= 1 && kh >= 1 && kw >= 1, kGradWeight,
+            ": kernel sizes and out_channels must be >= 1, got ", kh, "x", kw, " and ",
+            out_channels[b]);
+    check_size(kOp, entry("weights", b), {out_channels[b], x.size(1), kh, kw});
+    expected.out_channels += out_channels[b];
+  }
+  check_rates(kOp, rates, out_channels.size());
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    check_odd(kOp, entry("weights", b), kernels[2 * b], kernels[2 * b + 1]);
+  }
+  check_grad(kOp, grad, x, expected);
   std::vector<Tensor> weights;
   for (size_t b = 0; b < out_channels.size(); ++b) {
-    require(out_channels[b] >= 1 && kernels[2 * b] >= 1 && kernels[2 * b + 1] >= 1,
-            "atrous_pyramid_grad_weight: kernel sizes and out_channels must be >= 1, got ",
-            kernels[2 * b], "x", kernels[2 * b + 1], " and ", out_channels[b]);
     weights.push_back(
         placeholder(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
   }
   const PyramidShape shape = check_dense(kOp, x, weights, rates);
-  check_grad(kOp, grad, x, shape);
   std::vector<Tensor> result;
   if (shape.batch == 0) {
     for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));
@@ -120,7 +133,8 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
         channels_last_copy(torch::stable::narrow(source, 1, first, out_channels[b]));
     const Tensor one = convolution_gradient(part, input, weights[b], &rates[2 * b], true);
     first += out_channels[b];
-    result.push_back(torch::stable::contiguous(one));
+    result.push_back(empty_as(weights[b]));  // strides that are contiguous in every dimension
+    torch::stable::copy_(result.back(), one);
   }
   return result;
 }

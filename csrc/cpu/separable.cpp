@@ -153,7 +153,7 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
       std::get<1>(result).push_back(
           branches[b].depthwise != nullptr
               ? depthwise_gradient(depthwise[b], for_depthwise.row(b), wide)
-              : torch::stable::new_empty(x, {empty, 1}));
+              : empty_as(depthwise[b]));
     }
     if (for_pointwise.needed()) {
       std::get<2>(result).push_back(pointwise_gradient(pointwise[b], for_pointwise.row(b), wide));
@@ -163,7 +163,7 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
       for (auto [list, source] : {std::pair{&std::get<3>(result), &for_scale},
                                   std::pair{&std::get<4>(result), &for_shift}}) {
         list->push_back(here ? vector_gradient(between_scale[b], source->row(b), wide)
-                             : torch::stable::new_empty(x, {empty, 1}));
+                             : empty_as(between_scale[b]));
       }
     }
   }
