@@ -2,7 +2,7 @@
 """The operators as ``torch.autograd.Function``: the registered formulas, by another door."""
 
 from .ops.pyramid import AtrousPyramid, AtrousPyramidGradInput, AtrousPyramidGradWeight
-from .ops.separable import AtrousSeparablePyramid, AtrousSeparablePyramidBackward
+from .ops.separable_autograd import AtrousSeparablePyramid, AtrousSeparablePyramidBackward
 
 __all__ = [
     "AtrousPyramid",

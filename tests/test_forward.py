@@ -64,10 +64,15 @@ def is_gradient(op) -> bool:
 def baseline_of(op, arguments, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
     """PyTorch's own results: of its two memory formats the one that is further off.
 
-    They are different kernels, whose errors differ up to fivefold in either direction.
+    They are different kernels, whose errors differ up to fivefold in either direction. PyTorch's
+    gradient of a channels_last depthwise weight in bfloat16 reads out of bounds, so not that one.
     """
+    contiguous = outputs(op.expected(*arguments))
+    low = arguments[0].dtype != torch.float32
+    if low and op.name == "atrous_separable_pyramid_backward":
+        return contiguous
     last = tree_map_only(torch.Tensor, lambda t: laid_out(t, "channels_last"), arguments)
-    both = zip(outputs(op.expected(*arguments)), outputs(op.expected(*last)), oracle, strict=True)
+    both = zip(contiguous, outputs(op.expected(*last)), oracle, strict=True)
     return [max(a, b, key=lambda t, e=e: worst(t, e)) for a, b, e in both]
 
 

@@ -17,6 +17,7 @@
 namespace aspp::ASPP_ISA {
 
 inline constexpr int64_t kBackwardChannels = 64;
+inline constexpr int64_t kStretch = 64;  // pixels summed in one chain: longer ones lose digits
 
 template <typename T>
 struct BackwardScratch {
@@ -209,10 +210,11 @@ class BlockBackward {
     for (int64_t v = 0; v < stride_; v += kLanes<T>) {
       const Vec<T> scale = load(static_cast<const T*>(branch.between_scale) + c_ + v);
       const Vec<T> shift = load(static_cast<const T*>(branch.between_shift) + c_ + v);
-      Vec<T> scale_sum{}, shift_sum{};  // of row sums: long sums in one chain lose digits
-      for (int64_t y = 0; y < p_.height; ++y) {
-        Vec<T> row_scale{}, row_shift{};
-        for (int64_t q = y * p_.width; q < (y + 1) * p_.width; ++q) {
+      Vec<T> scale_sum{}, shift_sum{};
+      for (int64_t first = 0; first < pixels_; first += kStretch) {
+        const int64_t last = pixels_ - first < kStretch ? pixels_ : first + kStretch;
+        Vec<T> scale_part{}, shift_part{};
+        for (int64_t q = first; q < last; ++q) {
           T* at = s_.depthwise + q * stride_ + v;
           const Vec<T> d = load(at);
           const Vec<T> u = d * scale + shift;
@@ -220,12 +222,12 @@ class BlockBackward {
           if (!need_h) continue;
           Vec<T> h = load(s_.h + q * stride_ + v);
           if (branch.between_relu) h = u > Vec<T>{} ? h : Vec<T>{};
-          row_scale += h * d;
-          row_shift += h;
+          scale_part += h * d;
+          shift_part += h;
           store(s_.h + q * stride_ + v, h * scale);
         }
-        scale_sum += row_scale;
-        shift_sum += row_shift;
+        scale_sum += scale_part;
+        shift_sum += shift_part;
       }
       if (grad_scale != nullptr) store(grad_scale + c_ + v, load(grad_scale + c_ + v) + scale_sum);
       if (grad_shift != nullptr) store(grad_shift + c_ + v, load(grad_shift + c_ + v) + shift_sum);
@@ -248,9 +250,8 @@ class BlockBackward {
     }
   }
 
-  // to[c] += sum over the row, taken in stretches: long sums in one chain lose digits.
+  // to[c] += sum over the row
   void add_row_product(const T* h, const T* x, int64_t count, T* to) {
-    constexpr int64_t kStretch = 64;
     for (int64_t q = 0; q < count; q += kStretch) {
       const int64_t length = count - q < kStretch ? count - q : kStretch;
       int64_t v = 0;
