@@ -17,7 +17,7 @@
 namespace aspp::ASPP_ISA {
 
 inline constexpr int64_t kBackwardChannels = 64;
-inline constexpr int64_t kStretch = 64;  // pixels summed in one chain: longer ones lose digits
+inline constexpr int64_t kStretch = 32;  // pixels summed in one chain: longer ones lose digits
 
 template <typename T>
 struct BackwardScratch {
