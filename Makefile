@@ -25,7 +25,7 @@ SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
-SANITIZE_TESTS = tests/test_forward.py $(wildcard tests/test_separable*.py)
+SANITIZE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py fuzz.py)
 # libstdc++ too: without it an exception aborts inside ASan's interceptor.
 SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 

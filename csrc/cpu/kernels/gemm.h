@@ -87,23 +87,26 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
 }
 
 template <int kVectors, int kRows, typename T, typename E>
-inline void row_tail(const Gemm<T, E>& g, ptrdiff_t rows, const E* a, const E* b, T* c) {
+inline void rows_of(const Gemm<T, E>& g, ptrdiff_t rows, const E* a, const E* b, T* c) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
       tile<T, E, kRows, kVectors>(g, a, b, c);
     } else {
-      row_tail<kVectors, kRows - 1>(g, rows, a, b, c);
+      rows_of<kVectors, kRows - 1>(g, rows, a, b, c);
     }
   }
 }
 
+// Tiles of nearly equal height: 33 rows are 3 of 6 and 3 of 5, since one of 3 would wait for its
+// own sums and take almost as long as one of 6.
 template <int kVectors, typename T, typename E>
 inline void column_panel(const Gemm<T, E>& g, ptrdiff_t j) {
-  ptrdiff_t i = 0;
-  for (; i + kTileRows <= g.m; i += kTileRows) {
-    tile<T, E, kTileRows, kVectors>(g, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
+  const ptrdiff_t tiles = (g.m + kTileRows - 1) / kTileRows;
+  for (ptrdiff_t t = 0, i = 0; t < tiles; ++t) {
+    const ptrdiff_t rows = (g.m - i + tiles - t - 1) / (tiles - t);
+    rows_of<kVectors, kTileRows>(g, rows, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
+    i += rows;
   }
-  row_tail<kVectors, kTileRows - 1>(g, g.m - i, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
 }
 
 // Panels of B outermost: a panel of up to 128 rows stays in the first-level cache while A streams.
