@@ -30,7 +30,7 @@ def under_autocast(x: Tensor, *arguments: Any) -> Any:
     The public functions check dtypes before the dispatcher gets to cast, so they cast first.
     """
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return (x, *arguments)
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(a, dtype, device) for a in (x, *arguments))
