@@ -26,7 +26,8 @@ SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
 SANITIZE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py fuzz.py)
-# libstdc++ too: without it an exception aborts inside ASan's interceptor.
+# libstdc++ too: without it an exception aborts inside ASan's interceptor. A null allocation is what
+# the tests of sizes beyond memory wait for.
 SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
 .PHONY: help build test bench lint format sanitize clean
@@ -86,7 +87,7 @@ sanitize: build
 	ASPP_EXT_CUDA=0 ASPP_EXT_LIBRARY_DIR=$(SANITIZED) CXXFLAGS='$(SANITIZE_FLAGS)' \
 	  $(PY) setup.py build_ext --inplace
 	ASPP_EXT_LIBRARY_DIR=$(SANITIZED) LD_PRELOAD='$(SANITIZE_PRELOAD)' \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(PY) -m pytest -m 'not slow' $(SANITIZE_TESTS) $(ARGS)
 
 clean:
