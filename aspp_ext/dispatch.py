@@ -60,7 +60,8 @@ def _native_op(name: str) -> Callable[..., Any]:
     return lambda *arguments: getattr(torch.ops.aspp_ext, name)(*arguments)
 
 
-def _pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
+def pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
+    """The operators' flat (h, w, h, w, ...) as one pair per branch."""
     return [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
 
 
@@ -72,7 +73,7 @@ def _reference_pyramid(
     x: Tensor, weights: Any, rates: Any, scale: Any, shift: Any, relu: bool
 ) -> Tensor:
     return reference.atrous_pyramid(
-        x, weights, _pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None
+        x, weights, pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None
     )
 
 
@@ -95,7 +96,7 @@ def _reference_separable(
         x,
         _or_none(depthwise),
         pointwise,
-        _pairs(rates),
+        pairs(rates),
         between=between or None,
         between_activation="relu" if between_relu else None,
         scale=scale,
@@ -105,7 +106,7 @@ def _reference_separable(
 
 
 def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
-    return reference.aspp_inference(x, _or_none(depthwise), weights, _pairs(rates), *rest)
+    return reference.aspp_inference(x, _or_none(depthwise), weights, pairs(rates), *rest)
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from .._autograd_key import register
-from ..dispatch import Problem, select
+from ..dispatch import Problem, pairs, select
 from . import checks
 from .checks import Rate
 from .formats import empty_image
@@ -88,10 +88,6 @@ def atrous_pyramid(
         shift = moved if shift is None else shift + moved
     y = implementation.call(x, weights, rates, scale, shift, activation == "relu")
     return y.squeeze(2) if line else y
-
-
-def pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
-    return [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
 
 
 def epilogue(y: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
