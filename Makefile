@@ -22,6 +22,8 @@ FIND_TORCH = import importlib.metadata as m; d = m.distribution("torch"); \
 	print(d.locate_file("") if [*map(int, d.version.split(".")[:2])] >= [2, 11] else "", end="")
 SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
+EMULATED := $(CURDIR)/build/emulated
+EMULATE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py layouts.py opcheck.py)
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
@@ -29,8 +31,10 @@ SANITIZE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py fuzz
 # libstdc++ too: without it an exception aborts inside ASan's interceptor. A null allocation is what
 # the tests of sizes beyond memory wait for.
 SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+RUN_SANITIZED = LD_PRELOAD='$(SANITIZE_PRELOAD)' UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 
-.PHONY: help build test bench lint format sanitize clean
+.PHONY: help build test bench lint format emulate sanitize sanitize-emulated clean
 
 help:
 	@echo "make build     compile the native libraries into aspp_ext/ (incremental)"
@@ -38,7 +42,9 @@ help:
 	@echo "make bench     make the environment, build, run the benchmark, refresh its tables"
 	@echo "make lint      ruff, clang-format and mypy, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the sources"
+	@echo "make emulate   run the tests of the dense pyramid on the CUDA kernels, on the CPU"
 	@echo "make sanitize  run the quick CPU tests under AddressSanitizer and UBSan"
+	@echo "make sanitize-emulated  the same with the CUDA kernels on the CPU"
 	@echo "make clean     remove what was built (.venv stays)"
 
 $(VENV)/pyvenv.cfg:
@@ -83,12 +89,23 @@ format: $(VENV)/linters
 	$(PY) -m ruff format .
 	clang-format -i $(CXX_SOURCES)
 
+emulate: build
+	ASPP_EXT_CUDA=emulate ASPP_EXT_LIBRARY_DIR=$(EMULATED) $(PY) setup.py build_ext --inplace
+	ASPP_EXT_LIBRARY_DIR=$(EMULATED) \
+	  $(PY) -m pytest -k 'pyramid and not separable or layout' $(EMULATE_TESTS) $(ARGS)
+
 sanitize: build
 	ASPP_EXT_CUDA=0 ASPP_EXT_LIBRARY_DIR=$(SANITIZED) CXXFLAGS='$(SANITIZE_FLAGS)' \
 	  $(PY) setup.py build_ext --inplace
-	ASPP_EXT_LIBRARY_DIR=$(SANITIZED) LD_PRELOAD='$(SANITIZE_PRELOAD)' \
-	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(RUN_SANITIZED) ASPP_EXT_LIBRARY_DIR=$(SANITIZED) \
 	  $(PY) -m pytest -m 'not slow' $(SANITIZE_TESTS) $(ARGS)
+
+sanitize-emulated: build
+	ASPP_EXT_CUDA=emulate ASPP_EXT_LIBRARY_DIR=$(EMULATED)-sanitized \
+	  CXXFLAGS='$(SANITIZE_FLAGS)' $(PY) setup.py build_ext --inplace
+	$(RUN_SANITIZED) ASPP_EXT_LIBRARY_DIR=$(EMULATED)-sanitized \
+	  $(PY) -m pytest -m 'not slow' -k 'pyramid and not separable or layout' \
+	  $(addprefix tests/test_,contract.py layouts.py) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info aspp_ext/*.so aspp_ext/_build_info.json

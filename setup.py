@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from build_graph import Graph, find_cuda, read_env, refuse, say  # noqa: E402
+from build_graph import Graph, find_cuda, is_emulated, read_env, refuse, say  # noqa: E402
 
 
 def find_torch():
@@ -85,7 +85,8 @@ class NinjaBuild(build_ext):
             "version": self.distribution.get_version(),
             "torch": version["__version__"],
             "compiler": compiler,
-            "isas": graph.add_cpu(),
+            "isas": graph.add_cpu(emulated := is_emulated()),
+            "emulated": emulated,
             "cuda": None,
             "architectures": graph.add_cuda(cuda) if cuda else [],
         }

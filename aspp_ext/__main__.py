@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -14,14 +13,10 @@ from pathlib import Path
 import torch
 
 from . import __version__, _native, dispatch
+from ._native import read_build_info
+from .verified import VERIFIED
 
 Row = tuple[str, str]
-
-
-def read_build_info() -> dict:
-    """What setup.py wrote beside the libraries; empty where nothing was built."""
-    path = _native.library_dir() / "_build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def describe_versions() -> Iterator[Row]:
@@ -76,9 +71,16 @@ def describe_environment() -> Iterator[Row]:
             yield name, os.environ[name]
 
 
-def describe_implementations() -> Iterator[Row]:
-    for op, implementation, why_not in dispatch.report():
-        yield f"{op}: {implementation}", why_not or "runs"
+def describe_verified() -> Iterator[Row]:
+    for (implementation, architecture), result in sorted(VERIFIED.items()):
+        yield f"{implementation} on {architecture}", f"{result.path}, commit {result.commit}"
+    if not VERIFIED:
+        yield "cuda", "on no architecture yet: the reference runs there"
+
+
+def describe_implementations(device: str) -> Iterator[Row]:
+    for op, implementation, reason in dispatch.report(device):
+        yield f"{op}: {implementation}", reason or "can run"
 
 
 def main() -> None:
@@ -88,8 +90,12 @@ def main() -> None:
         "Libraries": describe_libraries(),
         "Devices": describe_devices(),
         "Environment": describe_environment(),
-        "Implementations": describe_implementations(),
+        "Verified on hardware": describe_verified(),
+        "Implementations": describe_implementations("cpu"),
     }
+    for index in range(torch.cuda.device_count()):
+        name = f"cuda:{index}"
+        sections[f"Implementations on {name}"] = describe_implementations(name)
     for title, section in sections.items():
         if rows := list(section):
             width = max(len(name) for name, _ in rows)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,12 @@ import torch
 def library_dir() -> Path:
     """Where the libraries are looked for; ``ASPP_EXT_LIBRARY_DIR`` points at another build."""
     return Path(os.environ.get("ASPP_EXT_LIBRARY_DIR") or Path(__file__).parent)
+
+
+def read_build_info() -> dict:
+    """What setup.py wrote beside the libraries; empty where nothing was built."""
+    path = library_dir() / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _load(name: str) -> str | None:
@@ -34,7 +41,11 @@ def _load_cuda() -> str | None:
         return "libaspp_cpu.so, which holds the schemas, is missing"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
+    built = read_build_info().get("cuda")
+    if built and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"libaspp_cuda.so is for CUDA {built} but this PyTorch has CUDA {torch.version.cuda}"
     return _load("aspp_cuda")
 
 
 cuda_missing: str | None = _load_cuda()
+"""None when the CUDA kernels are loaded."""

@@ -163,6 +163,28 @@ class Plan:
     def total(self) -> int:
         """The k blocks of all units."""
 
+    def schedule(self, workers: int) -> Schedule:
+        """List scheduling: each unit in turn goes to the worker that is free first."""
+
+class Schedule:
+    """Which worker does which units; a unit costs paid rows * k blocks + tile.m * 4."""
+
+    @property
+    def workers(self) -> list[list[int]]:
+        """Per worker, the indices of its units in the order of the plan."""
+
+    @property
+    def busy(self) -> list[int]:
+        """Per worker, the cost of its units."""
+
+    @property
+    def makespan(self) -> int:
+        """The largest of `busy`."""
+
+    @property
+    def total(self) -> int:
+        """The sum of `busy`."""
+
 class Cost:
     """Tile-taps of each way to compute: one tile of pixels times one tap, whatever the channels."""
 

@@ -2,8 +2,9 @@
 """Which implementation runs a call, and in words why not another.
 
 "On which device" is PyTorch's dispatcher; "by which implementation" is :func:`select`: the first in
-the tuple that has no reason against it. Everything here is pure Python on shapes, dtypes and
-devices, so ``torch.compile`` traces through it.
+the tuple that has no reason against it. Kernels that no committed result verifies on the device
+(:mod:`aspp_ext.verified`) are passed by, unless they are asked for by name. Everything here is pure
+Python on shapes, dtypes and devices, so ``torch.compile`` traces through it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import _cuda, _native, reference
 from ._autograd_key import unavailable as autograd_unavailable
 
 MAX_CPU_KERNEL = 63
@@ -25,20 +26,35 @@ MAX_CPU_KERNEL = 63
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: the operator, its input ``[N, C, H, W]`` and every weight that has a kernel."""
+    """One call: the operator, its input ``[N, C, H, W]``, a weight per branch, dense or pointwise,
+    and the depthwise weights that are there."""
 
     op: str
     x: Tensor
     weights: tuple[Tensor, ...]
+    depthwise: tuple[Tensor, ...] = ()
+
+
+def _nothing(problem: Problem) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """``why_not(problem)`` is None when it can run; ``call`` takes the operator's arguments."""
+    """``why_not(problem)`` is None when it can run; ``call`` takes the operator's arguments.
+
+    ``unproven(problem)``, asked where it can run, is the reason to run it only when it is named.
+    """
 
     name: str
     why_not: Callable[[Problem], str | None]
     call: Callable[..., Any]
+    unproven: Callable[[Problem], str | None] = _nothing
+
+    def reason(self, problem: Problem) -> str | None:
+        """What keeps it from being chosen unasked, or None."""
+        reason = self.why_not(problem)
+        return self.unproven(problem) if reason is None else reason
 
 
 def _no_operators() -> str | None:
@@ -50,10 +66,20 @@ def _cpu_why_not(problem: Problem) -> str | None:
         return missing
     if problem.x.device.type not in ("cpu", "meta"):
         return f"it runs on the CPU but x is on {problem.x.device.type}"
-    for w in problem.weights:
+    for w in (*problem.depthwise, *problem.weights):
         if w.size(2) > MAX_CPU_KERNEL or w.size(3) > MAX_CPU_KERNEL:
             return f"kernel sizes go up to {MAX_CPU_KERNEL}, got {w.size(2)}x{w.size(3)}"
     return None
+
+
+def _cuda_why_not(problem: Problem) -> str | None:
+    if problem.op == "atrous_separable_pyramid" or problem.depthwise:
+        return "there are no CUDA kernels for separable branches yet"
+    return _cuda.why_not(problem.x, len(problem.weights))
+
+
+def _cuda_unproven(problem: Problem) -> str | None:
+    return _cuda.unproven(problem.x.device)
 
 
 def _native_op(name: str) -> Callable[..., Any]:
@@ -70,7 +96,7 @@ def _or_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _reference_pyramid(
-    x: Tensor, weights: Any, rates: Any, scale: Any, shift: Any, relu: bool
+    x: Tensor, weights: Any, rates: Any, scale: Any, shift: Any, relu: bool, tf32: bool = False
 ) -> Tensor:
     return reference.atrous_pyramid(
         x, weights, pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None
@@ -106,7 +132,15 @@ def _reference_separable(
 
 
 def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
-    return reference.aspp_inference(x, _or_none(depthwise), weights, pairs(rates), *rest)
+    from .ops.formats import like  # this module is what `ops` is built on
+
+    return like(x, reference.aspp_inference(x, _or_none(depthwise), weights, pairs(rates), *rest))
+
+
+def _composed_head(*arguments: Any) -> Tensor:
+    from .ops.head_composed import aspp_inference
+
+    return aspp_inference(*arguments)
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -116,14 +150,15 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
-def _always(problem: Problem) -> str | None:
-    return None
+def _by_cuda(op: str) -> Callable[..., Any]:
+    return _composed_head if op == "aspp_inference" else _native_op(op)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (
+        Implementation("cuda", _cuda_why_not, _by_cuda(op), _cuda_unproven),
         Implementation("cpu", _cpu_why_not, _native_op(op)),
-        Implementation("reference", _always, call),
+        Implementation("reference", _nothing, call),
     )
     for op, call in _REFERENCE.items()
 }
@@ -135,7 +170,7 @@ def select(problem: Problem, backend: str | None = None) -> Implementation:
 
     Args:
         backend: a name to force; None reads ``ASPP_EXT_BACKEND``, and without it takes the first
-            that can.
+            that can and is proven.
 
     Raises:
         ValueError: no implementation has that name.
@@ -145,12 +180,11 @@ def select(problem: Problem, backend: str | None = None) -> Implementation:
     forced = backend or os.environ.get("ASPP_EXT_BACKEND") or None
     if forced is None:
         for candidate in candidates:
-            if candidate.why_not(problem) is None:
+            if candidate.reason(problem) is None:
                 return candidate
     for candidate in candidates:
         if candidate.name == forced:
-            reason = candidate.why_not(problem)
-            if reason is not None:
+            if (reason := candidate.why_not(problem)) is not None:
                 raise RuntimeError(f"{problem.op}: backend '{forced}' cannot run this: {reason}")
             return candidate
     names = ", ".join(c.name for c in candidates)
@@ -167,7 +201,7 @@ def report(device: str = "cpu") -> list[tuple[str, str, str | None]]:
         except (RuntimeError, AssertionError) as error:
             rows.extend((op, c.name, f"no {device} device: {error}") for c in candidates)
             continue
-        rows.extend((op, c.name, c.why_not(Problem(op, x, (weight,)))) for c in candidates)
+        rows.extend((op, c.name, c.reason(Problem(op, x, (weight,)))) for c in candidates)
     return rows
 
 

@@ -8,21 +8,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _cuda, _native
 from .dispatch import IMPLEMENTATIONS, Problem, select
 from .ops import checks
+from .ops.precision import allows_tf32
+from .verified import VERIFIED
+
+
+def _kernels(name: str, problem: Problem) -> str:
+    """Which of an implementation's kernels run, in brackets; empty where there is no choice."""
+    if name == "cpu" and _native.cpu_missing is None:
+        return f" ({torch.ops.aspp_ext.cpu_isa()})"
+    if name != "cuda":
+        return ""
+    architecture = _cuda.architecture(problem.x.device)
+    result = VERIFIED.get((name, architecture))
+    proof = f"verified by {result.path}" if result else "not verified, but asked for by name"
+    products = ["in TF32"] if allows_tf32(problem.x) else []
+    return f" ({', '.join([architecture, *products, proof])})"
 
 
 def _candidates(problem: Problem) -> list[str]:
     chosen = select(problem).name
     lines = []
     for candidate in IMPLEMENTATIONS[problem.op]:
-        reason = candidate.why_not(problem)
-        verdict = f"cannot: {reason}" if reason else "could run"
+        verdict = "could run"
+        if (reason := candidate.why_not(problem)) is not None:
+            verdict = f"cannot: {reason}"
+        elif (reason := candidate.unproven(problem)) is not None:
+            verdict = f"not unasked: {reason}"
         if candidate.name == chosen:
-            verdict = "runs this"
-            if chosen == "cpu" and _native.cpu_missing is None:
-                verdict += f" ({torch.ops.aspp_ext.cpu_isa()})"
+            verdict = f"runs this{_kernels(chosen, problem)}"
         lines.append(f"  {candidate.name:<10} {verdict}")
     return lines
 
@@ -80,10 +96,10 @@ def explain_pyramid(
         depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
         channels = checks.check_separable(op, x, depthwise, weights, rates)
         spatial = [d if d.numel() else p for d, p in zip(depthwise, weights, strict=True)]
-        given = (*(d for d in depthwise if d.numel()), *weights)
+        given = tuple(d for d in depthwise if d.numel())
     else:
         channels = checks.check_dense(op, x, weights, rates)
-        spatial, given = list(weights), tuple(weights)
+        spatial, given = list(weights), ()
     kernels = [(int(s.size(2)), int(s.size(3))) for s in spatial]
     outs = [int(w.size(0)) for w in weights]
     is_depthwise = [separable and s is not w for s, w in zip(spatial, weights, strict=True)]
@@ -93,12 +109,13 @@ def explain_pyramid(
     pointwise = (
         2.0 * n * h * w * c * sum(o for o, d in zip(outs, depthwise_outs, strict=True) if d is None)
     )
-    moved = x.element_size() * (x.numel() + n * channels * h * w + sum(t.numel() for t in given))
+    held = sum(t.numel() for t in (*given, *weights))
+    moved = x.element_size() * (x.numel() + n * channels * h * w + held)
     dtype = checks.dtype_name(x.dtype)
     lines = [
         f"{op}  {list(x.shape)} -> {channels} channels, {dtype}, {x.device}",
         "implementations",
-        *_candidates(Problem(op, x, given)),
+        *_candidates(Problem(op, x, tuple(weights), given)),
         "plan",
         *_plan_lines(x, kernels, rates, outs),
         "work",

@@ -141,7 +141,8 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         return t[index].expand(t.shape)
     first, step, extra = {"offset": (0, 1, 0), "sliced": (1, 1, 3), "strided": (1, 2, 1)}[layout]
     sizes = [s * step + extra for s in t.shape]
-    memory = torch.full((1 + int(torch.Size(sizes).numel()),), torch.nan, dtype=t.dtype)
+    places = 1 + int(torch.Size(sizes).numel())
+    memory = torch.full((places,), torch.nan, dtype=t.dtype, device=t.device)
     view = memory[1:].view(sizes)[tuple(slice(first, first + s * step, step) for s in t.shape)]
     return view.copy_(t)
 
@@ -149,11 +150,14 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 class Values:
     """Tensors for a problem: small integers (``integer``), or normal values scaled by fan-in.
 
-    The integers are so small that bfloat16 holds every intermediate result of every problem.
+    The integers are so small that bfloat16 holds every intermediate result of every problem. The
+    values are the same on every device, for they are drawn on the CPU.
     """
 
-    def __init__(self, dtype: torch.dtype, integer: bool, seed: str) -> None:
-        self.dtype, self.integer = dtype, integer
+    def __init__(
+        self, dtype: torch.dtype, integer: bool, seed: str, device: str | torch.device = "cpu"
+    ) -> None:
+        self.dtype, self.integer, self.device = dtype, integer, device
         self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
     def __call__(self, *shape: int, fan_in: int = 1, layout: str = "contiguous") -> Tensor:
@@ -162,7 +166,7 @@ class Values:
             t = torch.randint(-most, most + 1, shape, generator=self.generator).double()
         else:
             t = torch.randn(shape, generator=self.generator, dtype=torch.float64) / fan_in**0.5
-        return laid_out(t.to(self.dtype), layout)
+        return laid_out(t.to(self.device, self.dtype), layout)
 
 
 def _image(p: Problem, v: Values, channels: int | None = None) -> Tensor:
@@ -211,12 +215,12 @@ def outputs(result: Any) -> list[Tensor]:
     return [t for part in result for t in outputs(part)]
 
 
-def converted(arguments: Any, dtype: torch.dtype) -> Any:
-    """A copy of an operator's arguments in another dtype."""
+def converted(arguments: Any, dtype: torch.dtype, device: str | torch.device | None = None) -> Any:
+    """A copy of an operator's arguments in another dtype, and on another device if one is given."""
     if isinstance(arguments, Tensor):
-        return arguments.detach().to(dtype)
+        return arguments.detach().to(device or arguments.device, dtype)
     if isinstance(arguments, (list, tuple)):
-        return type(arguments)(converted(a, dtype) for a in arguments)
+        return type(arguments)(converted(a, dtype, device) for a in arguments)
     return arguments
 
 
@@ -234,7 +238,7 @@ def _pairs(rates: Sequence[int]) -> list[Pair]:
 
 def _expected_grad_input(grad: Tensor, weights: list[Tensor], rates: list[int]) -> Tensor:
     n, _, h, w = grad.shape
-    x = torch.zeros(n, weights[0].size(1), h, w, dtype=grad.dtype).requires_grad_()
+    x = grad.new_zeros(n, weights[0].size(1), h, w).requires_grad_()
     return torch.autograd.grad(reference.atrous_pyramid(x, weights, _pairs(rates)), x, grad)[0]
 
 
@@ -290,17 +294,24 @@ class Op:
     def native(self) -> Any:
         return getattr(torch.ops.aspp_ext, self.name)
 
-    def implementations(self) -> dict[str, Callable[..., Any]]:
-        """Everything that computes this operator. Gradients have one implementation per device."""
-        if self.name in IMPLEMENTATIONS:
-            return {i.name: i.call for i in IMPLEMENTATIONS[self.name]}
-        return {"cpu": self.native}
+    def implementations(self, device: str = "cpu") -> dict[str, Callable[..., Any]]:
+        """What computes this operator on a device. Gradients have one implementation there."""
+        if self.name not in IMPLEMENTATIONS:
+            return {device: self.native}
+        names = (device, "reference")
+        return {i.name: i.call for i in IMPLEMENTATIONS[self.name] if i.name in names}
 
     def make(
-        self, problem: Problem, dtype: torch.dtype, integer: bool = False, draw: int = 0
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        integer: bool = False,
+        draw: int = 0,
+        device: str | torch.device = "cpu",
     ) -> tuple[Any, ...]:
-        """The same values for the same problem and ``draw``, whatever the dtype."""
-        return self.arguments(problem, Values(dtype, integer, f"{self.name} {problem.name} {draw}"))
+        """The same values for the same problem and ``draw``, whatever the dtype and the device."""
+        seed = f"{self.name} {problem.name} {draw}"
+        return self.arguments(problem, Values(dtype, integer, seed, device))
 
 
 def _forward(name: str, arguments: Callable[..., Any], exact: Any = _always) -> Op:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory, models, peers, timing
-from benchmarks.gate import Gate, Results, oracle
+from benchmarks.gate import Gate, Results, factor_of, oracle
 from benchmarks.problems import Problem
 from benchmarks.report import Row, best
 from benchmarks.roofline import Ceilings, Work, work_of
@@ -27,6 +27,10 @@ class Settings:
     most_rounds: int
     flush: Callable[[], object] | None
     measure_memory: Callable[[Problem], bool]
+    stopwatch: timing.Stopwatch = timing.BY_WALL_CLOCK
+    settle_s: float = 0.01
+    # (MiB above what was there, MiB with input and parameters) of a call; the CPU's way if None
+    peak_mib: Callable[[Problem, peers.Call], tuple[float, float]] | None = None
 
 
 def one_line(error: Exception) -> str:
@@ -102,7 +106,9 @@ class Contest:
                 budget_s=self.settings.budget_s,
                 least_rounds=self.settings.least_rounds,
                 most_rounds=self.settings.most_rounds,
+                settle_s=self.settings.settle_s,
                 flush=self.settings.flush,
+                stopwatch=self.settings.stopwatch,
                 on_round=lambda done, total: on_step(f"timing {self.problem.title}", done, total),
             )
         if self.problem.model:
@@ -112,7 +118,7 @@ class Contest:
         rows = [with_roofline(rate(row, rows), self.ceilings) for row in rows]
         if self.settings.measure_memory(self.problem) and not self.problem.model:
             pairs = zip(rows, self.contenders, strict=True)
-            rows = [self.with_memory(*pair, on_step) for pair in pairs]
+            rows = [self.with_memory(*pair, calls, on_step) for pair in pairs]
         return rows, self.failures
 
     def checked_calls(self, on_step: OnStep) -> dict[str, peers.Call]:
@@ -140,7 +146,7 @@ class Contest:
                     self.failures.append(f"{contender.name}: {reason}")
 
         baselines = [values for name, values in results.items() if name.startswith("eager")]
-        gate = Gate(truth, baselines, example.dtype)
+        gate = Gate(truth, baselines, example.dtype, factor_of(problem))
         for name in list(calls):
             reason = gate.why_wrong(results[name])
             if reason is not None:
@@ -183,11 +189,19 @@ class Contest:
             p25_ms=timed.p25_ms,
             p50_ms=timed.p50_ms,
             p75_ms=timed.p75_ms,
+            host_ms=timed.host_ms if self.problem.device != "cpu" else None,
         )
 
-    def with_memory(self, row: Row, contender: peers.Contender, on_step: OnStep) -> Row:
+    def with_memory(
+        self, row: Row, contender: peers.Contender, calls: dict[str, peers.Call], on_step: OnStep
+    ) -> Row:
         if row.p50_ms is None:
             return row
         on_step(f"peak memory of {contender.name}")
+        if self.settings.peak_mib is not None:
+            if not isinstance(contender, peers.Eager):
+                return row  # a CUDA graph's memory was taken before
+            extra, peak = self.settings.peak_mib(self.problem, calls[contender.name])
+            return replace(row, peak_extra_mib=extra, peak_mib=peak)
         peak = memory.measure(self.problem, contender, int(self.facts["threads"]))
         return replace(row, peak_extra_mib=peak)

@@ -3,7 +3,7 @@
 
 Close enough is relative to PyTorch itself: at most twice the error of eager PyTorch in the same
 dtype plus one unit in the last place of the largest value, both in the largest and in the
-99.9th-percentile element.
+99.9th-percentile element; see `factor_of` for the exception.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import eager_call
+from benchmarks.problems import Problem
 
 FACTOR = 2.0
+DEEP_FACTOR = 4.0
 PERCENTILE = 0.999
 Results = Sequence[Tensor]
 
@@ -37,7 +39,11 @@ def errors(result: Tensor, truth: Tensor) -> Errors:
     if not torch.isfinite(difference).all():
         return Errors(float("inf"), float("inf"))
     place = max(1, round(PERCENTILE * difference.numel()))
-    return Errors(difference.max().item(), difference.kthvalue(place).values.item())
+    if difference.is_cuda:  # kthvalue runs in a single block there
+        percentile = difference.sort().values[place - 1]
+    else:
+        percentile = difference.kthvalue(place).values
+    return Errors(difference.max().item(), percentile.item())
 
 
 def oracle(module: nn.Module, example: Tensor) -> Results:
@@ -45,10 +51,26 @@ def oracle(module: nn.Module, example: Tensor) -> Results:
     return eager_call(copy.deepcopy(module).double(), example.double())()
 
 
+def factor_of(problem: Problem) -> float:
+    """How many times PyTorch's own error is right.
+
+    A whole module's training step in 16 bits rounds every layer's result: how far two right
+    gradients of a few numbers are apart is luck, and was up to 3.4 times in 160 draws.
+    """
+    deep = problem.level == "module" and problem.mode == "training"
+    return DEEP_FACTOR if deep and problem.torch_dtype.itemsize == 2 else FACTOR
+
+
 class Gate:
     """Knows the truth and PyTorch's own errors; says what is wrong with other results."""
 
-    def __init__(self, truth: Results, baselines: Sequence[Results], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        truth: Results,
+        baselines: Sequence[Results],
+        dtype: torch.dtype,
+        factor: float = FACTOR,
+    ) -> None:
         self.truth = [tensor.double() for tensor in truth]
         self.bounds = []
         for place, tensor in enumerate(self.truth):
@@ -57,8 +79,8 @@ class Gate:
             rounding = torch.finfo(dtype).eps * size
             self.bounds.append(
                 Errors(
-                    FACTOR * max(error.largest for error in own) + rounding,
-                    FACTOR * max(error.percentile for error in own) + rounding,
+                    factor * max(error.largest for error in own) + rounding,
+                    factor * max(error.percentile for error in own) + rounding,
                 )
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -36,7 +37,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The short commit of the checkout, with -dirty where its code differs, or "unknown"."""
+    """The short commit of the checkout, with -dirty where its code differs, or "unknown".
+
+    ASPP_EXT_COMMIT names it where the sources were copied without their history.
+    """
+    if named := os.environ.get("ASPP_EXT_COMMIT"):
+        return named
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -62,7 +68,11 @@ def facts() -> dict[str, str | int]:
     }
 
 
+def hyphenated(name: str) -> str:
+    """Lower case, words joined by hyphens."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
 def slug(device: str, threads: int) -> str:
-    """The name of a results file: lower case, words joined by hyphens."""
-    words = re.findall(r"[a-z0-9]+", device.lower())
-    return "-".join([*words, f"{threads}t"])
+    """The name of a results file of a processor."""
+    return f"{hyphenated(device)}-{threads}t"

@@ -94,20 +94,30 @@ class PlainASPP(nn.Module):
 
         ours = aspp_ext.ASPP(**self.options)
         ours.load_state_dict(self.state_dict(), strict=True)
-        return ours.to(self.project[0].weight.dtype).train(self.training)
+        return ours.to(self.project[0].weight).train(self.training)
 
 
 class PlainPyramid(nn.Module):
-    """The operator alone: 1x1 and atrous branches, bias (BatchNorm folded), ReLU, concatenation."""
+    """The operator alone: 1x1 and atrous branches and their concatenation.
+
+    With `epilogue` each has a bias (BatchNorm folded) and a ReLU, as in inference; in training,
+    where BatchNorm follows, they have neither.
+    """
 
     def __init__(
-        self, channels: int, rates: Sequence[int], out_channels: int, separable: bool
+        self,
+        channels: int,
+        rates: Sequence[int],
+        out_channels: int,
+        separable: bool,
+        epilogue: bool = True,
     ) -> None:
         super().__init__()
         self.separable = separable
+        self.epilogue = epilogue
         self.rates = [1, *rates]
         self.depthwise = nn.ModuleList()
-        self.dense = nn.ModuleList([nn.Conv2d(channels, out_channels, 1)])
+        self.dense = nn.ModuleList([nn.Conv2d(channels, out_channels, 1, bias=epilogue)])
         for rate in rates:
             kernel = 1 if separable else 3
             geometry = {"padding": rate, "dilation": rate}
@@ -116,13 +126,14 @@ class PlainPyramid(nn.Module):
                     nn.Conv2d(channels, channels, 3, groups=channels, bias=False, **geometry)
                 )
                 geometry = {}
-            self.dense.append(nn.Conv2d(channels, out_channels, kernel, **geometry))
+            conv = nn.Conv2d(channels, out_channels, kernel, bias=epilogue, **geometry)
+            self.dense.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         inputs = [x, *(conv(x) for conv in self.depthwise)] if self.separable else None
-        outputs = [
-            F.relu(conv(inputs[branch] if inputs else x)) for branch, conv in enumerate(self.dense)
-        ]
+        outputs = [conv(inputs[place] if inputs else x) for place, conv in enumerate(self.dense)]
+        if self.epilogue:
+            outputs = [F.relu(y) for y in outputs]
         return torch.cat(outputs, dim=1)
 
     def to_ours(self) -> nn.Module:
@@ -136,15 +147,15 @@ class OurPyramid(nn.Module):
     def __init__(self, plain: PlainPyramid) -> None:
         super().__init__()
         self.plain = plain
-        biases = [conv.bias.detach() for conv in plain.dense if conv.bias is not None]
-        self.register_buffer("shift", torch.cat(biases))
+        if plain.epilogue:
+            self.register_buffer("shift", torch.cat([conv.bias.detach() for conv in plain.dense]))
 
     def forward(self, x: Tensor) -> Tensor:
         import aspp_ext
 
         plain = self.plain
         weights = [conv.weight for conv in plain.dense]
-        epilogue = {"shift": self.shift, "activation": "relu"}
+        epilogue = {"shift": self.shift, "activation": "relu"} if plain.epilogue else {}
         if not plain.separable:
             return aspp_ext.atrous_pyramid(x, weights, plain.rates, **epilogue)
         depthwise = [None, *(conv.weight for conv in plain.depthwise)]

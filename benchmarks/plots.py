@@ -13,16 +13,19 @@ INK, MUTED, GRID = "#22272e", "#6b7280", "#e5e7eb"
 COLOURS = {
     "aspp_ext": "#d9480f",
     "eager NCHW": "#b6c6d8",
+    "eager NCHW, search": "#a3a8cf",
     "eager NHWC": "#8ba6c4",
+    "eager NHWC, search": "#7d84b8",
     "compile NCHW": "#5f86b0",
     "compile NHWC": "#3a6698",
     "ONNX Runtime": "#93b48b",
     "OpenVINO": "#5c8a55",
+    "TensorRT": "#5c8a55",
 }
 GROUPS = {
     "ours": ("aspp_ext", "#d9480f", "o"),
     "pytorch": ("best of PyTorch", "#3a6698", "s"),
-    "other": ("best of ONNX Runtime, OpenVINO", "#5c8a55", "^"),
+    "other": ("best of the other runtimes", "#5c8a55", "^"),
 }
 
 
@@ -49,6 +52,8 @@ def pyplot() -> Any:
 
 def caption(rows: Sequence[Row]) -> str:
     first = rows[0]
+    if first.architecture:
+        return f"{first.device}, torch {first.torch}, {first.date}"
     return f"{first.device}, {first.threads} threads, torch {first.torch}, {first.date}"
 
 
@@ -122,10 +127,11 @@ def draw_speedup(rows: Sequence[Row], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.set_xlabel("speed relative to the best of PyTorch (dashed line); longer is faster")
     figure.set_size_inches(6.0 * len(columns) + 1.0, 1.2 + 0.165 * max(bottoms))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    present = {name for group in groups for name in contestants(group)}
+    shown = {name: colour for name, colour in COLOURS.items() if name in present}
     figure.legend(
-        handles,
-        list(COLOURS),
+        [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in shown.values()],
+        list(shown),
         loc="outside lower center",
         ncols=7,
         frameon=False,

@@ -29,6 +29,7 @@ class Problem:
     dtype: str = "float32"
     mode: str = "inference"
     model: str = ""
+    device: str = "cpu"
 
     @property
     def separable(self) -> bool:
@@ -50,6 +51,11 @@ class Problem:
         return (self.level, self.name, self.dtype, self.mode)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """tf32 is float32 in memory; the products are what differs."""
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    @property
     def title(self) -> str:
         extra = [word for word in (self.dtype, self.mode) if word not in DEFAULTS]
         return ", ".join([f"{self.level}: {self.name}", *extra])
@@ -59,21 +65,20 @@ class Problem:
         torch.manual_seed(0)
         if self.model:
             return models.build(self.model, self.height)
-        dtype = getattr(torch, self.dtype)
+        with torch.device(self.device):
+            module = self.plain_module()
+            x = torch.randn(self.batch, self.channels, self.height, self.width)
+        module, x = module.to(self.torch_dtype), x.to(self.torch_dtype)
+        return module.train(self.mode == "training"), x
+
+    def plain_module(self) -> nn.Module:
+        training = self.mode == "training"
+        shape = (self.channels, self.rates, self.out_channels, self.separable)
         if self.level == "operator":
-            module: nn.Module = PlainPyramid(
-                self.channels, self.rates, self.out_channels, self.separable
-            )
-        else:
-            dropout = 0.0 if self.mode == "training" else 0.5
-            module = PlainASPP(
-                self.channels, self.rates, self.out_channels, self.separable, dropout
-            )
-            randomise_norms(module)
-            if self.mode == "training":
-                avoid_kinks(module)
-        x = torch.randn(self.batch, self.channels, self.height, self.width).to(dtype)
-        return module.to(dtype).train(self.mode == "training"), x
+            return PlainPyramid(*shape, epilogue=not training)
+        module = PlainASPP(*shape, dropout=0.0 if training else 0.5)
+        randomise_norms(module)
+        return avoid_kinks(module) if training else module
 
 
 SHAPES = {
@@ -113,10 +118,13 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Target:
-    """How many times as fast as the best of a group the problem has to run."""
+    """How many times as fast as the best of a group the problem has to run.
+
+    With "memory": at most `ratio` times the smallest peak memory of PyTorch's contenders.
+    """
 
     problem: Problem
-    against: str  # "pytorch" | "other"
+    against: str  # "pytorch" | "other" | "memory"
     ratio: float
 
 

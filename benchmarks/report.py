@@ -16,9 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import csv_file
 from benchmarks.problems import DEFAULTS, TARGETS, Target
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+AGAINST = {
+    "pytorch": "PyTorch",
+    "other": "ONNX Runtime, OpenVINO",
+    "memory": "PyTorch, peak memory (at most)",
+}
 MACHINE = "machine"  # the level of the rows that hold the measured ceilings
 
 
@@ -52,6 +58,12 @@ class Row:
     vs_best_other: float | None = None
     peak_extra_mib: float | None = None
     note: str = ""
+    architecture: str = ""
+    cuda: str = ""
+    cudnn: str = ""
+    triton: str = ""
+    host_ms: float | None = None
+    peak_mib: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -65,16 +77,7 @@ class Row:
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    names = [field.name for field in fields(Row)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for row in rows:
-            values = [getattr(row, name) for name in names]
-            writer.writerow(
-                [f"{value:.6g}" if isinstance(value, float) else value for value in values]
-            )
+    csv_file.write(path, [field.name for field in fields(Row)], map(vars, rows))
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -87,7 +90,12 @@ def read_csv(path: Path) -> list[Row]:
 
     with path.open(newline="") as file:
         return [
-            Row(**{field.name: parse(str(field.type), line[field.name]) for field in fields(Row)})
+            Row(
+                **{
+                    field.name: parse(str(field.type), line.get(field.name, ""))
+                    for field in fields(Row)
+                }
+            )
             for line in csv.DictReader(file)
         ]
 
@@ -125,17 +133,21 @@ def problem_table(rows: Sequence[Row]) -> Table:
     """One problem's contenders for the terminal; a contender without a time shows its reason."""
     table = Table(title=f"{rows[0].level}: {rows[0].title}", title_justify="left")
     table.add_column("contender")
-    heads = ("p50 ms", "p25", "p75", "GFLOP/s", "roofline", "vs PyTorch", "vs others", "peak MiB")
-    for text in heads:
+    on_a_device = any(row.host_ms is not None for row in rows)
+    unit, scale = ("TFLOP/s", 1e3) if on_a_device else ("GFLOP/s", 1.0)
+    heads = ("p50 ms", "p25", "p75", unit, "roofline", "vs PyTorch", "vs others", "peak MiB")
+    for text in [*heads, *["host ms"] * on_a_device]:
         table.add_column(text, justify="right")
     table.add_column("note")
     for row in rows:
         style = "bold green" if row.group == "ours" else ""
         times = [number(row.p50_ms), number(row.p25_ms), number(row.p75_ms)]
-        shares = [number(row.gflop_per_s), percent(row.roofline_share)]
+        speed = row.gflop_per_s and row.gflop_per_s / scale
+        shares = [number(speed), percent(row.roofline_share)]
         ratios = [ratio(row.vs_best_pytorch), ratio(row.vs_best_other)]
-        peak = number(row.peak_extra_mib, "{:.0f}")
-        table.add_row(row.contender, *times, *shares, *ratios, peak, escape(row.note), style=style)
+        peak = number(row.peak_mib or row.peak_extra_mib, "{:.0f}")
+        cells = [*times, *shares, *ratios, peak, *[number(row.host_ms)] * on_a_device]
+        table.add_row(row.contender, *cells, escape(row.note), style=style)
     return table
 
 
@@ -150,33 +162,43 @@ class Verdict:
     def text(self) -> str:
         if self.got is None:
             return "not measured"
+        if self.target.against == "memory":
+            return "met" if self.got <= self.target.ratio else "above"
         return "met" if self.got >= self.target.ratio else "short"
 
 
-def verdicts(rows: Iterable[Row]) -> list[Verdict]:
+def least_peak(rows: Iterable[Row], group: str) -> float | None:
+    return min((r.peak_mib for r in rows if r.group == group and r.peak_mib), default=None)
+
+
+def measured(target: Target, rows: Sequence[Row]) -> float | None:
+    """The ratio that a target is about, from the rows of its problem."""
+    if target.against == "memory":
+        ours, pytorch = least_peak(rows, "ours"), least_peak(rows, "pytorch")
+        return ours / pytorch if ours and pytorch else None
+    ours = best(rows, "ours")
+    return ours and (ours.vs_best_pytorch if target.against == "pytorch" else ours.vs_best_other)
+
+
+def verdicts(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[Verdict]:
     """Every target with the ratio of our faster format to the best of the other side."""
     groups = by_problem(rows)
-    result = []
-    for target in TARGETS:
-        ours = best(groups.get(target.problem.key, []), "ours")
-        pytorch = target.against == "pytorch"
-        got = ours and (ours.vs_best_pytorch if pytorch else ours.vs_best_other)
-        result.append(Verdict(target, got))
-    return result
+    return [
+        Verdict(target, measured(target, groups.get(target.problem.key, []))) for target in targets
+    ]
 
 
-def target_table(rows: Iterable[Row]) -> Table:
+def target_table(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> Table:
     table = Table(title="Speed to reach (for information)", title_justify="left")
     table.add_column("problem")
     table.add_column("against the best of")
     for text in ("target", "got"):
         table.add_column(text, justify="right")
     table.add_column("")
-    names = {"pytorch": "PyTorch", "other": "ONNX Runtime, OpenVINO"}
-    styles = {"met": "green", "short": "red", "not measured": "yellow"}
-    for verdict in verdicts(rows):
+    styles = {"met": "green", "short": "red", "above": "red", "not measured": "yellow"}
+    for verdict in verdicts(rows, targets):
         target = verdict.target
-        words = [target.problem.title, names[target.against]]
+        words = [target.problem.title, AGAINST[target.against]]
         ratios = [ratio(target.ratio), ratio(verdict.got)]
         table.add_row(*words, *ratios, f"[{styles[verdict.text]}]{verdict.text}")
     return table
@@ -184,6 +206,11 @@ def target_table(rows: Iterable[Row]) -> Table:
 
 def conditions(row: Row) -> str:
     """Where, when and with what a run was made, in one line."""
+    if row.architecture:
+        return (
+            f"{row.device} ({row.architecture}), torch {row.torch}, CUDA {row.cuda}, "
+            f"cuDNN {row.cudnn}, Triton {row.triton}; {row.date}, commit {row.commit}"
+        )
     others = [("ONNX Runtime", row.onnxruntime), ("OpenVINO", row.openvino)]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in others)
     return (
@@ -221,7 +248,6 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 def targets_markdown(rows: Sequence[Row]) -> str:
     """The targets as Markdown, for the page that explains the figures."""
-    names = {"pytorch": "PyTorch", "other": "ONNX Runtime, OpenVINO"}
     lines = [
         f"{conditions(rows[0])}.",
         "",
@@ -232,7 +258,13 @@ def targets_markdown(rows: Sequence[Row]) -> str:
         problem, target = verdict.target.problem, verdict.target
         extra = [word for word in (problem.dtype, problem.mode) if word not in DEFAULTS]
         name = ", ".join([problem.name, *extra])
-        cells = [name, names[target.against], ratio(target.ratio), ratio(verdict.got), verdict.text]
+        cells = [
+            name,
+            AGAINST[target.against],
+            ratio(target.ratio),
+            ratio(verdict.got),
+            verdict.text,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

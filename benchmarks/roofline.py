@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from benchmarks.problems import Problem
 from benchmarks.timing import fastest_seconds
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+ITEM_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)

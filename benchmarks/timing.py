@@ -9,25 +9,53 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+Stopwatch = Callable[[Callable[[], object]], tuple[float, float]]
+"""Runs a call; returns the seconds its work took and the seconds until the call returned."""
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The linearly interpolated quantile `share` in [0, 1]."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def by_clock(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
+    """The stopwatch of work that is done when the call returns."""
+
+    def stopwatch(call: Callable[[], object]) -> tuple[float, float]:
+        start = clock()
+        call()
+        seconds = clock() - start
+        return seconds, seconds
+
+    return stopwatch
+
+
+BY_WALL_CLOCK = by_clock()
+
 
 @dataclass(frozen=True)
 class Timing:
-    """The samples of one contender, in seconds."""
+    """The samples of one contender in seconds: of the work, and until the calls returned."""
 
     samples: tuple[float, ...]
+    host: tuple[float, ...] = ()
 
     def quantile_ms(self, share: float) -> float:
-        """The linearly interpolated quantile `share` in [0, 1], in milliseconds."""
-        ordered = sorted(self.samples)
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return 1e3 * (ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+        return 1e3 * quantile(self.samples, share)
+
+    @property
+    def host_ms(self) -> float:
+        """Median of the time until a call returned."""
+        return 1e3 * quantile(self.host, 0.5)
 
     @property
     def p25_ms(self) -> float:
@@ -68,7 +96,7 @@ def interleave(
     settle_s: float = 0.01,
     flush: Callable[[], object] | None = None,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    stopwatch: Stopwatch = BY_WALL_CLOCK,
     on_round: Callable[[int, int], object] | None = None,
 ) -> dict[str, Timing]:
     """Times every call in interleaved rounds and returns the samples of each.
@@ -84,7 +112,7 @@ def interleave(
             spinning for some milliseconds and would otherwise take the next contender's cores.
         flush: called before each timed call, after the pause (see `cache_flusher`).
         seed: of the order within the rounds.
-        clock: seconds, monotonic.
+        stopwatch: times one call.
         on_round: called with (rounds done, rounds planned).
 
     Raises:
@@ -98,39 +126,43 @@ def interleave(
             f"got {least_rounds} and {most_rounds}"
         )
 
-    def timed(call: Callable[[], object]) -> float:
-        time.sleep(settle_s)
+    def timed(call: Callable[[], object]) -> tuple[float, float]:
+        if settle_s:
+            time.sleep(settle_s)
         if flush is not None:
             flush()
-        start = clock()
-        call()
-        return clock() - start
+        return stopwatch(call)
 
     round_s = 0.0
     for call in calls.values():
-        last = [timed(call) for _ in range(max(1, warmup))][-1]
-        round_s += last + settle_s
+        for _ in range(max(1, warmup)):
+            began = time.perf_counter()
+            timed(call)
+        round_s += time.perf_counter() - began
     rounds = rounds_within(budget_s, round_s, least_rounds, most_rounds)
 
     order = list(calls)
     shuffle = random.Random(seed).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for done in range(rounds):
         shuffle(order)
         for name in order:
             samples[name].append(timed(calls[name]))
         if on_round is not None:
             on_round(done + 1, rounds)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: Timing(*map(tuple, zip(*pairs, strict=True))) for name, pairs in samples.items()}
 
 
-def fastest_seconds(call: Callable[[], object], budget_s: float, least: int = 3) -> float:
+def fastest_seconds(
+    call: Callable[[], object],
+    budget_s: float,
+    least: int = 3,
+    stopwatch: Stopwatch = BY_WALL_CLOCK,
+) -> float:
     """The shortest of many repetitions: for the machine's ceilings, which only noise can hide."""
     call()
     values: list[float] = []
     end = time.perf_counter() + budget_s
     while len(values) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        values.append(time.perf_counter() - start)
+        values.append(stopwatch(call)[0])
     return min(values)

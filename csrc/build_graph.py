@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # the libraries load in torch 2.11 and newer
 HOST = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffunction-sections -Wall -Wextra -Werror -Icsrc"
 NVCC = "-std=c++20 -O3 -DNDEBUG -lineinfo -Icsrc -Werror all-warnings -Xptxas -warn-spills,-Werror"
+EMULATE = "-DASPP_EMULATE -Icsrc/cuda/emulation -Wno-unknown-pragmas -Wno-error"
 DEFAULT_CUDA = "/usr/local/cuda"
 ARCHITECTURES = "8.0;9.0a;10.0f;12.0f+PTX"
 AVX2 = "-mavx2 -mfma -mf16c"
@@ -47,10 +48,10 @@ def read_env(name, default=""):
 def find_cuda():
     """The CUDA toolkit's folder, or None after one line on why there is no CUDA library."""
     wish, nvcc = read_env("ASPP_EXT_CUDA", "auto"), shutil.which("nvcc")
-    if wish not in ("auto", "0", "1"):
-        refuse(f"ASPP_EXT_CUDA must be auto, 0 or 1 but is {wish!r}")
-    if wish == "0":
-        return say("without CUDA: ASPP_EXT_CUDA=0")
+    if wish not in ("auto", "0", "1", "emulate"):
+        refuse(f"ASPP_EXT_CUDA must be auto, 0, 1 or emulate but is {wish!r}")
+    if wish in ("0", "emulate"):
+        return say(f"without CUDA: ASPP_EXT_CUDA={wish}")
     if not list(ROOT.glob("csrc/cuda/kernels/*.cu")):
         return say("without CUDA: csrc/cuda has no kernels yet")
     named = read_env("CUDA_HOME") or read_env("CUDA_PATH")
@@ -64,6 +65,15 @@ def find_cuda():
             f"ASPP_EXT_CUDA=1 needs nvcc and cuda_runtime.h, not found in {looked}: set CUDA_HOME"
         )
     return say(f"without CUDA: no nvcc in {looked}")
+
+
+def is_emulated():
+    """Whether the CPU library gets the CUDA kernels, run by csrc/cuda/emulation."""
+    if read_env("ASPP_EXT_CUDA") != "emulate":
+        return False
+    if not read_env("ASPP_EXT_LIBRARY_DIR"):
+        refuse("ASPP_EXT_CUDA=emulate is for tests and needs an ASPP_EXT_LIBRARY_DIR of its own")
+    return True
 
 
 def split_architectures(text):
@@ -111,6 +121,7 @@ class Graph(list):
         self.tensor = [*self.host, TORCH, *system(torch / "include")]
         self.shared = [*cxx, "-shared", *flags, *shlex.split(read_env("LDFLAGS"))]
         self.plan = self.compile("csrc/plan/*.cpp", self.host)
+        self.bindings = self.compile("csrc/operator_*.cpp", self.tensor)
 
     def add(self, rule, output, inputs, before, after=(), implicit=""):
         argv = shlex.join(map(str, [*before, *inputs, *after, "-o", output])).replace("$", "$$")
@@ -118,9 +129,10 @@ class Graph(list):
         self.append(f"  argv = {argv}\n  description = {output}")
         return output
 
-    def compile(self, pattern, argv, variant=""):
+    def compile(self, pattern, argv, variant="", without=()):
         folder = Path(self.folder, variant)
         paths = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+        paths = [path for path in paths if not path.endswith(tuple(without))]
         return [self.add("compile", f"{folder}/{p}.o", [p], [*argv, "-c"]) for p in paths]
 
     def link(self, name, objects, libraries=(), implicit=""):
@@ -137,24 +149,36 @@ class Graph(list):
         objects = self.compile("csrc/plan_bindings.cpp", [*self.host, *python])
         self.link("_plan" + sysconfig.get_config_var("EXT_SUFFIX"), objects)
 
-    def add_cpu(self):
-        """The kernels once per instruction set; which of them runs is chosen at run time."""
+    def add_cpu(self, emulated=False):
+        """The kernels once per instruction set; which of them runs is chosen at run time.
+
+        Emulated, the CUDA bindings and kernels take the place of cpu/pyramid.cpp.
+        """
         x86 = platform.machine() in ("x86_64", "AMD64")
         isas = X86_ISAS if x86 else {"isa_baseline": ""}
-        objects = self.compile("csrc/library.cpp", self.tensor)
-        objects += self.compile("csrc/cpu/*.cpp", [*self.tensor, *["-DASPP_X86=1"] * x86])
+        objects = [*self.bindings, *self.compile("csrc/library.cpp", self.tensor)]
+        argv = [*self.tensor, *["-DASPP_X86=1"] * x86]
+        objects += self.compile("csrc/cpu/*.cpp", argv, without=["/pyramid.cpp"] * emulated)
+        if emulated:
+            objects += self.emulate()
         for isa, options in isas.items():
             argv = [*self.tensor, f"-DASPP_ISA={isa}", *options.split()]
             objects += self.compile("csrc/cpu/kernels/*.cpp", argv, isa)
         self.link("libaspp_cpu.so", objects, ["-ltorch_cpu", "-Wl,-z,defs"])
         return sorted(isas)
 
+    def emulate(self):
+        argv, objects = [*self.tensor, *EMULATE.split()], []
+        for folder in ("cuda", "cuda/emulation"):
+            objects += self.compile(f"csrc/{folder}/*.cpp", argv)
+        return objects + self.compile("csrc/cuda/kernels/*_sm80.cu", [*argv, "-xc++"])
+
     def add_cuda(self, home):
         architectures = split_architectures(read_env("TORCH_CUDA_ARCH_LIST", ARCHITECTURES))
         nvcc = [home / "bin/nvcc", *NVCC.split(), "-ccbin", self.cxx[-1]]
         nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
         nvcc += ["--threads", read_env("NVCC_THREADS", "1")]
-        objects, has_sm90 = [], False
+        objects, has_sm90 = [*self.bindings], False
         for source in sorted(ROOT.glob("csrc/cuda/kernels/*.cu")):
             if flags := gencodes(source, architectures):
                 has_sm90 |= source.stem.endswith("_sm90")

@@ -35,12 +35,16 @@ void require(bool rule, const Parts&... parts) {
   if (!rule) refuse(parts...);
 }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_of(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
   text << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
   text << "]";
   return text.str();
+}
+
+inline std::string shape_of(const Tensor& t) {
+  return shape_of(std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
 }
 
 inline std::string dtype_name(ScalarType dtype) {
@@ -114,14 +118,19 @@ inline void check_size(const char* op, const std::string& name, std::vector<int6
   require(fits, op, ": ", name, " must fit in memory: at most 2^48 elements");
 }
 
+// [N, C, H, W]
+inline void check_image_size(const char* op, const char* name, const std::vector<int64_t>& sizes) {
+  require(sizes[1] >= 1 && sizes[2] >= 1 && sizes[3] >= 1, op, ": ", name,
+          " needs at least one channel, row and column, got shape ", shape_of(sizes));
+  // the batch may be 0, but a plane of any size is still walked
+  check_size(op, name, {std::max<int64_t>(sizes[0], 1), sizes[1], sizes[2], sizes[3]});
+}
+
 inline void check_image(const char* op, const char* name, const Tensor& x) {
   require(x.dim() == 4, op, ": ", name, " must be [N, C, H, W], got shape ", shape_of(x));
   require(is_supported(x.scalar_type()), op, ": ", name,
           " must be float32, float64, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
-  require(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, op, ": ", name,
-          " needs at least one channel, row and column, got shape ", shape_of(x));
-  // the batch may be 0, but a plane of any size is still walked
-  check_size(op, name, {std::max<int64_t>(x.size(0), 1), x.size(1), x.size(2), x.size(3)});
+  check_image_size(op, name, {x.size(0), x.size(1), x.size(2), x.size(3)});
 }
 
 inline void check_like(const char* op, const std::string& name, const Tensor& t, const Tensor& x) {

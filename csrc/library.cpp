@@ -4,16 +4,19 @@
 
 STABLE_TORCH_LIBRARY(aspp_ext, m) {
   // x [N, C, H, W], weights[b] [O_b, C, kh_b, kw_b], rates (rate_h, rate_w) per branch,
-  // scale [sum O], shift [sum O] or [N, sum O] -> [N, sum O, H, W]
+  // scale [sum O], shift [sum O] or [N, sum O] -> [N, sum O, H, W]; tf32: float32 products may be
+  // rounded to TF32 where the device has it
   m.def(
       "atrous_pyramid(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-      "Tensor? shift=None, bool relu=False) -> Tensor");
+      "Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor");
   // grad [N, sum O, H, W] -> [N, C, H, W]
-  m.def("atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates) -> Tensor");
+  m.def(
+      "atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates, bool tf32=False) "
+      "-> Tensor");
   // kernels (kh, kw) per branch, out_channels O_b -> gradients [O_b, C, kh_b, kw_b]
   m.def(
       "atrous_pyramid_grad_weight(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-      "int[] rates) -> Tensor[]");
+      "int[] rates, bool tf32=False) -> Tensor[]");
   // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
   // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
   // the two lists themselves may be empty

@@ -160,7 +160,25 @@ void bind_work(py::module_& module) {
       .def_readonly("units", &Plan::units)
       .def_property_readonly("longest", &Plan::longest)
       .def_property_readonly("total", &Plan::total)
+      .def(
+          "schedule", [](const Plan& plan, Index workers) { return make_schedule(plan, workers); },
+          py::arg("workers"))
       .def("__repr__", repr<Plan>);
+
+  py::class_<Schedule>(module, "Schedule")
+      .def_property_readonly("workers",
+                             [](const Schedule& schedule) {
+                               std::vector<std::vector<Index>> result;
+                               for (Index w = 0; w < schedule.workers(); ++w)
+                                 result.emplace_back(
+                                     schedule.units.begin() + schedule.begin[w],
+                                     schedule.units.begin() + schedule.begin[w + 1]);
+                               return result;
+                             })
+      .def_readonly("busy", &Schedule::busy)
+      .def_property_readonly("makespan", &Schedule::makespan)
+      .def_property_readonly("total", &Schedule::total)
+      .def("__repr__", repr<Schedule>);
 
   py::class_<Cost>(module, "Cost")
       .def_readonly("dense", &Cost::dense)

@@ -80,7 +80,7 @@ def test_samples_are_what_the_clock_says():
         most_rounds=3,
         least_rounds=3,
         settle_s=0.0,
-        clock=lambda: float(next(ticks)),
+        stopwatch=timing.by_clock(lambda: float(next(ticks))),
     )
     assert timings["a"].samples == (2.0, 2.0, 2.0)
 

@@ -143,6 +143,26 @@ def test_small_build_and_its_second_run(repository):
     assert first == {path: path.stat().st_mtime_ns for path in package.iterdir()}
 
 
+def test_emulated_kernels_take_the_place_of_the_cpu_binding(repository):
+    emulated = "#ifndef ASPP_EMULATE\n#error not emulated\n#endif\n#include <cuda_runtime.h>\n"
+    sources = {
+        "cpu/pyramid.cpp": "#error not left out\n",
+        "cuda/pyramid.cpp": emulated,
+        "cuda/kernels/fill_sm80.cu": emulated + "Emulated kernel;\n",
+        "cuda/kernels/fill_sm90.cu": "#error cannot be emulated\n",
+        "cuda/emulation/cuda_runtime.h": "struct Emulated {};\n",
+    }
+    for name, text in sources.items():
+        path = repository / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code, text = build(repository, ASPP_EXT_CUDA="emulate", ASPP_EXT_LIBRARY_DIR="build/emulated")
+    assert code == 0, text
+    folder = repository / "build/emulated"
+    assert {path.name for path in folder.iterdir()} == {"libaspp_cpu.so", "_build_info.json"}
+    assert json.loads((folder / "_build_info.json").read_text())["emulated"] is True
+
+
 def test_failing_compiler_is_an_error_with_its_message(repository):
     (repository / "csrc/library.cpp").write_text("int unused_result() { int x; }\n")
     code, text = build(repository)
@@ -155,7 +175,8 @@ def test_failing_compiler_is_an_error_with_its_message(repository):
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"ASPP_EXT_CUDA": "yes"}, "ASPP_EXT_CUDA must be auto, 0 or 1 but is 'yes'"),
+        ({"ASPP_EXT_CUDA": "yes"}, "ASPP_EXT_CUDA must be auto, 0, 1 or emulate but is 'yes'"),
+        ({"ASPP_EXT_CUDA": "emulate"}, "needs an ASPP_EXT_LIBRARY_DIR of its own"),
         ({"CXX": "no-such-compiler"}, "needs a C++20 compiler"),
     ],
 )

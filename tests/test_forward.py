@@ -8,27 +8,29 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from table import (
+    CASES,
+    EMULATED,
+    LOW,
+    PYRAMIDS,
+    SEEN,
+    check_error_law,
+    check_float64,
+    check_integers,
+    check_nan,
+    dtype_id,
+    each_dtype,
+    is_representative,
+    nan_and_seen,
+    tensors_in,
+)
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import aspp_ext
 from aspp_ext import reference
-from aspp_ext.testing import (
-    DTYPES,
-    OPS,
-    PROBLEMS,
-    assert_no_worse_than_torch,
-    converted,
-    laid_out,
-    outputs,
-)
+from aspp_ext.testing import OPS, PROBLEMS, laid_out
 
-LOW = (torch.bfloat16, torch.float16)
 BACKENDS = [None, "cpu", "reference"]
-CASES = [
-    pytest.param(op, problem, id=f"{op_name}-{name}")
-    for (op_name, op), (name, problem) in itertools.product(OPS.items(), PROBLEMS.items())
-]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 
@@ -36,115 +38,33 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if c.values[0].exact(c.values[1])])
 def test_integers_are_exact(op, problem, dtype) -> None:
     arguments = op.make(problem, dtype, integer=True)
-    expected = [t.to(dtype) for t in outputs(op.expected(*converted(arguments, torch.float64)))]
     for name, call in op.implementations().items():
         if name == "reference" and dtype != torch.float32:
             continue  # in a low precision PyTorch rounds between its operators
-        got = outputs(call(*arguments))
-        assert len(got) == len(expected)
-        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-            assert g.dtype == dtype
-            assert torch.equal(g, e), f"{name}: output {i} differs at {(g != e).nonzero()[:5]}"
+        check_integers(call, op, arguments, name)
 
 
-def is_representative(problem) -> bool:
-    """Enough outputs for statistics; other strides have been tested on integers.
-
-    PyTorch, the yardstick, divides by zero at rates near 2**31 in low precision.
-    """
-    n, _, h, w = problem.shape
-    plain = problem.layout == problem.weight_layout == "contiguous"
-    return plain and max(problem.rates) < 2**20 and n * h * w * problem.out_channels >= 500
-
-
-def is_gradient(op) -> bool:
-    return "grad" in op.name or "backward" in op.name
-
-
-def baseline_of(op, arguments, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
-    """PyTorch's own results: of its two memory formats the one that is further off.
-
-    They are different kernels, whose errors differ up to fivefold in either direction. PyTorch's
-    gradient of a channels_last depthwise weight in bfloat16 reads out of bounds, so not that one.
-    """
-    contiguous = outputs(op.expected(*arguments))
-    low = arguments[0].dtype != torch.float32
-    if low and op.name == "atrous_separable_pyramid_backward":
-        return contiguous
-    last = tree_map_only(torch.Tensor, lambda t: laid_out(t, "channels_last"), arguments)
-    both = zip(contiguous, outputs(op.expected(*last)), oracle, strict=True)
-    return [max(a, b, key=lambda t, e=e: worst(t, e)) for a, b, e in both]
-
-
-def worst(t: torch.Tensor, exact: torch.Tensor) -> float:
-    return (t.double() - exact).abs().max().item() if t.numel() else 0.0
-
-
-def draws_for(op, dtype) -> int:
-    """The gradients of small weights are few numbers, so that several draws are judged together."""
-    if not is_gradient(op):
-        return 1
-    return 20 if dtype == torch.float32 else 5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=dtype_id)
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_error_law(op, problem, dtype) -> None:
-    draws = []
-    for draw in range(draws_for(op, dtype)):
-        arguments = op.make(problem, dtype, draw=draw)
-        oracle = outputs(op.expected(*converted(arguments, torch.float64)))
-        ours = outputs(op.native(*arguments))
-        draws.append(list(zip(ours, baseline_of(op, arguments, oracle), oracle, strict=True)))
-    for same_output in zip(*draws, strict=True):
-        got, base, exact = (
-            torch.cat([t.flatten() for t in of]) for of in zip(*same_output, strict=True)
-        )
-        assert_no_worse_than_torch(got, base, exact, factor=3 if is_gradient(op) else 2)
+    check_error_law(op.native, op, problem, dtype, "cpu")
 
 
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_float64(op, problem) -> None:
-    arguments = op.make(problem, torch.float64)
-    got, expected = outputs(op.native(*arguments)), outputs(op.expected(*arguments))
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    check_float64(op.native, op, problem, "cpu")
 
 
-SEEN = ["prime_sizes", "rate_above_the_map", "row_windows", "kernel_5x5", "outputs_not_of_16"]
 OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
 
 
-def nan_and_seen(op, problem, dtype, leaf: int):
-    """Which results are NaN, and which depend on the one element that was made NaN."""
-    ones = tree_map_only(torch.Tensor, torch.ones_like, op.make(problem, dtype))
-    leaves, spec = tree_flatten(ones)
-    changed = leaves[leaf].clone()
-
-    def with_element(value: float) -> tuple:
-        changed.flatten()[2 * changed.numel() // 3] = value
-        return tree_unflatten([*leaves[:leaf], changed, *leaves[leaf + 1 :]], spec)
-
-    before, after = (
-        outputs(op.expected(*converted(with_element(v), torch.float64))) for v in (1.0, 2.0)
-    )
-    got = outputs(op.native(*with_element(torch.nan)))
-    return [g.isnan() for g in got], [b != a for b, a in zip(before, after, strict=True)]
-
-
-def leaf_count(op, problem) -> list[int]:
-    leaves = tree_flatten(op.make(problem, torch.float32))[0]
-    return [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.numel() > 0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize("op_name", OURS)
 def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
-    """One NaN in one argument: the outputs that depend on that element are NaN, no others."""
-    op, problem = OPS[op_name], PROBLEMS[name]
-    for leaf in leaf_count(op, problem):
-        for nan, seen in zip(*nan_and_seen(op, problem, dtype, leaf), strict=True):
-            assert torch.equal(nan, seen), f"argument {leaf}"
+    op = OPS[op_name]
+    merged = EMULATED and op_name in PYRAMIDS
+    check_nan(op.native, op, PROBLEMS[name], dtype, "cpu", merged)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -152,8 +72,12 @@ def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
 def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
     """oneDNN multiplies the zero padding, so that a NaN may reach more gradients than it has to."""
     op, problem = OPS[op_name], PROBLEMS[name]
-    for leaf in leaf_count(op, problem):
-        for nan, seen in zip(*nan_and_seen(op, problem, torch.float32, leaf), strict=True):
+    if EMULATED:
+        check_nan(op.native, op, problem, torch.float32, "cpu", op_name == "pyramid_grad_input")
+        return
+    made = op.make(problem, torch.float32)
+    for leaf in tensors_in(made):
+        for nan, seen in nan_and_seen(op.native, op, made, leaf):
             assert nan[seen].all(), f"argument {leaf}"
 
 

@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # A released schema may grow at its end, with defaults; it may not change otherwise.
 SCHEMAS = {
     "atrous_pyramid": "(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-    "Tensor? shift=None, bool relu=False) -> Tensor",
-    "atrous_pyramid_grad_input": "(Tensor grad, Tensor[] weights, int[] rates) -> Tensor",
+    "Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
+    "atrous_pyramid_grad_input": "(Tensor grad, Tensor[] weights, int[] rates, "
+    "bool tf32=False) -> Tensor",
     "atrous_pyramid_grad_weight": "(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-    "int[] rates) -> Tensor[]",
+    "int[] rates, bool tf32=False) -> Tensor[]",
     "atrous_separable_pyramid": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
     "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
     "Tensor? scale=None, Tensor? shift=None, bool relu=False) -> Tensor",

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aspp_ext.ops.formats import pointwise_as_channels_last
+
 from .head import Head, Norm
 
 
@@ -35,7 +37,7 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
         for b in head.branches
     ]
     folded = [_fold_one(b.conv, b.norm) for b in head.branches]
-    weights = [_outputs_innermost(w.to(dtype)) for w, _ in folded]
+    weights = [_as_read(w.to(dtype)) for w, _ in folded]
     shift = torch.cat([s for _, s in folded]).to(dtype)
     pool_weight, pool_shift = _fold_one(head.pool, head.pool_norm)
     project_weight, project_shift = _fold_one(head.project, head.project_norm)
@@ -44,9 +46,9 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
         weights,
         [b.rate for b in head.branches],
         shift,
-        _outputs_innermost(pool_weight.flatten(1).to(dtype)),
+        _as_read(pool_weight.flatten(1).to(dtype)),
         pool_shift.to(dtype),
-        _outputs_innermost(project_weight.flatten(1).to(dtype)),
+        _as_read(project_weight.flatten(1).to(dtype)),
         project_shift.to(dtype),
     )
 
@@ -69,8 +71,14 @@ def _fold_one(conv: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
     return weight.to(wide) * scale[:, None, None, None], shift
 
 
-def _outputs_innermost(weight: Tensor) -> Tensor:
-    """[O, K] or [O, C, kh, kw] with stride 1 over O, which the CPU kernels read in place."""
+def _as_read(weight: Tensor) -> Tensor:
+    """[O, K] or [O, C, kh, kw] as the device's kernels read it in place.
+
+    The CPU's want stride 1 over O; the CUDA kernels, and cuDNN's, stride 1 over C.
+    """
+    if weight.device.type == "cuda":
+        last = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        return pointwise_as_channels_last(weight.contiguous(memory_format=last))
     inner = (*range(2, weight.dim()), 1, 0)
     order = [inner.index(d) for d in range(weight.dim())]
     return weight.permute(inner).contiguous().permute(order)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
-from aspp_ext.ops.formats import is_channels_last
+from aspp_ext.ops.formats import is_channels_last, pointwise_as_channels_last
 
 Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
 
@@ -82,7 +82,7 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     last = any(map(is_channels_last, (x, head.project.weight, *weights)))
     # Batch norm and projection are several times faster in channels_last, so that is what the
     # pyramid is asked for, by the one means there is: the memory format of a weight.
-    weights[0] = _as_channels_last(weights[0])
+    weights[0] = pointwise_as_channels_last(weights[0])
     bias = _joint_bias(convs)
     if any(b.depthwise is not None for b in head.branches):
         depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
@@ -107,14 +107,6 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     y = head.project_norm(atrous_pyramid(y, [weight], [1], shift=shift)).relu_()
     outer = torch.channels_last if last else torch.contiguous_format
     return head.dropout(y.contiguous(memory_format=outer))
-
-
-def _as_channels_last(weight: Tensor) -> Tensor:
-    """A 1x1 weight seen in channels_last, which is the same memory; others as they are."""
-    out_channels, in_channels, *kernel = weight.shape
-    if tuple(kernel) != (1, 1) or not weight.is_contiguous():
-        return weight
-    return weight.view(out_channels, 1, 1, in_channels).permute(0, 3, 1, 2)
 
 
 def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:

@@ -34,3 +34,17 @@ def empty_image(
         device=like.device,
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
+
+
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's memory format: channels_last or contiguous."""
+    last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return y.contiguous(memory_format=last)
+
+
+def pointwise_as_channels_last(weight: Tensor) -> Tensor:
+    """A 1x1 weight seen in channels_last, which is the same memory; others as they are."""
+    out_channels, in_channels, *kernel = weight.shape
+    if tuple(kernel) != (1, 1) or not weight.is_contiguous():
+        return weight
+    return weight.view(out_channels, 1, 1, in_channels).permute(0, 3, 1, 2)

@@ -92,7 +92,7 @@ def aspp_inference(
     )
     x, depthwise, weights = arguments[:3]
     check_head(*arguments)
-    problem = Problem(_OP, x, tuple(d for d in depthwise if d.numel()) + tuple(weights))
+    problem = Problem(_OP, x, tuple(weights), tuple(d for d in depthwise if d.numel()))
     return select(problem, backend).call(*arguments)
 
 

@@ -20,6 +20,7 @@ from ..dispatch import Problem, pairs, select
 from . import checks
 from .checks import Rate
 from .formats import empty_image
+from .precision import allows_tf32
 from .registration import (
     fold_image,
     library,
@@ -86,7 +87,8 @@ def atrous_pyramid(
     if bias is not None:
         moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
-    y = implementation.call(x, weights, rates, scale, shift, activation == "relu")
+    relu = activation == "relu"
+    y = implementation.call(x, weights, rates, scale, shift, relu, allows_tf32(x))
     return y.squeeze(2) if line else y
 
 
@@ -118,24 +120,48 @@ def _sizes(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return kernels, [int(w.shape[0]) for w in weights]
 
 
+# The three faces, at the rates and in the precision of a recorded call.
+def _forward(ctx: Any, x: Tensor, weights: list[Tensor]) -> Tensor:
+    return _ops().atrous_pyramid(x, weights, ctx.rates, None, None, False, ctx.tf32)
+
+
+def _grad_input(ctx: Any, grad: Tensor, weights: list[Tensor]) -> Tensor:
+    return _ops().atrous_pyramid_grad_input(grad, weights, ctx.rates, ctx.tf32)
+
+
+def _grad_weight(ctx: Any, grad: Tensor, x: Tensor, kernels: list[int], outs: list[int]) -> Any:
+    return _ops().atrous_pyramid_grad_weight(grad, x, kernels, outs, ctx.rates, ctx.tf32)
+
+
 class AtrousPyramid(torch.autograd.Function):
-    """``apply(rates, x, *weights)`` with ``rates`` flat: (rate_h, rate_w) per branch."""
+    """``apply(rates, tf32, x, *weights)`` with ``rates`` flat: (rate_h, rate_w) per branch.
+
+    ``tf32`` allows float32 products to be rounded to TF32 on CUDA, in the gradients too.
+    """
 
     @staticmethod
-    def pack(x: Tensor, weights: Sequence[Tensor], rates: list[int], *_: Any) -> tuple[Any, ...]:
-        return (rates, x, *weights)
+    def pack(
+        x: Tensor,
+        weights: Sequence[Tensor],
+        rates: list[int],
+        scale: None = None,
+        shift: None = None,
+        relu: bool = False,
+        tf32: bool = False,
+    ) -> tuple[Any, ...]:
+        return (rates, tf32, x, *weights)
 
     @staticmethod
-    def call(op: Any, rates: list[int], x: Tensor, *weights: Tensor) -> Tensor:
-        return op(x, list(weights), rates, None, None, False)
+    def call(op: Any, rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Tensor:
+        return op(x, list(weights), rates, None, None, False, tf32)
 
     @staticmethod
-    def forward(rates: list[int], x: Tensor, *weights: Tensor) -> Tensor:
-        return AtrousPyramid.call(_ops().atrous_pyramid, rates, x, *weights)
+    def forward(rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Tensor:
+        return AtrousPyramid.call(_ops().atrous_pyramid, rates, tf32, x, *weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rates, *tensors = inputs
+        ctx.rates, ctx.tf32, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -143,94 +169,97 @@ class AtrousPyramid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
         of_x, *of_weights = ctx.needs_input_grad[-len(weights) - 1 :]
-        grad_x = _ops().atrous_pyramid_grad_input(grad, weights, ctx.rates) if of_x else None
+        grad_x = _grad_input(ctx, grad, weights) if of_x else None
         grads: Sequence[Any] = [None] * len(weights)
         if any(of_weights):
-            grads = _ops().atrous_pyramid_grad_weight(grad, x, *_sizes(weights), ctx.rates)
-        return (None, grad_x, *grads)
+            grads = _grad_weight(ctx, grad, x, *_sizes(weights))
+        return (None, None, grad_x, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, t_x: Tensor | None, *t_weights: Tensor | None) -> Any:
+    def jvp(ctx: Any, _r: Any, _t: Any, t_x: Tensor | None, *t_weights: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
-        by_x = None if t_x is None else _ops().atrous_pyramid(t_x, weights, ctx.rates)
+        by_x = None if t_x is None else _forward(ctx, t_x, weights)
         by_w = None
         if any(t is not None for t in t_weights):
-            by_w = _ops().atrous_pyramid(x, zeros_for(t_weights, weights), ctx.rates)
+            by_w = _forward(ctx, x, zeros_for(t_weights, weights))
         return add(by_x, by_w)
 
 
 class AtrousPyramidGradInput(torch.autograd.Function):
-    """``apply(rates, grad, *weights)``: derivative of T by x."""
+    """``apply(rates, tf32, grad, *weights)``: derivative of T by x."""
 
     @staticmethod
-    def pack(grad: Tensor, weights: Sequence[Tensor], rates: list[int]) -> tuple[Any, ...]:
-        return (rates, grad, *weights)
+    def pack(
+        grad: Tensor, weights: Sequence[Tensor], rates: list[int], tf32: bool = False
+    ) -> tuple[Any, ...]:
+        return (rates, tf32, grad, *weights)
 
     @staticmethod
-    def call(op: Any, rates: list[int], grad: Tensor, *weights: Tensor) -> Tensor:
-        return op(grad, list(weights), rates)
+    def call(op: Any, rates: list[int], tf32: bool, grad: Tensor, *weights: Tensor) -> Tensor:
+        return op(grad, list(weights), rates, tf32)
 
     @staticmethod
-    def forward(rates: list[int], grad: Tensor, *weights: Tensor) -> Tensor:
-        return _ops().atrous_pyramid_grad_input(grad, list(weights), rates)
+    def forward(rates: list[int], tf32: bool, grad: Tensor, *weights: Tensor) -> Tensor:
+        return _ops().atrous_pyramid_grad_input(grad, list(weights), rates, tf32)
 
     setup_context = staticmethod(AtrousPyramid.setup_context)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
         grad, *weights = ctx.saved_tensors
-        by_grad = _ops().atrous_pyramid(v, weights, ctx.rates)
-        by_weights = _ops().atrous_pyramid_grad_weight(grad, v, *_sizes(weights), ctx.rates)
-        return (None, by_grad, *by_weights)
+        by_weights = _grad_weight(ctx, grad, v, *_sizes(weights))
+        return (None, None, _forward(ctx, v, weights), *by_weights)
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, t_grad: Tensor | None, *t_weights: Tensor | None) -> Any:
+    def jvp(ctx: Any, _r: Any, _t: Any, t_grad: Tensor | None, *t_weights: Tensor | None) -> Any:
         grad, *weights = ctx.saved_tensors
-        op = _ops().atrous_pyramid_grad_input
-        by_grad = None if t_grad is None else op(t_grad, weights, ctx.rates)
+        by_grad = None if t_grad is None else _grad_input(ctx, t_grad, weights)
         by_w = None
         if any(t is not None for t in t_weights):
-            by_w = op(grad, zeros_for(t_weights, weights), ctx.rates)
+            by_w = _grad_input(ctx, grad, zeros_for(t_weights, weights))
         return add(by_grad, by_w)
 
 
 class AtrousPyramidGradWeight(torch.autograd.Function):
-    """``apply(rates, kernels, out_channels, grad, x)``: derivatives of T by the weights."""
+    """``apply(rates, tf32, kernels, out_channels, grad, x)``: derivatives of T by the weights."""
 
     @staticmethod
     def pack(
-        grad: Tensor, x: Tensor, kernels: list[int], out_channels: list[int], rates: list[int]
+        grad: Tensor,
+        x: Tensor,
+        kernels: list[int],
+        out_channels: list[int],
+        rates: list[int],
+        tf32: bool = False,
     ) -> tuple[Any, ...]:
-        return (rates, kernels, out_channels, grad, x)
+        return (rates, tf32, kernels, out_channels, grad, x)
 
     @staticmethod
-    def call(op: Any, rates: Any, kernels: Any, outs: Any, grad: Tensor, x: Tensor) -> Any:
-        return tuple(op(grad, x, kernels, outs, rates))
+    def call(op: Any, rates: Any, tf32: bool, kernels: Any, outs: Any, *tensors: Tensor) -> Any:
+        return tuple(op(*tensors, kernels, outs, rates, tf32))
 
     @staticmethod
-    def forward(rates: Any, kernels: Any, outs: Any, grad: Tensor, x: Tensor) -> Any:
-        return tuple(_ops().atrous_pyramid_grad_weight(grad, x, kernels, outs, rates))
+    def forward(rates: Any, tf32: bool, kernels: Any, outs: Any, *tensors: Tensor) -> Any:
+        return tuple(_ops().atrous_pyramid_grad_weight(*tensors, kernels, outs, rates, tf32))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rates, ctx.kernels, ctx.outs, grad, x = inputs
+        ctx.rates, ctx.tf32, ctx.kernels, ctx.outs, grad, x = inputs
         ctx.save_for_backward(grad, x)
         ctx.save_for_forward(grad, x)
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> Any:
         grad, x = ctx.saved_tensors
-        by_grad = _ops().atrous_pyramid(x, list(v), ctx.rates)
-        by_x = _ops().atrous_pyramid_grad_input(grad, list(v), ctx.rates)
-        return (None, None, None, by_grad, by_x)
+        weights = list(v)
+        return (*[None] * 4, _forward(ctx, x, weights), _grad_input(ctx, grad, weights))
 
     @staticmethod
-    def jvp(ctx: Any, _r: Any, _k: Any, _o: Any, t_grad: Any, t_x: Any) -> Any:
+    def jvp(ctx: Any, _r: Any, _t: Any, _k: Any, _o: Any, t_grad: Any, t_x: Any) -> Any:
         grad, x = ctx.saved_tensors
-        op = _ops().atrous_pyramid_grad_weight
-        rest = (ctx.kernels, ctx.outs, ctx.rates)
-        parts = [op(t_grad, x, *rest) if t_grad is not None else None]
-        parts.append(op(grad, t_x, *rest) if t_x is not None else None)
+        sizes = (ctx.kernels, ctx.outs)
+        parts = [None if t_grad is None else _grad_weight(ctx, t_grad, x, *sizes)]
+        parts.append(None if t_x is None else _grad_weight(ctx, grad, t_x, *sizes))
         present = [p for p in parts if p is not None]
         return tuple(add(*ws) for ws in zip(*present, strict=True))
 
@@ -242,21 +271,23 @@ def _with_epilogue(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
+    tf32: bool = False,
 ) -> Tensor | None:
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
         return None
-    return epilogue(_ops().atrous_pyramid(x, weights, rates), scale, shift, relu)
+    y = _ops().atrous_pyramid(x, weights, rates, None, None, False, tf32)
+    return epilogue(y, scale, shift, relu)
 
 
-def _check(x, weights, rates, scale=None, shift=None, relu=False):
+def _check(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
     channels = checks.check_dense(_OP, x, weights, rates)
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
     return channels
 
 
-def _check_grad_input(grad, weights, rates):
+def _check_grad_input(grad, weights, rates, tf32=False):
     op = "atrous_pyramid_grad_input"
     checks.check_image(op, "grad", grad)
     checks.check_rates(_OP, rates, len(weights))
@@ -266,7 +297,7 @@ def _check_grad_input(grad, weights, rates):
     return x.size(1)
 
 
-def _check_grad_weight(grad, x, kernels, out_channels, rates):
+def _check_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
     op = "atrous_pyramid_grad_weight"
     checks.check_image(op, "x", x)
     checks.check_sizes(op, kernels, out_channels)
@@ -282,15 +313,15 @@ def _check_grad_weight(grad, x, kernels, out_channels, rates):
 if _native.cpu_missing is None:
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid")
-    def _(x, weights, rates, scale=None, shift=None, relu=False):
+    def _(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
         return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_input")
-    def _(grad, weights, rates):
+    def _(grad, weights, rates, tf32=False):
         return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
 
     @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
-    def _(grad, x, kernels, out_channels, rates):
+    def _(grad, x, kernels, out_channels, rates, tf32=False):
         sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
         return [x.new_empty(size) for size in sizes]
 

@@ -91,7 +91,7 @@ def atrous_separable_pyramid(
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
     checks.check_activation(_OP, "activation", activation)
-    problem = Problem(_OP, x, tuple(d for d in depthwise if d.numel()) + tuple(pointwise))
+    problem = Problem(_OP, x, tuple(pointwise), tuple(d for d in depthwise if d.numel()))
     implementation = select(problem, backend)
     if any(s.numel() for s in between_scale) and between_activation is None:
         pointwise, constant = _fold_affine(pointwise, between_scale, between_shift)

@@ -29,7 +29,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
           ": depthwise_weights must have one entry per branch, got ", depthwise.size(), " for ",
           weights.size(), " branches");
   HeadShape shape;
-  shape.pyramid = check_dense(kOp, x, weights, rates);
+  shape.pyramid = check_dense(kOp, x, weights, rates, kCpuLimits);
   std::vector<Tensor> deep, point;
   std::vector<int64_t> deep_rates;
   for (size_t b = 0; b < weights.size(); ++b) {
@@ -38,7 +38,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
     point.push_back(weights[b]);
     deep_rates.insert(deep_rates.end(), {rates[2 * b], rates[2 * b + 1]});
   }
-  if (!deep.empty()) check_separable(kOp, x, deep, point, deep_rates);
+  if (!deep.empty()) check_separable(kOp, x, deep, point, deep_rates, kCpuLimits);
   check_vector(kOp, "shift", shift, x, shape.pyramid.out_channels);
   require(pool_weight.has_value() == pool_shift.has_value(), kOp,
           ": pool_weight and pool_shift must be given together");

@@ -6,20 +6,10 @@
 
 #include <vector>
 
-#include "../checks.h"
+#include "../operator_results.h"
 #include "kernels/kernels.h"
 
 namespace aspp {
-
-// The stable ABI loses the words of a failed allocation (torch 2.11 to 2.12), so ours say it.
-template <typename F>
-auto with_memory(const F& allocate) {
-  try {
-    return allocate();
-  } catch (const std::runtime_error& error) {
-    refuse("aspp_ext: not enough memory for a result or its operands (", error.what(), ")");
-  }
-}
 
 Dtype dtype_of(const Tensor& t);
 Image image_of(const Tensor& t);  // [N, C, H, W]

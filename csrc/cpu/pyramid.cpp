@@ -15,8 +15,8 @@ namespace {
 constexpr const char* kOp = "atrous_pyramid";
 
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
-               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu) {
-  const PyramidShape shape = check_dense(kOp, x, weights, rates);
+               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool /*tf32*/) {
+  const PyramidShape shape = check_dense(kOp, x, weights, rates, kCpuLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
   const bool channels_last = is_channels_last(x) || any_channels_last(weights);
@@ -57,29 +57,19 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
   return wanted;
 }
 
-// The shapes of the gradient are the only thing convolution_backward reads of the missing operand.
-Tensor placeholder(const Tensor& like, std::vector<int64_t> sizes) {
-  return with_memory([&] { return torch::stable::new_empty(like, {sizes.data(), sizes.size()}); });
-}
-
 Tensor channels_last_copy(const Tensor& t) {
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates) {
-  check_image("atrous_pyramid_grad_input", "grad", grad);
-  check_rates(kOp, rates, weights.size());
-  check_kernel(kOp, "weights[0]", weights[0]);
-  const std::vector<int64_t> sizes{grad.size(0), weights[0].size(1), grad.size(2), grad.size(3)};
-  check_size(kOp, "x", sizes);
-  const Tensor x = placeholder(grad, sizes);
-  const PyramidShape shape = check_dense(kOp, x, weights, rates);
-  check_grad(kOp, grad, x, shape);
+Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
+                  bool /*tf32*/) {
+  const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
   Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
   if (shape.batch == 0) return result;
   Tensor source = channels_last_copy(grad);
-  const Tensor like = channels_last_copy(x);
+  // Of the missing operand convolution_backward reads the shape alone.
+  const Tensor like = empty_image(grad, shape.batch, shape.channels, shape, true);
   Tensor sum;
   int64_t first = 0;
   for (size_t b = 0; b < weights.size(); ++b) {
@@ -94,35 +84,15 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 }
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
-                                std::vector<int64_t> out_channels, std::vector<int64_t> rates) {
-  constexpr const char* kGradWeight = "atrous_pyramid_grad_weight";
-  check_image(kGradWeight, "x", x);
-  require(kernels.size() == 2 * out_channels.size(), kGradWeight,
-          ": kernels must have two sizes per branch, got ", kernels.size(), " for ",
-          out_channels.size(), " branches");
-  PyramidShape expected{x.size(0), x.size(1), x.size(2), x.size(3), 0};
-  for (size_t b = 0; b < out_channels.size(); ++b) {
-    const int64_t kh = kernels[2 * b], kw = kernels[2 * b + 1];
-    require(out_channels[b] >= 1 && kh >= 1 && kw >= 1, kGradWeight,
-            ": kernel sizes and out_channels must be >= 1, got ", kh, "x", kw, " and ",
-            out_channels[b]);
-    expected.out_channels += std::min(out_channels[b], kMaxElements);  // the sum must not wrap
-  }
-  check_rates(kOp, rates, out_channels.size());
-  for (size_t b = 0; b < out_channels.size(); ++b) {
-    check_odd(kOp, entry("weights", b), kernels[2 * b], kernels[2 * b + 1]);
-  }
-  for (size_t b = 0; b < out_channels.size(); ++b) {
-    check_size(kOp, entry("weights", b),
-               {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]});
-  }
-  check_grad(kOp, grad, x, expected);
+                                std::vector<int64_t> out_channels, std::vector<int64_t> rates,
+                                bool /*tf32*/) {
+  const PyramidShape shape =
+      check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCpuLimits);
   std::vector<Tensor> weights;
   for (size_t b = 0; b < out_channels.size(); ++b) {
     weights.push_back(
-        placeholder(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
+        empty_of(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
   }
-  const PyramidShape shape = check_dense(kOp, x, weights, rates);
   std::vector<Tensor> result;
   if (shape.batch == 0) {
     for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));

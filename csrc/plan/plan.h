@@ -5,4 +5,5 @@
 #include "cost.h"
 #include "merge.h"
 #include "print.h"
+#include "schedule.h"
 #include "units.h"

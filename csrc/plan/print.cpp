@@ -4,6 +4,7 @@
 #include <ostream>
 
 #include "cost.h"
+#include "schedule.h"
 
 namespace aspp::plan {
 namespace {
@@ -74,6 +75,12 @@ std::ostream& operator<<(std::ostream& out, const Plan& plan) {
              << plan.regions.size() << " regions, " << plan.units.size()
              << " units, longest=" << plan.longest() << " of total=" << plan.total()
              << " k blocks)";
+}
+
+std::ostream& operator<<(std::ostream& out, const Schedule& schedule) {
+  return out << "Schedule(" << schedule.units.size() << " units on " << schedule.workers()
+             << " workers, makespan=" << schedule.makespan() << ", total=" << schedule.total()
+             << ")";
 }
 
 std::ostream& operator<<(std::ostream& out, const Cost& cost) {

@@ -17,6 +17,7 @@ struct Region;
 struct Tile;
 struct Unit;
 struct Plan;
+struct Schedule;
 struct Cost;
 struct WeightCost;
 
@@ -31,6 +32,7 @@ std::ostream& operator<<(std::ostream& out, const Region& region);
 std::ostream& operator<<(std::ostream& out, const Tile& tile);
 std::ostream& operator<<(std::ostream& out, const Unit& unit);
 std::ostream& operator<<(std::ostream& out, const Plan& plan);
+std::ostream& operator<<(std::ostream& out, const Schedule& schedule);
 std::ostream& operator<<(std::ostream& out, const Cost& cost);
 std::ostream& operator<<(std::ostream& out, const WeightCost& cost);
 

@@ -16,11 +16,6 @@ void push(std::vector<Unit>& units, const Unit& unit) {
   units.push_back(unit);
 }
 
-// Time of a unit in paid rows * k blocks.
-Index work(const Unit& unit, const Tile& tile) {
-  return multiply(paid_pixels(unit.m.size(), tile), unit.k.size(), "the work of a unit");
-}
-
 // Appends a unit per `tile_m` x tile.n block of [m] x [0, n).
 void add_tiles(Plan& plan, Index region, Interval m, Index n, Index k) {
   const Tile& tile = plan.tile;
@@ -84,6 +79,10 @@ Order order_named(std::string_view name) {
     if (plan::name(order) == name) return order;
   throw std::invalid_argument(sentence(
       "plan: order must be 'regions', 'merged', 'linear' or 'cheapest' but is '", name, "'"));
+}
+
+Index work(const Unit& unit, const Tile& tile) {
+  return multiply(paid_pixels(unit.m.size(), tile), unit.k.size(), "the work of a unit");
 }
 
 Index Plan::longest() const {

@@ -50,6 +50,9 @@ struct Plan {
   Index total() const;    // k blocks of all units
 };
 
+// Time of a unit without what every unit costs, in paid rows * k blocks.
+Index work(const Unit& unit, const Tile& tile);
+
 // The regions of one group of branches in the order asked for.
 Tiling tiling(const Problem& problem, const Group& group, Order order, const Tile& tile);
 

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Where a binding's work goes: PyTorch's current stream on the device of a tensor.
+#pragma once
+
+#include "../checks.h"
+
+#ifdef ASPP_EMULATE
+
+#include "emulation/emulation.h"
+
+#define ASPP_DEVICE_KEY CPU
+
+namespace aspp::cuda {
+
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor&) {}
+  cudaStream_t get() const { return emulation::current_stream(); }
+};
+
+}  // namespace aspp::cuda
+
+#else
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define ASPP_DEVICE_KEY CUDA
+
+namespace aspp::cuda {
+
+// As long as it lives the tensor's device is the current one.
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor& t) : guard_(t.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace aspp::cuda
+
+#endif

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Counts, means and sums of squares of parts become those of the whole (Chan, Golub and LeVeque,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979), always in the
+// same order.
+#include "../launch.h"
+#include "../ptx/block.cuh"
+#include "../ptx/launch.cuh"
+
+namespace aspp::cuda {
+namespace {
+
+constexpr int kChannels = 8;  // of a block: 32 bytes, what memory delivers at a time
+constexpr int kLanes = 64;    // parts that it combines side by side
+
+struct Moments {
+  float count = 0, mean = 0, squares = 0;
+};
+
+__device__ __forceinline__ Moments combined(const Moments& a, const Moments& b) {
+  if (b.count == 0) return a;
+  const float count = a.count + b.count;
+  const float share = b.count / count, difference = b.mean - a.mean;
+  return {count, a.mean + difference * share,
+          a.squares + b.squares + difference * difference * a.count * share};
+}
+
+__global__ void __launch_bounds__(kChannels* kLanes)
+    combine_kernel(const __grid_constant__ CombineParams p) {
+  auto* const shared = reinterpret_cast<Moments*>(ptx::shared_memory());
+  const int channel_of_block = threadIdx.x % kChannels, lane = threadIdx.x / kChannels;
+  int block = blockIdx.x, b = 0;
+  for (; block >= (p.branch[b].out_channels + kChannels - 1) / kChannels; ++b)
+    block -= (p.branch[b].out_channels + kChannels - 1) / kChannels;
+  const auto& branch = p.branch[b];
+  const int channel = block * kChannels + channel_of_block;
+  const bool inside = channel < branch.out_channels;
+
+  Moments own;
+  const int columns = (branch.out_channels + p.tile_n - 1) / p.tile_n;  // of tiles
+  const int64_t parts = int64_t(branch.tiles / columns) * p.rows;
+  for (int64_t part = lane; inside && part < parts; part += kLanes) {
+    const int64_t tile = branch.first_tile + part / p.rows * columns + channel / p.tile_n;
+    const int64_t row = tile * p.rows + part % p.rows;
+    const int32_t count = p.tile_counts[row];
+    if (count == 0) continue;  // its means were not written
+    const int64_t at = row * p.tile_n + channel % p.tile_n;
+    own = combined(own, {float(count), p.tile_means[at], p.tile_squares[at]});
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    shared[threadIdx.x] = own;
+    ptx::sync_block();
+    if (lane < half) own = combined(own, shared[threadIdx.x + half * kChannels]);
+    ptx::sync_block();
+  }
+  if (lane != 0 || !inside) return;
+  p.mean[branch.out_channel + channel] = own.mean;
+  p.squares[branch.out_channel + channel] = own.squares;
+}
+
+}  // namespace
+
+cudaError_t launch_combine_sm80(const CombineParams& params, cudaStream_t stream) {
+  int blocks = 0;
+  for (int b = 0; b < params.branches; ++b)
+    blocks += (params.branch[b].out_channels + kChannels - 1) / kChannels;
+  constexpr int kThreads = kChannels * kLanes;
+  return ptx::launch(combine_kernel, "combine_kernel", blocks, kThreads, kThreads * sizeof(Moments),
+                     stream, params);
+}
+
+}  // namespace aspp::cuda

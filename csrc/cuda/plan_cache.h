@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Work lists on the devices, one for each shape that was asked for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "params.h"
+
+namespace aspp::cuda {
+
+// A work list in a device's memory, which is freed with it.
+class DevicePlan {
+ public:
+  DevicePlan() = default;
+  DevicePlan(const DevicePlan&) = delete;
+  DevicePlan& operator=(const DevicePlan&) = delete;
+  ~DevicePlan();
+
+  int32_t workers = 0, partials = 0, counters = 0, tiles = 0;
+
+  // One allocation for all four, complete when this returns. `copies` is a stream of our own.
+  cudaError_t upload(const WorkList& list, cudaStream_t copies);
+  // Sets units, worker_begin, regions, taps and workers.
+  void describe(PyramidParams& params) const;
+
+ private:
+  char* memory_ = nullptr;
+  size_t worker_begin_ = 0, regions_ = 0, taps_ = 0;  // bytes from the beginning
+};
+
+using SharedPlan = std::shared_ptr<const DevicePlan>;
+
+// Keeps the plans used last. One that a captured graph may launch again is kept for good. Plans are
+// made without any of the caller's streams, so they may be made while one of them is captured and
+// are valid on all of them. May be called from any thread.
+class PlanCache {
+ public:
+  explicit PlanCache(size_t capacity) : capacity_(capacity) {}
+
+  // The plan of `problem` for `workers` blocks of `tile` on `device`, the current one. To be held
+  // until the launch is made. Throws where make_work_list does.
+  cudaError_t find(int device, const plan::Problem& problem, plan::Pass pass,
+                   const plan::Tile& tile, plan::Index workers, cudaStream_t stream,
+                   SharedPlan& plan);
+  size_t size() const;
+
+ private:
+  using Key = std::vector<plan::Index>;
+  struct Entry {
+    Key key;
+    SharedPlan plan;
+    bool captured;
+  };
+  using Entries = std::list<Entry>;  // the one used last first
+  struct Hash {
+    size_t operator()(const Key* key) const;
+  };
+  struct Equal {
+    bool operator()(const Key* a, const Key* b) const { return *a == *b; }
+  };
+
+  cudaError_t copy_stream(int device, cudaStream_t& stream);
+  void shrink(std::vector<SharedPlan>& evicted);
+
+  const size_t capacity_;
+  mutable std::mutex mutex_;
+  Entries entries_;
+  std::unordered_map<const Key*, Entries::iterator, Hash, Equal> index_;
+  std::map<int, cudaStream_t> copy_streams_;  // per device
+};
+
+// The process' own. Never destroyed: the CUDA runtime may be gone by then.
+PlanCache& plan_cache();
+
+}  // namespace aspp::cuda

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "operator_checks.h"
+
+namespace aspp {
+
+namespace {
+
+constexpr const char* kDense = "atrous_pyramid";
+
+void check_kernel_limit(const char* op, const std::string& name, int64_t kh, int64_t kw,
+                        const Limits& limits) {
+  require(kh <= limits.kernel && kw <= limits.kernel, op, ": ", name,
+          " must have kernel sizes up to ", limits.kernel, " ", limits.device, ", got ", kh, "x",
+          kw);
+}
+
+// After all other checks: the sentences that hold everywhere come first.
+void check_limits(const char* op, const PyramidShape& shape, size_t branches,
+                  const Limits& limits) {
+  check_size(op, "the result",
+             {std::max<int64_t>(shape.batch, 1), shape.out_channels, shape.height, shape.width});
+  require(int64_t(branches) <= limits.branches, op, ": a pyramid must have at most ",
+          limits.branches, " branches ", limits.device, ", got ", branches);
+  const int64_t pixels = shape.batch * shape.height * shape.width;
+  require(pixels <= limits.pixels, op, ": x must have at most ", limits.pixels, " pixels ",
+          limits.device, ", got ", shape.batch, " * ", shape.height, " * ", shape.width);
+}
+
+// x is described by its shape; `like` has its dtype and device.
+PyramidShape check_weights(const char* op, PyramidShape shape, const Tensor& like,
+                           const std::vector<Tensor>& weights, const Limits& limits) {
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const std::string name = entry("weights", b);
+    check_kernel(op, name, weights[b]);
+    check_like(op, name, weights[b], like);
+    require(weights[b].size(1) == shape.channels, op, ": ", name, " has ", weights[b].size(1),
+            " input channels but x has ", shape.channels);
+    shape.out_channels += weights[b].size(0);
+  }
+  for (size_t b = 0; b < weights.size(); ++b)
+    check_kernel_limit(op, entry("weights", b), weights[b].size(2), weights[b].size(3), limits);
+  check_limits(op, shape, weights.size(), limits);
+  return shape;
+}
+
+}  // namespace
+
+PyramidShape check_dense(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
+                         const std::vector<int64_t>& rates, const Limits& limits) {
+  check_image(op, "x", x);
+  check_rates(op, rates, weights.size());
+  return check_weights(op, {x.size(0), x.size(1), x.size(2), x.size(3), 0}, x, weights, limits);
+}
+
+PyramidShape check_dense_grad_input(const Tensor& grad, const std::vector<Tensor>& weights,
+                                    const std::vector<int64_t>& rates, const Limits& limits) {
+  check_image("atrous_pyramid_grad_input", "grad", grad);
+  check_rates(kDense, rates, weights.size());
+  check_kernel(kDense, "weights[0]", weights[0]);
+  const PyramidShape x{grad.size(0), weights[0].size(1), grad.size(2), grad.size(3), 0};
+  check_image_size(kDense, "x", {x.batch, x.channels, x.height, x.width});
+  const PyramidShape shape = check_weights(kDense, x, grad, weights, limits);
+  check_grad(kDense, grad, grad, shape);
+  return shape;
+}
+
+PyramidShape check_dense_grad_weight(const Tensor& grad, const Tensor& x,
+                                     const std::vector<int64_t>& kernels,
+                                     const std::vector<int64_t>& out_channels,
+                                     const std::vector<int64_t>& rates, const Limits& limits) {
+  constexpr const char* kOp = "atrous_pyramid_grad_weight";
+  check_image(kOp, "x", x);
+  require(kernels.size() == 2 * out_channels.size(), kOp,
+          ": kernels must have two sizes per branch, got ", kernels.size(), " for ",
+          out_channels.size(), " branches");
+  PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 0};
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    const int64_t kh = kernels[2 * b], kw = kernels[2 * b + 1];
+    require(out_channels[b] >= 1 && kh >= 1 && kw >= 1, kOp,
+            ": kernel sizes and out_channels must be >= 1, got ", kh, "x", kw, " and ",
+            out_channels[b]);
+    shape.out_channels += std::min(out_channels[b], kMaxElements);  // the sum must not wrap
+  }
+  check_rates(kDense, rates, out_channels.size());
+  for (size_t b = 0; b < out_channels.size(); ++b)
+    check_odd(kDense, entry("weights", b), kernels[2 * b], kernels[2 * b + 1]);
+  for (size_t b = 0; b < out_channels.size(); ++b)
+    check_size(kDense, entry("weights", b),
+               {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]});
+  check_grad(kDense, grad, x, shape);
+  for (size_t b = 0; b < out_channels.size(); ++b)
+    check_kernel_limit(kDense, entry("weights", b), kernels[2 * b], kernels[2 * b + 1], limits);
+  check_limits(kDense, shape, out_channels.size(), limits);
+  return shape;
+}
+
+PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<Tensor>& depthwise,
+                             const std::vector<Tensor>& pointwise,
+                             const std::vector<int64_t>& rates, const Limits& limits) {
+  check_image(op, "x", x);
+  require(!pointwise.empty(), op,
+          ": pointwise_weights must hold at least one branch, got an empty list");
+  require(depthwise.size() == pointwise.size(), op,
+          ": depthwise_weights must have one entry per branch, got ", depthwise.size(), " for ",
+          pointwise.size(), " branches");
+  check_rates(op, rates, pointwise.size());
+  PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 0};
+  for (size_t b = 0; b < pointwise.size(); ++b) {
+    const std::string name = entry("pointwise_weights", b);
+    check_kernel(op, name, pointwise[b]);
+    check_like(op, name, pointwise[b], x);
+    require(pointwise[b].size(2) == 1 && pointwise[b].size(3) == 1, op, ": ", name,
+            " must be [O, C, 1, 1], got shape ", shape_of(pointwise[b]));
+    require(pointwise[b].size(1) == shape.channels, op, ": ", name, " has ", pointwise[b].size(1),
+            " input channels but x has ", shape.channels);
+    shape.out_channels += pointwise[b].size(0);
+    if (depthwise[b].numel() == 0) continue;
+    const std::string depth = entry("depthwise_weights", b);
+    check_kernel(op, depth, depthwise[b]);
+    check_like(op, depth, depthwise[b], x);
+    require(depthwise[b].size(0) == shape.channels && depthwise[b].size(1) == 1, op, ": ", depth,
+            " must be [", shape.channels, ", 1, kh, kw], got shape ", shape_of(depthwise[b]));
+  }
+  for (size_t b = 0; b < depthwise.size(); ++b) {
+    if (depthwise[b].numel() == 0) continue;
+    const std::string depth = entry("depthwise_weights", b);
+    check_kernel_limit(op, depth, depthwise[b].size(2), depthwise[b].size(3), limits);
+  }
+  check_limits(op, shape, pointwise.size(), limits);
+  return shape;
+}
+
+void check_between(const char* op, const Tensor& x, const std::vector<Tensor>& scale,
+                   const std::vector<Tensor>& shift, const std::vector<Tensor>& depthwise) {
+  require(scale.size() == shift.size() && (scale.empty() || scale.size() == depthwise.size()), op,
+          ": between must have one entry per branch, got ", scale.size(), " for ", depthwise.size(),
+          " branches");
+  for (size_t b = 0; b < scale.size(); ++b) {
+    if (scale[b].numel() == 0 && shift[b].numel() == 0) continue;
+    const std::string name = entry("between", b);
+    require(depthwise[b].numel() > 0, op, ": ", name,
+            " must be None where the branch has no depthwise weight, got tensors");
+    for (const Tensor* t : {&scale[b], &shift[b]}) {
+      check_like(op, name, *t, x);
+      require(t->dim() == 1 && t->size(0) == x.size(1), op, ": ", name,
+              " must have one value per channel (", x.size(1), "), got shape ", shape_of(*t));
+    }
+  }
+}
+
+void check_grad(const char* op, const Tensor& grad, const Tensor& x, const PyramidShape& shape) {
+  check_image(op, "grad", grad);
+  check_like(op, "grad", grad, x);
+  require(grad.size(0) == shape.batch && grad.size(1) == shape.out_channels &&
+              grad.size(2) == shape.height && grad.size(3) == shape.width,
+          op, ": grad must have the output's shape [", shape.batch, ", ", shape.out_channels, ", ",
+          shape.height, ", ", shape.width, "], got ", shape_of(grad));
+}
+
+}  // namespace aspp

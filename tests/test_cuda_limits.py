@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the CUDA binding refuses although the operator could do it, in a process that
+``test_emulated.py`` starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from table import EMULATED
+
+pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+EDGE = 2**31 - 1
+
+
+def nothing(*sizes: int) -> torch.Tensor:
+    """Of any size, without memory."""
+    return torch.zeros(1).expand(sizes)
+
+
+def refusals(x: torch.Tensor, weights: list[torch.Tensor], sentence: str) -> None:
+    ops, rates = torch.ops.aspp_ext, [1, 1] * len(weights)
+    grad = nothing(x.size(0), sum(w.size(0) for w in weights), *x.shape[2:])
+    kernels = [side for w in weights for side in w.shape[2:]]
+    for call in (
+        lambda: ops.atrous_pyramid(x, weights, rates),
+        lambda: ops.atrous_pyramid_grad_input(grad, weights, rates),
+        lambda: ops.atrous_pyramid_grad_weight(
+            grad, x, kernels, [w.size(0) for w in weights], rates
+        ),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert sentence in str(error.value)
+
+
+def test_branches() -> None:
+    x, weight = torch.ones(1, 2, 1, 2), torch.ones(1, 2, 1, 1)
+    refusals(x, [weight] * 65, "a pyramid must have at most 64 branches on CUDA, got 65")
+    out = torch.ops.aspp_ext.atrous_pyramid(x, [weight] * 64, [1, 1] * 64)
+    assert torch.equal(out, torch.full((1, 64, 1, 2), 2.0))
+
+
+def test_pixels() -> None:
+    x = nothing(2**16, 1, 2**15, 1)
+    sentence = f"x must have at most {EDGE} pixels on CUDA, got 65536 * 32768 * 1"
+    refusals(x, [torch.ones(1, 1, 1, 1)], sentence)
+
+
+def test_taps() -> None:
+    sentence = "the branches must have at most 1048576 taps together but have 1050625"
+    refusals(torch.ones(1, 1, 1, 1), [nothing(1, 1, 1025, 1025)], sentence)
+
+
+@pytest.mark.parametrize("channels", [EDGE - 1, EDGE + 1])
+def test_channels(channels) -> None:
+    """The first fits in 32 bits until it is padded."""
+    x, weight = nothing(1, channels, 1, 1), nothing(1, channels, 1, 1)
+    with pytest.raises(RuntimeError, match=r"channels.* must fit in 32 bits"):
+        torch.ops.aspp_ext.atrous_pyramid(x, [weight], [1, 1])
+
+
+def test_kernels_beyond_the_cpus_limit() -> None:
+    x, weight = torch.ones(1, 1, 3, 40), torch.ones(1, 1, 1, 65)
+    out = torch.ops.aspp_ext.atrous_pyramid(x, [weight], [1, 1])
+    expected = torch.nn.functional.conv2d(x, weight, padding=(0, 32))
+    assert torch.equal(out, expected)

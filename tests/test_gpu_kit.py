@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""scripts/gpu_check.sh, its steps and what they call, as far as that needs no GPU."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts import compare_instructions, exercise_kernels, record_correctness
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECK, STEPS = ROOT / "scripts/gpu_check.sh", ROOT / "scripts/gpu_steps.sh"
+PROOFS = ["build", "instructions", "tests", "memcheck", "racecheck", "synccheck", "initcheck"]
+COLUMNS = ["check", "result", "detail", "date"]
+COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
+
+
+def script(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(["#!/usr/bin/env bash", *lines]) + "\n")
+    path.chmod(0o755)
+    return path
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# The scripts
+
+
+@pytest.mark.parametrize("path", [CHECK, STEPS], ids=lambda p: p.name)
+def test_the_scripts_parse(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert path.read_text().splitlines()[1] == "# SPDX-License-Identifier: BSD-3-Clause"
+    assert max(map(len, path.read_text().splitlines())) <= 100
+
+
+def check(out: Path, *options: str, python: str = sys.executable) -> tuple[int, str]:
+    done = subprocess.run(
+        ["bash", str(CHECK), "--dry-run", *options, str(out)],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def summary(text: str) -> dict[str, tuple[str, str]]:
+    """step -> (result, detail) from the table that ends the output."""
+    lines = text.partition("detail\n")[2].splitlines()[:-1]
+    found = {}
+    for line in lines:
+        words = line[:32].split()
+        found[words[0]] = (" ".join(words[1:-1]), line[32:].strip())
+    return found
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_through_every_step(tmp_path):
+    status, text = check(tmp_path)
+    assert status == 0, text
+    steps = summary(text)
+    assert list(steps) == ["environment", *PROOFS, "benchmark", "kernels", "cudnn"]
+    assert {result for result, _ in steps.values()} == {"passed"}, text
+    files = sorted(path.name for path in tmp_path.iterdir())
+    stem = "dry-run"
+    assert files == sorted(
+        [f"{stem}{end}" for end in (".csv", "-kernels.csv", "-cudnn.csv", "-correctness.csv")]
+        + [f"{stem}{end}" for end in ("-speedup.png", "-roofline.png", "-cudnn.png")]
+        + ["gpu_check.log"]
+    )
+    rows = read(tmp_path / "dry-run-correctness.csv")
+    assert [row["check"] for row in rows] == PROOFS
+    assert {row["result"] for row in rows} == {"passed"}
+    assert {(row["device"], row["architecture"]) for row in rows} == {("dry run", "none")}
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
+    python = script(
+        tmp_path / "python",
+        'case "$*" in',
+        "  *exercise_kernels*) echo broken; exit 7 ;;",
+        "  *benchmarks.gpu.kernels*) sleep 60 ;;",
+        "  *benchmarks.gpu.run*) echo refused; exit 3 ;;",
+        f'  *) exec {sys.executable} "$@" ;;',
+        "esac",
+    )
+    began = time.perf_counter()
+    wanted = "memcheck,benchmark,kernels,cudnn"
+    status, text = check(tmp_path / "out", "--only", wanted, "--limit", "16", python=python)
+    assert time.perf_counter() - began < 60
+    steps = summary(text)
+    assert steps["memcheck"] == ("failed", "broken")
+    assert steps["benchmark"] == ("failed", "refused")
+    assert steps["kernels"][0] == "failed"
+    assert steps["kernels"][1].startswith("stopped after")
+    assert steps["cudnn"] == ("not run", "no time was left for it")
+    assert status == 1
+    rows = {row["check"]: row for row in read(tmp_path / "out/dry-run-correctness.csv")}
+    assert list(rows["build"]) == COLUMNS
+    assert (rows["memcheck"]["result"], rows["memcheck"]["detail"]) == ("failed", "broken")
+    assert rows["build"]["result"] == "failed", "a proof that was not asked for is none"
+
+
+@pytest.mark.parametrize(("code", "status"), [(3, 1), (1, 0)])
+def test_a_measurement_fails_the_run_only_where_it_refused_a_result(code, status, tmp_path):
+    python = script(
+        tmp_path / "python",
+        f'case "$*" in *gpu.run*) exit {code} ;; *) exec {sys.executable} "$@" ;; esac',
+    )
+    assert check(tmp_path / "out", "--only", "benchmark", python=python)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--only", "nothing"], "there is no step nothing"),
+        (["--limit", "soon"], "--limit must be seconds but is soon"),
+        (["--fast"], "unknown option --fast"),
+        (["--only"], "--only needs a value"),
+    ],
+)
+def test_bad_options_are_refused(options, sentence):
+    done = subprocess.run(["bash", str(CHECK), *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+
+
+def step(name: str, tmp_path: Path, **programs: list[str]) -> int:
+    """Runs one step as on a GPU, with programs of our own on the path."""
+    for program, lines in programs.items():
+        script(tmp_path / program.replace("_", "-"), *lines)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": "fake-python",
+        **{"DEVICE": "cuda", "LIMIT": "60", "OUT": str(tmp_path), "WORK": str(tmp_path)},
+    }
+    done = subprocess.run(["bash", str(STEPS), name], cwd=ROOT, env=environment)
+    return done.returncode
+
+
+CLEAN = "========= ERROR SUMMARY: 0 errors"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ([f"echo '{CLEAN}'"], 0),
+        (["echo '========= ERROR SUMMARY: 4 errors'", "exit 9"], 9),
+        ([f"echo '{CLEAN}'", "exit 1"], 1),  # the program under the tool failed
+        (["echo Device not supported"], 1),
+    ],
+)
+def test_a_sanitizer_passes_only_with_its_summary(lines, status, tmp_path):
+    assert step("memcheck", tmp_path, compute_sanitizer=lines) == status
+
+
+@pytest.mark.parametrize(
+    ("closing", "code", "status"),
+    [
+        ("1734 passed, 3 skipped in 41.20s", 0, 0),
+        ("1 failed, 1733 passed in 41.20s", 1, 1),
+        ("1734 skipped in 4.20s", 0, 1),
+        ("no tests ran in 0.01s", 5, 1),
+    ],
+)
+def test_the_tests_pass_only_where_some_ran(closing, code, status, tmp_path):
+    lines = ['[[ "$*" == *pytest* ]] || exit 1', f"echo '{closing}'", f"exit {code}"]
+    assert step("tests", tmp_path, fake_python=lines) == status
+
+
+def test_the_record_has_a_row_for_every_proof(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASPP_EXT_COMMIT", "abc1234")
+    table = tmp_path / "steps.tsv"
+    table.write_text("build\tpassed\t3\tbuilt for 9.0\nmemcheck\tnot run\t0\tno time\n")
+    proofs = ["--proofs", "build", "memcheck", "tests"]
+    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu", *proofs]) == 0
+    rows = read(tmp_path / "dry-run-correctness.csv")
+    assert list(rows[0]) == COLUMNS
+    assert [(row["check"], row["result"], row["detail"]) for row in rows] == [
+        ("build", "passed", "built for 9.0"),
+        ("memcheck", "failed", "not run: no time"),
+        ("tests", "failed", "not run: it was not asked for"),
+    ]
+    assert {row["commit"] for row in rows} == {"abc1234"}
+
+
+# Instructions
+
+
+@pytest.mark.slow
+def test_the_emulated_instructions_do_not_depend_on_the_order(tmp_path):
+    source = [str(ROOT / "tests/emulation/instructions.cu")]
+    source += map(str, (ROOT / "csrc/cuda/emulation").glob("*.cpp"))
+    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-pthread", "-DASPP_EMULATE"]
+    flags += [f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda/emulation", "-xc++"]
+    subprocess.run(["g++", *flags, *source, "-o", str(tmp_path / "twin")], check=True)
+    for seed in "01":
+        environment = {**os.environ, "ASPP_EMULATE_SEED": seed}
+        with (tmp_path / seed).open("w") as file:
+            subprocess.run([str(tmp_path / "twin")], stdout=file, env=environment, check=True)
+    assert compare_instructions.main([str(tmp_path / "0"), str(tmp_path / "1")]) == 0
+    families = {name.partition(".")[0] for name in compare_instructions.read(tmp_path / "0")}
+    assert families >= {"mma_bf16", "mma_f16", "mma_tf32", "ldmatrix", "cp_async", "shuffle"}
+
+
+@pytest.mark.parametrize(
+    ("agreement", "got", "right"),
+    [
+        ("exact", "3f800000", True),
+        ("exact", "3f800001", False),
+        ("near:1e-4", "3f800001", True),
+        ("near:1e-4", "3f810000", False),
+        ("near:1e-4", "7fc00000", False),
+        ("note", "00000000", True),
+    ],
+)
+def test_instructions_agree_as_they_have_to(agreement, got, right):
+    emulated = (agreement, ["3f800000"])
+    assert compare_instructions.difference((agreement, [got]), emulated)[0] is right
+    assert not compare_instructions.difference(None, emulated)[0]
+    assert not compare_instructions.difference((agreement, []), emulated)[0]
+
+
+def test_kernels_are_found_by_their_stubs():
+    symbols = (
+        "00d6 t _ZL48__device_stub__ZN1a1kINS_1CILNS_1PE0ELi3EEEEEvPiPi\n"
+        "0286 b _ZGVZL48__device_stub__ZN1a1kINS_1CILNS_1PE1ELi3EEEEEvPiPiE5__tmp\n"
+        "0418 t _ZN1aL24__wrapper__device_stub_kINS_1CILNS_1PE1ELi3EEEEEvRPi\n"
+    )
+    names = {f"_ZN1a1kINS_1CILNS_1PE{place}ELi3EEEEEvPi" for place in (0, 1)}
+    assert exercise_kernels.kernels_of(symbols) == names
+
+
+@pytest.mark.slow
+def test_the_calls_for_the_sanitizers_are_right(capsys):
+    assert exercise_kernels.main(["--device", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith("40 of 40 calls agree bit for bit\n")
+
+
+def test_a_wrong_call_is_named():
+    want = [torch.ones(2, 3, dtype=torch.float64)]
+    assert exercise_kernels.difference([torch.ones(2, 3)], want, torch.float32) is None
+    text = exercise_kernels.difference([torch.zeros(2, 3)], want, torch.float32)
+    assert text == "result 0: 6 of 6 elements differ"
+    assert exercise_kernels.difference([], want, torch.float32) == "expected 1 results, got 0"

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole ASPP heads on CUDA: the fused module against the one it replaces, by our kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from aspp_pairs import PAIRS, Pair, assert_all_close, features, randomise, train_step
+from torch import nn
+
+import aspp_ext
+from aspp_ext import reference
+from aspp_ext.modules import ASPP, fused
+from aspp_ext.testing import OPS, PROBLEMS, assert_no_worse_than_torch
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+DENSE = [name for name in PAIRS if "separable" not in name]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+
+
+@pytest.fixture(params=DENSE)
+def pair(request) -> Pair:
+    return PAIRS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch, request) -> None:
+    """Our kernels, whether or not a committed result has verified them here."""
+    monkeypatch.setenv("ASPP_EXT_BACKEND", DEVICE)
+
+
+def on_device(pair: Pair) -> tuple[nn.Module, nn.Module]:
+    """Without dropout: which elements it drops depends on the memory format, and for float64
+    PyTorch's convolution has one format only."""
+    original, ours = pair.build()
+    for module in (original, ours):
+        module.project[3].p = 0.0
+    return original.to(DEVICE), ours.to(DEVICE)
+
+
+@each_layout
+def test_eval(pair, layout) -> None:
+    original, ours = (m.eval().to(memory_format=layout) for m in on_device(pair))
+    with torch.no_grad():
+        for n in (1, 2, 1):
+            x = features(n).to(DEVICE).contiguous(memory_format=layout)
+            got = ours(x)
+            torch.testing.assert_close(got, original(x), **TIGHT)
+            assert got.is_contiguous(memory_format=layout)
+
+
+@each_layout
+def test_training(pair, layout) -> None:
+    original, ours = (m.to(memory_format=layout) for m in on_device(pair))
+    for seed in range(2):
+        x = features(seed=seed).to(DEVICE).contiguous(memory_format=layout)
+        got, expected = (train_step(m, x, seed) for m in (ours, original))
+        assert_all_close(got, expected, **TIGHT)
+
+
+@each_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eval_in_low_precision(dtype, layout) -> None:
+    """At a real width, where the sums are long."""
+    original = randomise(ASPP(512, [6, 12, 18], 64)).double().eval().to(DEVICE)
+    x = torch.randn(2, 512, 33, 33).to(DEVICE, dtype)
+    with torch.no_grad():
+        plain = super(fused.FusedForward, original)
+        oracle = plain.forward(x.double())
+        original.to(dtype).to(memory_format=layout)
+        x = x.contiguous(memory_format=layout)
+        got, low = original(x), plain.forward(x)
+    assert got.dtype == low.dtype == dtype
+    assert_no_worse_than_torch(got.cpu(), low.cpu(), oracle.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(pair, dtype) -> None:
+    original, ours = (m.float().eval() for m in on_device(pair))
+    x = features().to(DEVICE, torch.float32)
+    with torch.no_grad():
+        oracle = original.double()(x.double())
+        original.float()
+        with torch.autocast(DEVICE, dtype):
+            got, low = ours(x), original(x)
+    assert got.dtype == low.dtype == dtype
+    allowed = 2 * (low - oracle).abs().max() + torch.finfo(dtype).eps * oracle.abs().max()
+    assert (got - oracle).abs().max() <= allowed
+
+
+def test_folded_weights_are_read_in_place(monkeypatch) -> None:
+    """channels_last with stride 1 over C, which neither kernel nor cuDNN has to copy."""
+    calls = []
+    real = fused.aspp_inference
+    monkeypatch.setattr(fused, "aspp_inference", lambda *a: calls.append(a) or real(*a))
+    ours = randomise(ASPP(16, [2, 4], 8)).eval().to(DEVICE)
+    with torch.no_grad():
+        ours(torch.randn(1, 16, 9, 9, device=DEVICE))
+    _, _, weights, _, _, pool, _, project, _ = calls[0]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert all(w.stride(1) == 1 for w in (*weights, pool, project))
+
+
+def test_the_cache_follows_changes_and_streams(pair) -> None:
+    original, ours = (m.eval() for m in on_device(pair))
+    x = features().to(DEVICE)
+    with torch.no_grad():
+        ours(x)
+        for module in (original, ours):
+            module.convs[0][0].weight.mul_(1.5)
+            module.project[1].running_mean.add_(0.5)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = ours(x)
+        stream.synchronize()
+        torch.testing.assert_close(got, original(x), **TIGHT)
+
+
+def test_inference_in_a_graph(pair) -> None:
+    """The fold is made before; within a capture nothing may be kept."""
+    original, ours = (m.eval() for m in on_device(pair))
+    x = features().to(DEVICE)
+    with torch.no_grad():
+        ours(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = ours(x)
+        for seed in range(3):
+            x.copy_(features(seed=seed))
+            graph.replay()
+            torch.testing.assert_close(got, original(x), **TIGHT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compile(training, fresh_compiler) -> None:
+    original, ours = (m.train(training) for m in on_device(PAIRS["ours dense"]))
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True)
+    for x in (features(2).to(DEVICE), features(3, height=8, width=5).to(DEVICE)):
+        if training:
+            got, expected = train_step(compiled, x), train_step(original, x)
+            got = {key.removeprefix("_orig_mod."): value for key, value in got.items()}
+            assert_all_close(got, expected, **TIGHT)
+            ours.zero_grad()
+            original.zero_grad()
+        else:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), original(x), **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["ours separable", "fused smp separable"])
+def test_separable_heads_run_by_the_reference(name, monkeypatch) -> None:
+    monkeypatch.delenv("ASPP_EXT_BACKEND")
+    original, ours = (m.eval() for m in on_device(PAIRS[name]))
+    x = features().to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), original(x), **TIGHT)
+    assert_all_close(train_step(ours.train(), x), train_step(original.train(), x), **TIGHT)
+
+
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])
+@each_layout
+def test_inference_operator(layout, pool) -> None:
+    x, _, weights, rates, shift, *rest = OPS["head"].make(
+        PROBLEMS["aspp"], torch.float64, device=DEVICE
+    )
+    if not pool:
+        rest = [None, None, rest[2][:, : shift.numel()], rest[3]]
+    x = x.contiguous(memory_format=layout)
+    pairs = [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
+    arguments = (x, [None] * len(weights), weights, pairs, shift, *rest)
+    got = aspp_ext.aspp_inference(*arguments, backend=DEVICE)
+    torch.testing.assert_close(got, reference.aspp_inference(*arguments), **TIGHT)
+    assert got.is_contiguous(memory_format=layout)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The programs that measure on a GPU, on tiny problems on the CPU."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import cudnn_baselines, machine, peers, report
+from benchmarks.gpu import device, kernels, problems, run
+from benchmarks.gpu import peers as gpu_peers
+
+CPU = ["--device", "cpu"]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Wrong(gpu_peers.Eager):
+    """Off by a tenth in one element."""
+
+    def __init__(self) -> None:
+        super().__init__("NCHW", False)
+        self.name, self.group = "planted", "other"
+
+    def build(self, module, example):
+        call = super().build(module, example)
+
+        def planted():
+            first, *others = call()
+            first = first.clone()
+            first.view(-1)[3] += 0.1
+            return (first, *others)
+
+        return planted
+
+
+def test_a_wrong_result_is_refused_and_fails_the_run(tmp_path, monkeypatch):
+    ready = [gpu_peers.Eager("NCHW", False), Wrong()]
+    monkeypatch.setattr(run, "contenders", lambda device: ready)
+    monkeypatch.setattr(run, "slow_contenders", lambda limit: [])
+    options = [*CPU, "--out", str(tmp_path), "--budget", "0", "--only", "4x4 1/2/3, bfloat16"]
+    assert run.main(options) == run.WRONG
+    rows = {row.contender: row for row in report.read_csv(tmp_path / "dry-run.csv") if row.group}
+    assert rows["planted"].p50_ms is None
+    assert rows["planted"].note.startswith("wrong: result 0 may be off by")
+    assert rows["eager NCHW"].p50_ms > 0
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "slow_contenders", lambda limit: [gpu_peers.TensorRT(limit)])
+    options = [*CPU, "--out", str(tmp_path), "--budget", "0", "--limit", "0"]
+    assert run.main([*options, "--only", "4x4"]) == 0
+    rows = [row for row in report.read_csv(tmp_path / "dry-run.csv") if row.group]
+    assert {row.note for row in rows} == {run.OUT_OF_TIME}
+    assert {row.contender for row in rows} >= {"aspp_ext cpu NCHW", "TensorRT"}
+
+
+def test_a_timed_row_stays_where_the_second_time_is_cut(tmp_path):
+    options = run.parse([*CPU, "--out", str(tmp_path), "--budget", "0"])
+    console = SimpleNamespace(print=lambda *_: None)
+    ours = run.Run(device.Host(), options, console)
+    ours.measure_ceilings(["bfloat16"])
+    problem = problems.for_a_dry_run(problems.PROBLEMS[0])
+    eager = gpu_peers.Eager("NCHW", False)
+    ours.one(problem, [eager], 1.0)
+    first = ours.rows[problem.key]
+    ours.end = 0.0
+    ours.one(problem, [eager, gpu_peers.TensorRT(1.0)], 1.0)
+    timed, left_out = ours.rows[problem.key]
+    assert (timed, left_out.note) == (first[0], run.OUT_OF_TIME)
+
+
+COUNTERS = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","","byte","byte"
+"0","7","pyramid<1>","1,000","24"
+"1","7","transpose","10","0"
+"2","7","pyramid<1>","500","1"
+==PROF== Disconnected
+"""
+
+
+def test_dram_bytes_are_read_from_the_counters():
+    assert kernels.parse_counters(COUNTERS) == {"pyramid<1>": 1525.0, "transpose": 10.0}
+    with pytest.raises(ValueError, match=r"no counters .* ERR_NVGPUCTRPERM"):
+        kernels.parse_counters("==ERROR== ERR_NVGPUCTRPERM")
+
+
+def test_traffic_is_compared_with_the_compulsory_bytes(monkeypatch):
+    problem = problems.for_a_dry_run(problems.on_gpu("operator", "large"))
+    compulsory = kernels.work_of(problem).bytes
+    for share, verdict in ((1.25, "met"), (1.35, "above")):
+        moved = {"pyramid": share * compulsory - 8.0, "transpose": 8.0}
+        monkeypatch.setattr(kernels, "count_traffic", lambda limit, moved=moved: moved)
+        *_, total = kernels.traffic_rows(problem, 1.0)
+        assert total["note"].startswith(f"{share} times the compulsory bytes")
+        assert total["note"].endswith(verdict)
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    (row,) = kernels.traffic_rows(problem, 1.0)
+    assert row["note"] == "not counted: Nsight Compute (ncu) is not on the path"
+
+
+def test_the_breakdown_adds_up():
+    names = iter([["a", "b", "a"], ["a", "b", "a"], ["a", "b", "a"]])
+    there = SimpleNamespace(
+        synchronize=lambda: None,
+        kernels=lambda call: [device.Kernel(n, {"a": 2.0, "b": 4.0}[n]) for n in next(names)],
+    )
+    a, b = kernels.breakdown(there, lambda: None, lambda: None, 3)
+    assert (a["kernel"], a["launches"], a["p50_us"], a["share"]) == ("a", 2, 4.0, 0.5)
+    assert (b["kernel"], b["launches"], b["p50_us"], b["share"]) == ("b", 1, 4.0, 0.5)
+
+
+def test_the_breakdown_names_every_call(tmp_path):
+    assert kernels.main([*CPU, "--out", str(tmp_path), "--repeats", "2"]) == 0
+    rows = read(tmp_path / "dry-run-kernels.csv")
+    assert list(rows[0]) == list(kernels.COLUMNS)
+    calls = [f"{what} NHWC" for what in ("forward", "grad_input", "grad_weight")]
+    assert {row["call"] for row in rows} == {*calls, "forward NCHW", "forward NHWC, DRAM"}
+    assert kernels.main([*CPU, "--once"]) == 0
+
+
+def test_the_baselines_cover_what_is_asked():
+    of = {name: list(cudnn_baselines.cases(name)) for name in cudnn_baselines.SECTIONS}
+    assert [(c.rate, c.padded_before) for c in of["rates"]] == [
+        (rate, padded) for rate in (1, 6, 12, 18, 24, 36, 60) for padded in (False, True)
+    ]
+    depthwise = {(c.layout, c.dtype, c.search, c.compiled) for c in of["depthwise"]}
+    assert len(depthwise) == len(of["depthwise"]) == 2 * 3 * 2 * 2
+    assert len(of["deterministic"]) == 2 * 2 * 2
+    assert {c.data for c in of["data"]} == {"random", "zeros"}
+    for name, cases in of.items():
+        assert [c for group in cudnn_baselines.groups_of(name) for c in group] == cases
+
+
+def test_a_padded_input_gives_the_same_convolution():
+    plain = cudnn_baselines.for_a_dry_run(cudnn_baselines.Case("rates", 4, dtype="float32"))
+    results = [
+        cudnn_baselines.build(replace(plain, padded_before=padded), "cpu")()
+        for padded in (False, True)
+    ]
+    assert results[0].shape == (2, 8, 9, 9)
+    torch.testing.assert_close(*results)
+
+
+def test_the_baselines_write_a_row_for_every_case(tmp_path):
+    options = [*CPU, "--out", str(tmp_path), "--budget", "0"]
+    assert cudnn_baselines.main([*options, "--only", "data", "--only", "deterministic"]) == 0
+    rows = read(tmp_path / "dry-run-cudnn.csv")
+    assert list(rows[0]) == cudnn_baselines.COLUMNS
+    assert [row["section"] for row in rows] == ["data"] * 2 + ["deterministic"] * 8
+    assert all(float(row["p50_ms"]) > 0 and "conv2d" in row["kernels"] for row in rows)
+    assert cudnn_baselines.main([*options, "--limit", "0", "--only", "rates"]) == 0
+    rows = read(tmp_path / "dry-run-cudnn.csv")
+    assert {row["note"] for row in rows} == {cudnn_baselines.OUT_OF_TIME}
+
+
+def test_a_case_that_fails_is_named():
+    timed = cudnn_baselines.Timed(device.Host(), 0.0)
+    good = cudnn_baselines.for_a_dry_run(cudnn_baselines.Case("data", 2, dtype="float32"))
+    bad = replace(good, channels=7, groups=2)
+    timed.together([good, bad])
+    assert timed.results[good].p50_ms > 0
+    assert timed.results[bad].note.startswith("failed: RuntimeError")
+
+
+def test_the_commit_can_be_named(monkeypatch):
+    monkeypatch.setenv("ASPP_EXT_COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
+    assert machine.hyphenated("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
+
+
+def test_a_compiled_contender_is_right(fresh_compiler):
+    problem = problems.for_a_dry_run(problems.on_gpu("operator", "single", "training"))
+    module, x = problem.build()
+    got = gpu_peers.Compiled("NHWC", 200.0, mode=None).build(module, x)()
+    expected = peers.eager_call(module, x)()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=0.1, rtol=0.1)

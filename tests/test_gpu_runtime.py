@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The dense pyramid on CUDA among PyTorch's machinery: streams, devices, graphs, compilers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import aspp_ext
+from aspp_ext import reference
+from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight"]
+each_name = pytest.mark.parametrize("name", NAMES)
+# Sliced sums need a workspace and counters, layouts a transposition before and behind.
+SLICED = Problem("sliced", (1, 1024, 17, 17), (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6))))
+KINDS = [SLICED, PROBLEMS["x_channels_last"], PROBLEMS["x_sliced"], PROBLEMS["prime_sizes"]]
+each_kind = pytest.mark.parametrize("problem", KINDS, ids=lambda p: p.name)
+SLEEP = 50_000_000  # cycles: tens of milliseconds
+
+
+def call(name: str) -> Callable[..., list[Tensor]]:
+    return lambda *arguments: outputs(OPS[name].native(*arguments))
+
+
+def integers(name: str, problem: Problem, draw: int = 0, device: str = "cuda"):
+    return OPS[name].make(problem, torch.bfloat16, integer=True, draw=draw, device=device)
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(
+        g.device == e.device and torch.equal(g, e) for g, e in zip(got, expected, strict=True)
+    )
+
+
+@each_kind
+@each_name
+def test_runs_on_the_current_stream(name, problem) -> None:
+    """The input is written there, after a sleep: another stream would read what was before."""
+    arguments = integers(name, problem)
+    image = arguments[0].clone()
+    expected = call(name)(*arguments)
+    arguments[0].fill_(float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP)
+        arguments[0].copy_(image)
+        got = call(name)(*arguments)
+        copies = [t.clone() for t in got]
+    stream.synchronize()
+    assert_equal(copies, expected)
+
+
+@each_kind
+@each_name
+def test_does_not_wait_for_the_device(name, problem) -> None:
+    """Neither PyTorch nor the clock sees the host wait, from a shape's second call on."""
+    arguments = integers(name, problem)
+    expected = call(name)(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(SLEEP)
+        event = torch.cuda.Event()
+        event.record()
+        got = call(name)(*arguments)
+        assert not event.query(), "the host waited for the sleep to end"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(got, expected)
+
+
+@each_name
+def test_a_new_shape_does_not_wait_either(name) -> None:
+    """Its work list is copied on a stream of its own."""
+    call(name)(*integers(name, SLICED))
+    new = Problem("new", (1, 1024, 19, 18), SLICED.branches)
+    arguments = integers(name, new)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4 * SLEEP)
+    event = torch.cuda.Event()
+    event.record()
+    call(name)(*arguments)
+    assert not event.query()
+
+
+@each_kind
+@each_name
+def test_memory_goes_back(name, problem) -> None:
+    """And from a shape's second call on none is taken that PyTorch does not have already."""
+    arguments = integers(name, problem)
+    call(name)(*arguments)
+    torch.cuda.synchronize()
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(20):
+        call(name)(*arguments)
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (held, reserved)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@each_name
+def test_another_device_than_the_current(name) -> None:
+    expected = call(name)(*integers(name, SLICED))
+    assert torch.cuda.current_device() == 0
+    got = call(name)(*integers(name, SLICED, device="cuda:1"))
+    assert all(t.device.index == 1 for t in got)
+    assert_equal([t.to("cuda:0") for t in got], expected)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["warm", "first_call_in_capture"])
+@each_kind
+@each_name
+def test_graph_capture_and_replay(name, problem, first) -> None:
+    """Also where the shape is new: its work list is made while the stream is being captured."""
+    if first:  # a shape that no other test has
+        n, c, h, w = problem.shape
+        shape = (n + 1, c, h + 1 + NAMES.index(name), w)
+        problem = replace(problem, name=f"{problem.name} captured", shape=shape)
+    draws = [integers(name, problem, draw) for draw in range(3)]
+    arguments = integers(name, problem)
+    if not first:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(name)(*arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = call(name)(*arguments)
+    for values in (*draws, draws[0]):
+        arguments[0].copy_(values[0])
+        for t, v in zip(tensors(arguments[1:]), tensors(values[1:]), strict=True):
+            t.copy_(v)
+        graph.replay()
+        assert_equal(got, call(name)(*values))
+
+
+def tensors(arguments) -> list[Tensor]:
+    found = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
+    return [t for t in found if isinstance(t, Tensor)]
+
+
+FIRST_CALL_OF_A_PROCESS = """
+import torch, aspp_ext
+op = torch.ops.aspp_ext.atrous_pyramid
+x, w = torch.ones(1, 64, 20, 20, device="cuda"), torch.ones(8, 64, 3, 3, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = op(x, [w], [30, 30])
+graph.replay()
+assert (y == 64).all()
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured() -> None:
+    """Nothing is loaded by then."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", FIRST_CALL_OF_A_PROCESS]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_captured_training_step() -> None:
+    """Work lists in a graph stay where they are, whatever is computed afterwards."""
+    x, w = integers("pyramid", SLICED)[:2]
+    leaves = [x.float().requires_grad_(), *(t.float().requires_grad_() for t in w)]
+
+    def step():
+        y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], [1, 6], backend="cuda")
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for size in range(3, 40):
+        other = torch.ones(1, 8, size, size + 1, device="cuda")
+        torch.ops.aspp_ext.atrous_pyramid(other, [torch.ones_like(other[..., :3, :3])], [1, 1])
+    graph.replay()
+    assert_equal(list(got), list(expected))
+
+
+def test_called_from_threads_on_their_own_streams() -> None:
+    work = {name: [integers(name, p) for p in KINDS] for name in NAMES}
+    expected = {name: [call(name)(*a) for a in work[name]] for name in NAMES}
+    torch.cuda.synchronize()
+    wrong: list[str] = []
+
+    def run(k: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(20):
+                name = NAMES[(i + k) % len(NAMES)]
+                for arguments, right in zip(work[name], expected[name], strict=True):
+                    if not all(map(torch.equal, call(name)(*arguments), right)):
+                        wrong.append(f"thread {k}, {name}")
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=200)
+    assert not wrong
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def step(module, x: Tensor, weights: list[Tensor], **keywords) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    weights = [w.detach().requires_grad_() for w in weights]
+    y = module.atrous_pyramid(x, weights, [1, 2], activation="relu", **keywords)
+    return [y.detach(), *torch.autograd.grad(y.square().mean(), [x, *weights])]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_with_gradients(backend, fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+
+    def forward(x, *weights):
+        return aspp_ext.atrous_pyramid(x, list(weights), [1, 2], activation="relu")
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
+    weights = [torch.randn(s, device="cuda").requires_grad_() for s in ((4, 5, 1, 1), (4, 5, 3, 3))]
+    for i, (n, h, w) in enumerate([(2, 7, 9), (3, 12, 8), (4, 5, 31)]):
+        x = torch.randn(n, 5, h, w, device="cuda").requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            got = torch.autograd.grad(compiled(x, *weights).square().mean(), [x, *weights])
+        expected = torch.autograd.grad(forward(x, *weights).square().mean(), [x, *weights])
+        torch.testing.assert_close(got, expected)
+
+
+def test_compile_with_graphs(fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+    w = torch.randn(6, 5, 3, 3, device="cuda")
+    compiled = torch.compile(
+        lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True, mode="reduce-overhead"
+    )
+    for _ in range(5):
+        x = torch.randn(2, 5, 7, 9, device="cuda")
+        with torch.no_grad():
+            got = compiled(x).clone()
+        assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2]))
+
+
+def test_compile_follows_the_tf32_switch(fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+    x, w = torch.randn(1, 64, 9, 9, device="cuda"), torch.randn(32, 64, 3, 3, device="cuda")
+    compiled = torch.compile(lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True)
+    op = torch.ops.aspp_ext.atrous_pyramid
+    try:
+        for tf32 in (True, False, True):
+            torch.backends.cudnn.allow_tf32 = tf32
+            assert torch.equal(compiled(x), op(x, [w], [2, 2], None, None, False, tf32))
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    exact, rounded = (op(x, [w], [2, 2], None, None, False, tf32) for tf32 in (False, True))
+    assert not torch.equal(exact, rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype) -> None:
+    x, w = torch.randn(2, 5, 7, 9, device="cuda"), torch.randn(6, 5, 3, 3, device="cuda")
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    with torch.autocast("cuda", dtype):
+        y = aspp_ext.atrous_pyramid(x, [w], [2], backend="cuda")
+        again = aspp_ext.atrous_pyramid(x.to(dtype), [w], [2], backend="cuda")
+    assert y.dtype == dtype
+    assert torch.equal(y, again)
+    got = torch.autograd.grad(y.float().square().sum(), leaves)
+    low = aspp_ext.atrous_pyramid(x.to(dtype), [w.to(dtype)], [2], backend="cuda")
+    assert torch.equal(y, low)
+    expected = torch.autograd.grad(low.float().square().sum(), leaves)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert_equal(list(got), list(expected))
+
+
+def test_opcheck() -> None:
+    for name in NAMES:
+        for problem in ("one_branch", "x_channels_last", "x_expanded_batch", "empty_batch"):
+            arguments = OPS[name].make(PROBLEMS[problem], torch.float32, device="cuda")
+            torch.library.opcheck(OPS[name].native.default, arguments)
+
+
+def test_explain_and_the_default(monkeypatch) -> None:
+    """What runs unasked is what a committed result verifies; explain says so."""
+    monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
+    x, w = torch.randn(1, 8, 9, 9, device="cuda"), torch.randn(4, 8, 3, 3, device="cuda")
+    text = aspp_ext.explain(x, [w], [2])
+    got = aspp_ext.atrous_pyramid(x, [w], [2])
+    if "no committed result verifies" in text:
+        assert torch.equal(got, reference.atrous_pyramid(x, [w], [2]))
+    else:
+        assert "verified by benchmarks/results/" in text
+        assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2], backend="cuda"))
+
+
+def test_training_steps_agree_with_the_reference() -> None:
+    """In float64, with everything between: PyTorch's autograd calls on its own threads."""
+    x = torch.randn(2, 20, 13, 11, device="cuda", dtype=torch.float64)
+    weights = [torch.randn(s, device="cuda").double() for s in ((6, 20, 1, 1), (7, 20, 3, 3))]
+    got, expected = step(aspp_ext, x, weights, backend="cuda"), step(reference, x, weights)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TF32: PyTorch's switches decide, in whichever way they were set, and the decision reaches every
+operator of a call, its gradients of every order, and a compiled graph."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import func
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import aspp_ext
+from aspp_ext.ops import head_composed, precision, pyramid
+
+ROOT = Path(__file__).resolve().parents[1]
+PYRAMIDS = ("atrous_pyramid", "atrous_pyramid_grad_input", "atrous_pyramid_grad_weight")
+
+# What was set, one after the other -> what a convolution of float32 on CUDA may do.
+SETTINGS = [
+    ((), True),  # PyTorch's default
+    (("cudnn.allow_tf32 = False",), False),
+    (("cudnn.allow_tf32 = False", "cudnn.allow_tf32 = True"), True),
+    (("cuda.matmul.allow_tf32 = True", "cudnn.allow_tf32 = False"), False),
+    (("cudnn.conv.fp32_precision = 'ieee'",), False),
+    (("cudnn.rnn.fp32_precision = 'ieee'",), True),
+    (("fp32_precision = 'ieee'",), False),
+    (("fp32_precision = 'tf32'", "cudnn.fp32_precision = 'ieee'"), False),
+    (("fp32_precision = 'ieee'", "cudnn.conv.fp32_precision = 'tf32'"), True),
+    (("cudnn.allow_tf32 = False", "cudnn.conv.fp32_precision = 'tf32'"), True),
+    (("cudnn.conv.fp32_precision = 'ieee'", "cudnn.allow_tf32 = True"), True),
+    (("cudnn.allow_tf32 = False", "fp32_precision = 'tf32'"), True),
+]
+
+
+def test_every_mix_of_the_switches() -> None:
+    """In new processes: not every setting can be taken back. A warning would be an error."""
+    code = (
+        "import warnings; warnings.simplefilter('error'); import os, sys, torch\n"
+        "from aspp_ext.ops.precision import switches\n"
+        "for settings in sys.argv[1:]:\n"
+        "    if os.fork() == 0:\n"
+        "        for setting in filter(None, settings.split(';')):\n"
+        "            exec('torch.backends.' + setting)\n"
+        "        print(int(switches.convolution), end='', flush=True); os._exit(0)\n"
+        "    os.wait()"
+    )
+    settings = [";".join(done) for done, _ in SETTINGS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *settings],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.stderr == ""
+    assert [c == "1" for c in done.stdout] == [allowed for _, allowed in SETTINGS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_only_float32_on_cuda(dtype) -> None:
+    assert precision.switches.convolution
+    assert not precision.allows_tf32(torch.empty(1))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        assert precision.allows_tf32(torch.empty(1, device="cuda"))
+        assert not precision.allows_tf32(torch.empty(1, device="cuda", dtype=dtype))
+        assert not precision.allows_tf32(torch.empty(1, device="meta"))
+
+
+class Precisions(TorchDispatchMode):
+    """The last argument of each of the three operators that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "aspp_ext":
+            arguments = function._schema.arguments
+            given = len(args) == len(arguments) and args[-1]
+            assert arguments[-1].name == "tf32"
+            self.seen.append((function._schema.name.split("::")[1], bool(given)))
+        return function(*args, **(kwargs or {}))
+
+
+def loss(x, w):
+    return aspp_ext.atrous_pyramid(x, [w, w], [1, 2]).pow(3).sum()
+
+
+def epilogue(x, w):
+    y = aspp_ext.atrous_pyramid(x, [w], [1], shift=w.new_ones(2), activation="relu")
+    return y.pow(2).sum()
+
+
+def backward(x, w):
+    return torch.autograd.grad(loss(x, w), [x, w])
+
+
+def second(x, w):
+    grads = torch.autograd.grad(loss(x, w), [x, w], create_graph=True)
+    return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), [x, w])
+
+
+def autocast(x, w):
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss(x.float(), w.float()).backward()
+
+
+def composed(x, w):
+    v = w.new_ones(2)
+    head = (x, [w.new_empty(0)], [w], [1, 1], v, w.new_ones(3, 2), w.new_ones(3))
+    with torch.no_grad():
+        return head_composed.aspp_inference(*head, w.new_ones(2, 5), v)
+
+
+CALLS = {
+    "forward": lambda x, w: loss(x.detach(), w.detach()),
+    "epilogue": lambda x, w: epilogue(x.detach(), w.detach()),
+    "gradients": backward,
+    "gradients of the epilogue": lambda x, w: torch.autograd.grad(epilogue(x, w), [x, w]),
+    "second gradients": second,
+    "jvp": lambda x, w: func.jvp(loss, (x, w), (x, w)),
+    "jvp of grad": lambda x, w: func.jvp(func.grad(loss, (0, 1)), (x, w), (x, w)),
+    "jacfwd of jacfwd": lambda x, w: func.jacfwd(func.jacfwd(loss))(x[:, :, :1, :1], w),
+    "vmap": lambda x, w: func.vmap(loss, (None, 0))(x.detach(), w.detach().expand(3, *w.shape)),
+    "vmap of grad": lambda x, w: func.vmap(func.grad(loss), (0, None))(x[None], w),
+    "autocast": autocast,
+    "composed head": composed,
+}
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_the_decision_reaches_every_operator(call, allowed, monkeypatch) -> None:
+    for module in (pyramid, head_composed):
+        monkeypatch.setattr(module, "allows_tf32", lambda x: allowed)
+    x, w = (torch.randn(s, dtype=torch.float64) for s in ((1, 2, 3, 4), (2, 2, 3, 3)))
+    with Precisions() as precisions:
+        call(x.requires_grad_(), w.requires_grad_())
+    assert precisions.seen
+    assert {tf32 for _, tf32 in precisions.seen} == {allowed}, precisions.seen
+    if call is second:
+        assert {name for name, _ in precisions.seen} == set(PYRAMIDS)
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_direct_operators_are_exact_unless_told(name) -> None:
+    (argument,) = [
+        a for a in getattr(torch.ops.aspp_ext, name).default._schema.arguments if a.name == "tf32"
+    ]
+    assert argument.default_value is False
+
+
+@pytest.fixture
+def switch(monkeypatch) -> Iterator[Callable[[bool], None]]:
+    """Turns TF32 on and off, for CPU tensors too."""
+    monkeypatch.setattr(pyramid, "allows_tf32", lambda x: precision.switches.convolution)
+
+    def turn(on: bool) -> None:
+        torch.backends.cudnn.allow_tf32 = on
+
+    yield turn
+    turn(True)
+
+
+def decision(graph: torch.fx.GraphModule) -> bool:
+    """The last argument of the one operator of ours in a graph."""
+    (node,) = (n for n in graph.graph.nodes if "aspp_ext" in str(n.target))
+    arguments = node.target.default._schema.arguments
+    return len(node.args) == len(arguments) and node.args[-1]
+
+
+def test_a_compiled_graph_follows_the_switch(fresh_compiler, switch) -> None:
+    """By a guard: a graph traced under the other setting is not used."""
+    ran: list[bool] = []
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return lambda *arguments: (ran.append(decision(graph)), graph(*arguments))[1]
+
+    def call(x, w):
+        return aspp_ext.atrous_pyramid(x, [w], [2])
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for on in (True, False, True, False):
+        switch(on)
+        compiled(torch.randn(1, 3, 5, 6), torch.randn(2, 3, 3, 3))
+    assert ran == [True, False, True, False]
+    assert len(compiled_graphs) == 2
+
+
+def test_a_compiled_gradient_keeps_the_setting_of_its_forward(fresh_compiler, switch) -> None:
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for on in (True, False):
+        x, w = torch.randn(1, 3, 5, 6).requires_grad_(), torch.randn(2, 3, 3, 3).requires_grad_()
+        switch(on)
+        y = compiled(x, w)
+        switch(not on)
+        with Precisions() as precisions:
+            y.backward()
+        assert set(precisions.seen) == {(name, on) for name in PYRAMIDS[1:]}

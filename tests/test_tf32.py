@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""TF32 where an operator is told that it may: as exact as operands of eleven bits allow.
+
+A CPU has no such products and stays more exact; the emulated CUDA kernels and the GPU round.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from table import EMULATED, PYRAMIDS, check_error_law, check_integers, is_representative
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from aspp_ext.testing import OPS, PROBLEMS, outputs
+
+each_name = pytest.mark.parametrize("name", PYRAMIDS)
+each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
+STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
+
+
+def in_tf32(name: str):
+    return lambda *arguments: OPS[name].native(*arguments, True)
+
+
+def rounded(t: Tensor) -> Tensor:
+    """float32 with the 13 last bits rounded away, ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def of_eleven_bits(arguments):
+    return tree_map_only(Tensor, lambda t: rounded(t.contiguous()), arguments)
+
+
+@each_problem
+@each_name
+def test_integers_are_exact(name, problem) -> None:
+    arguments = OPS[name].make(problem, torch.float32, integer=True)
+    check_integers(in_tf32(name), OPS[name], arguments)
+
+
+@pytest.mark.parametrize("problem", STATISTICS, ids=lambda p: p.name)
+@each_name
+def test_error_law(name, problem) -> None:
+    check_error_law(in_tf32(name), OPS[name], problem, torch.float32, "cpu", rounded=of_eleven_bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@each_name
+def test_other_dtypes_are_not_concerned(name, dtype) -> None:
+    arguments = OPS[name].make(PROBLEMS["aspp"], dtype)
+    expected = outputs(OPS[name].native(*arguments))
+    assert all(map(torch.equal, outputs(in_tf32(name)(*arguments)), expected))
+
+
+@pytest.mark.skipif(not EMULATED, reason="the CPU's kernels have no TF32")
+@each_name
+def test_products_are_rounded(name) -> None:
+    arguments = OPS[name].make(PROBLEMS["aspp"], torch.float32)
+    exact, low = outputs(OPS[name].native(*arguments)), outputs(in_tf32(name)(*arguments))
+    assert not any(map(torch.equal, exact, low))
