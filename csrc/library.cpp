@@ -9,6 +9,11 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
   m.def(
       "atrous_pyramid(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
       "Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor");
+  // CUDA. What a training batch norm wants: the result, and of each channel the mean and the sum of
+  // squared differences from it [sum O], in float32, or float64 for float64
+  m.def(
+      "atrous_pyramid_statistics(Tensor x, Tensor[] weights, int[] rates, bool tf32=False) "
+      "-> (Tensor, Tensor, Tensor)");
   // grad [N, sum O, H, W] -> [N, C, H, W]
   m.def(
       "atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates, bool tf32=False) "

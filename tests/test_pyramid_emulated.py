@@ -42,7 +42,8 @@ def test_order_of_blocks_and_threads_does_not_matter(programs) -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
 
 
-# fault: file, what to replace, by what, pass, build that notices it, what it says (None: wrong bits)
+# fault: file, what to replace, by what, pass, build that notices it, what that says (None: wrong
+# bits)
 FAULTS = {
     "dropped_barrier": (
         "pyramid_sm80.cuh",

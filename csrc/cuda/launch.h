@@ -14,6 +14,6 @@ namespace aspp::cuda {
 cudaError_t launch_pyramid_sm80(plan::Pass pass, Math math, int shape, const PyramidParams& params,
                                 cudaStream_t stream);
 cudaError_t launch_transpose_sm80(const TransposeParams& params, cudaStream_t stream);
-cudaError_t launch_combine_sm80(const CombineParams& params, cudaStream_t stream);
+cudaError_t launch_combine_sm80(Math math, const CombineParams& params, cudaStream_t stream);
 
 }  // namespace aspp::cuda

@@ -72,9 +72,9 @@ struct PyramidParams {
 
   // forward only, null for none: of the rounded values, per output tile and row of warps
   // (rows = tile.m / warp_m): means and sums of squared differences from them [tiles, rows,
-  // tile.n], and how many pixels they are of [tiles, rows].
-  float* tile_means;
-  float* tile_squares;
+  // tile.n], of the type of the sums, and how many pixels they are of [tiles, rows].
+  void* tile_means;
+  void* tile_squares;
   int32_t* tile_counts;
 
   BranchOperand branches[kMaxBranches];
@@ -94,14 +94,15 @@ struct TransposeParams {
   int32_t bytes;        // 2, 4 or 8
 };
 
-// Chan's combination of PyramidParams::tile_*, in a fixed order.
+// PyramidParams::tile_* of all tiles become those of the channels. Of float64 for Math::float64,
+// else of float32.
 struct CombineParams {
-  const float* tile_means;
-  const float* tile_squares;
+  const void* tile_means;
+  const void* tile_squares;
   const int32_t* tile_counts;
-  float* mean;     // [sum O]
-  float* squares;  // [sum O]: sum of squared differences from the mean
-  int32_t rows;    // per tile
+  void* mean;     // [sum O]
+  void* squares;  // [sum O]: sum of squared differences from the mean
+  int32_t rows;   // per tile
   int32_t tile_n;
   int32_t branches;
   struct {

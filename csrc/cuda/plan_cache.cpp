@@ -65,6 +65,7 @@ cudaError_t DevicePlan::upload(const WorkList& list, cudaStream_t copies) {
   partials = list.partials;
   counters = list.counters;
   tiles = list.tiles;
+  branch_tiles = list.branch_tiles;
   void* memory = nullptr;
   if (const cudaError_t error = cudaMalloc(&memory, bytes.size()); error != cudaSuccess)
     return error;

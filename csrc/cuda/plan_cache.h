@@ -24,6 +24,7 @@ class DevicePlan {
   ~DevicePlan();
 
   int32_t workers = 0, partials = 0, counters = 0, tiles = 0;
+  std::vector<TileRange> branch_tiles;
 
   // One allocation for all four, complete when this returns. `copies` is a stream of our own.
   cudaError_t upload(const WorkList& list, cudaStream_t copies);

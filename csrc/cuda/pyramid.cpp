@@ -3,6 +3,9 @@
 // plan, launch.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+#include <tuple>
+
 #include "../operator_checks.h"
 #include "operands.h"
 #include "prepare.h"
@@ -85,6 +88,29 @@ class Call {
     params.out_pitch = rows.pitch;
   }
 
+  // Of the result, per channel, into [sum O] tensors of type Sum.
+  void set_statistics(const Tensor& mean, const Tensor& squares) {
+    const DevicePlan& plan = *prepared_.plan;
+    const TileShape tile = tile_shape(math_, prepared_.shape);
+    const int64_t parts = int64_t(plan.tiles) * (tile.m / tile.warp_m);
+    const int64_t bytes = parts * tile.n * (math_ == Math::float64 ? 8 : 4);
+    CombineParams& combine = combine_.emplace();
+    combine.tile_means = params.tile_means = operands.allocate(bytes);
+    combine.tile_squares = params.tile_squares = operands.allocate(bytes);
+    params.tile_counts = static_cast<int32_t*>(operands.allocate(parts * int64_t(sizeof(int32_t))));
+    combine.tile_counts = params.tile_counts;
+    combine.mean = mean.data_ptr();
+    combine.squares = squares.data_ptr();
+    combine.rows = tile.m / tile.warp_m;
+    combine.tile_n = tile.n;
+    combine.branches = int32_t(out_channels_.size());
+    for (int32_t b = 0; b < combine.branches; ++b) {
+      const BranchOperand& branch = params.branches[b];
+      const TileRange tiles = plan.branch_tiles[b];
+      combine.branch[b] = {tiles.first, tiles.count, branch.out_channel, branch.out_channels};
+    }
+  }
+
   void launch() {
     const DevicePlan& plan = *prepared_.plan;
     plan.describe(params);
@@ -95,6 +121,7 @@ class Call {
       check_cuda(kOp, cudaMemsetAsync(params.counters, 0, size_t(bytes), operands.stream()));
     }
     check_cuda(kOp, launch_pyramid_sm80(pass_, math_, prepared_.shape, params, operands.stream()));
+    if (combine_) check_cuda(kOp, launch_combine_sm80(math_, *combine_, operands.stream()));
   }
 
  private:
@@ -122,6 +149,7 @@ class Call {
   const Pass pass_;
   const Math math_;
   Prepared prepared_;
+  std::optional<CombineParams> combine_;
   std::vector<int64_t> out_channels_;
 };
 
@@ -148,6 +176,30 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
   call.launch();
   call.operands.deliver(target, out);
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, std::vector<Tensor> weights,
+                                              std::vector<int64_t> rates, bool tf32) {
+  const PyramidShape shape = check_dense(kOp, x, weights, rates, kLimits);
+  require(shape.batch > 0, kOp, ": statistics need at least one sample, got a batch of 0");
+  const bool channels_last = is_channels_last(x) || any_channels_last(weights);
+  const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
+  const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const int64_t size[] = {shape.out_channels};
+  const auto per_channel = [&] {
+    return with_memory([&] { return torch::stable::new_empty(x, {size, 1}, type); });
+  };
+  const Tensor mean = per_channel(), squares = per_channel();
+
+  Call call(Pass::forward, x, tf32, shape, kernels_of(weights), rates);
+  call.set_a(call.operands.image(x));
+  call.set_weights(weights);
+  const Rows target = call.operands.image_target(out);
+  call.set_out(target);
+  call.set_statistics(mean, squares);
+  call.launch();
+  call.operands.deliver(target, out);
+  return {out, mean, squares};
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
@@ -200,6 +252,7 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, ASPP_DEVICE_KEY, m) {
   m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
+  m.impl("atrous_pyramid_statistics", TORCH_BOX(&statistics));
   m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
   m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
 }

@@ -36,6 +36,7 @@ class Translation {
     plan::require(taps <= plan::kMaxEntries, "a work list must have at most ", plan::kMaxEntries,
                   " taps of regions but has ", taps);
     for (const plan::Region& region : plan_.regions) add_region(region);
+    number_tiles();
     number_slices();
     const auto units = static_cast<Index>(plan_.units.size());
     list_.worker_begin.push_back(0);
@@ -74,10 +75,22 @@ class Translation {
          joint ? 0 : narrow(region.live.front().branch, "the branches")});
   }
 
+  // A branch's tiles are neighbours, so that their range grows by one at a time.
+  void number_tiles() {
+    list_.branch_tiles.resize(problem_.branches.size());
+    for (const plan::Unit& unit : plan_.units) {
+      const int32_t tile = narrow(unit.tile, "the tiles");
+      list_.tiles = std::max(list_.tiles, tile + 1);
+      TileRange& range = list_.branch_tiles[list_.regions[unit.region].branch];
+      if (range.count == 0) range.first = tile;
+      const int32_t end = std::max(range.first + range.count, tile + 1);
+      range.first = std::min(range.first, tile);
+      range.count = end - range.first;
+    }
+  }
+
   // Tiles in order of their number: the slices of one are neighbours.
   void number_slices() {
-    for (const plan::Unit& unit : plan_.units)
-      list_.tiles = std::max(list_.tiles, narrow(unit.tile, "the tiles") + 1);
     std::vector<int32_t> slices(list_.tiles, 1);
     for (const plan::Unit& unit : plan_.units) slices[unit.tile] = narrow(unit.slices, "slices");
     partial_.resize(list_.tiles);

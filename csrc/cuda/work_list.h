@@ -39,6 +39,11 @@ struct WorkUnit {
   int32_t tile;     // number of the output tile; those of one branch are neighbours, rows first
 };
 
+// The output tiles of a branch; in grad_input, of all branches.
+struct TileRange {
+  int32_t first = 0, count = 0;
+};
+
 struct WorkList {
   std::vector<WorkUnit> units;        // worker by worker
   std::vector<int32_t> worker_begin;  // worker w has units [worker_begin[w], worker_begin[w + 1])
@@ -47,6 +52,7 @@ struct WorkList {
   int32_t partials = 0;  // tiles of sums that the slices need
   int32_t counters = 0;
   int32_t tiles = 0;  // output tiles
+  std::vector<TileRange> branch_tiles;
 
   int32_t workers() const { return static_cast<int32_t>(worker_begin.size()) - 1; }
 };

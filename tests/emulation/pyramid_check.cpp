@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -170,54 +171,58 @@ struct Epilogue {
 struct Statistics {
   Statistics(const Case& c, const cuda::WorkList& list, const cuda::TileShape& shape, int outs)
       : rows(shape.m / shape.warp_m),
-        tile_n(shape.n),
-        means(size_t(list.tiles) * rows * tile_n, NAN),
-        squares(means),
+        bytes(c.math == Math::float64 ? 8 : 4),
+        means(size_t(list.tiles) * rows * shape.n * bytes),
+        squares(means.bytes),
         counts(size_t(list.tiles) * rows, -1),
-        mean(outs, NAN),
-        sum_of_squares(outs, NAN) {
-    combine.tile_means = means.data(), combine.tile_squares = squares.data();
+        mean(size_t(outs) * bytes),
+        sum_of_squares(mean.bytes) {
+    for (const Memory* memory : {&means, &squares, &mean, &sum_of_squares})
+      std::memset(memory->data, 0xff, memory->bytes);  // NaN
+    combine.tile_means = means.data, combine.tile_squares = squares.data;
     combine.tile_counts = counts.data();
-    combine.mean = mean.data(), combine.squares = sum_of_squares.data();
-    combine.rows = rows, combine.tile_n = tile_n;
+    combine.mean = mean.data, combine.squares = sum_of_squares.data;
+    combine.rows = rows, combine.tile_n = shape.n;
     combine.branches = int(c.branches.size());
     int first = 0;
     for (int b = 0; b < combine.branches; ++b) {
-      auto& branch = combine.branch[b];
-      branch = {list.tiles, 0, first, int32_t(c.branches[b].plan.out_channels)};
-      for (const cuda::WorkUnit& unit : list.units)
-        if (list.regions[unit.region].branch == b)
-          branch.first_tile = std::min(branch.first_tile, unit.tile);
-      std::vector<bool> seen(list.tiles);
-      for (const cuda::WorkUnit& unit : list.units)
-        if (list.regions[unit.region].branch == b) seen[unit.tile] = true;
-      branch.tiles = int32_t(std::count(seen.begin(), seen.end(), true));
-      first += branch.out_channels;
+      const cuda::TileRange tiles = list.branch_tiles[b];
+      const auto channels = int32_t(c.branches[b].plan.out_channels);
+      combine.branch[b] = {tiles.first, tiles.count, first, channels};
+      first += channels;
     }
+  }
+
+  double at(const Memory& values, size_t i) const {
+    return bytes == 8 ? static_cast<const double*>(values.data)[i]
+                      : static_cast<const float*>(values.data)[i];
   }
 
   // Against two passes in double over `values` [pixels, pitch].
   bool right(const Case& c, const void* values, int64_t pixels, int pitch) const {
-    for (size_t channel = 0; channel < mean.size(); ++channel) {
+    for (size_t channel = 0; channel < mean.bytes / bytes; ++channel) {
       double sum = 0, of_squares = 0;
       const auto value = [&](int64_t p) { return get(c.math, values, p * pitch + int(channel)); };
       for (int64_t p = 0; p < pixels; ++p) sum += value(p);
       for (int64_t p = 0; p < pixels; ++p) of_squares += std::pow(value(p) - sum / pixels, 2);
-      const double close = 1e-5 * (std::abs(sum / pixels) + std::sqrt(of_squares / pixels));
-      if (std::abs(mean[channel] - sum / pixels) <= close &&
-          std::abs(sum_of_squares[channel] - of_squares) <= 1e-5 * of_squares)
+      const double size = std::abs(sum / pixels) + std::sqrt(of_squares / pixels);
+      const double close = bytes == 8 ? 1e-12 : 1e-5;
+      const double got = at(mean, channel), got_squares = at(sum_of_squares, channel);
+      if (std::abs(got - sum / pixels) <= close * size &&
+          std::abs(got_squares - of_squares) <= close * of_squares)
         continue;
       std::printf("%s\n  channel %zu: mean %g and squares %g, expected %g and %g\n", c.text.c_str(),
-                  channel, mean[channel], sum_of_squares[channel], sum / pixels, of_squares);
+                  channel, got, got_squares, sum / pixels, of_squares);
       return false;
     }
     return true;
   }
 
-  int rows, tile_n;
-  std::vector<float> means, squares;
+  int rows;
+  size_t bytes;
+  Memory means, squares;
   std::vector<int32_t> counts;
-  std::vector<float> mean, sum_of_squares;
+  Memory mean, sum_of_squares;
   cuda::CombineParams combine{};
 };
 
@@ -310,12 +315,12 @@ bool run(Case& c) {
   std::unique_ptr<Statistics> statistics;
   if (c.pass == Pass::forward && plain) {
     statistics = std::make_unique<Statistics>(c, list, shape, outs);
-    p.tile_means = statistics->means.data();
-    p.tile_squares = statistics->squares.data();
+    p.tile_means = statistics->means.data;
+    p.tile_squares = statistics->squares.data;
     p.tile_counts = statistics->counts.data();
   }
   if (launch_pyramid_sm80(c.pass, c.math, index, p, nullptr) != cudaSuccess ||
-      (statistics && launch_combine_sm80(statistics->combine, nullptr) != cudaSuccess)) {
+      (statistics && launch_combine_sm80(c.math, statistics->combine, nullptr) != cudaSuccess)) {
     std::printf("%s\n  launch failed\n", c.text.c_str());
     return false;
   }

@@ -12,21 +12,24 @@ namespace {
 constexpr int kChannels = 8;  // of a block: 32 bytes, what memory delivers at a time
 constexpr int kLanes = 64;    // parts that it combines side by side
 
+template <class T>
 struct Moments {
-  float count = 0, mean = 0, squares = 0;
+  T count = 0, mean = 0, squares = 0;
 };
 
-__device__ __forceinline__ Moments combined(const Moments& a, const Moments& b) {
+template <class T>
+__device__ __forceinline__ Moments<T> combined(const Moments<T>& a, const Moments<T>& b) {
   if (b.count == 0) return a;
-  const float count = a.count + b.count;
-  const float share = b.count / count, difference = b.mean - a.mean;
+  const T count = a.count + b.count;
+  const T share = b.count / count, difference = b.mean - a.mean;
   return {count, a.mean + difference * share,
           a.squares + b.squares + difference * difference * a.count * share};
 }
 
+template <class T>
 __global__ void __launch_bounds__(kChannels* kLanes)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  auto* const shared = reinterpret_cast<Moments*>(ptx::shared_memory());
+  auto* const shared = reinterpret_cast<Moments<T>*>(ptx::shared_memory());
   const int channel_of_block = threadIdx.x % kChannels, lane = threadIdx.x / kChannels;
   int block = blockIdx.x, b = 0;
   for (; block >= (p.branch[b].out_channels + kChannels - 1) / kChannels; ++b)
@@ -35,7 +38,7 @@ __global__ void __launch_bounds__(kChannels* kLanes)
   const int channel = block * kChannels + channel_of_block;
   const bool inside = channel < branch.out_channels;
 
-  Moments own;
+  Moments<T> own;
   const int columns = (branch.out_channels + p.tile_n - 1) / p.tile_n;  // of tiles
   const int64_t parts = int64_t(branch.tiles / columns) * p.rows;
   for (int64_t part = lane; inside && part < parts; part += kLanes) {
@@ -44,7 +47,9 @@ __global__ void __launch_bounds__(kChannels* kLanes)
     const int32_t count = p.tile_counts[row];
     if (count == 0) continue;  // its means were not written
     const int64_t at = row * p.tile_n + channel % p.tile_n;
-    own = combined(own, {float(count), p.tile_means[at], p.tile_squares[at]});
+    const T mean = static_cast<const T*>(p.tile_means)[at];
+    const T squares = static_cast<const T*>(p.tile_squares)[at];
+    own = combined(own, Moments<T>{T(count), mean, squares});
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     shared[threadIdx.x] = own;
@@ -53,19 +58,24 @@ __global__ void __launch_bounds__(kChannels* kLanes)
     ptx::sync_block();
   }
   if (lane != 0 || !inside) return;
-  p.mean[branch.out_channel + channel] = own.mean;
-  p.squares[branch.out_channel + channel] = own.squares;
+  static_cast<T*>(p.mean)[branch.out_channel + channel] = own.mean;
+  static_cast<T*>(p.squares)[branch.out_channel + channel] = own.squares;
 }
 
-}  // namespace
-
-cudaError_t launch_combine_sm80(const CombineParams& params, cudaStream_t stream) {
+template <class T>
+cudaError_t launch(const CombineParams& params, cudaStream_t stream) {
   int blocks = 0;
   for (int b = 0; b < params.branches; ++b)
     blocks += (params.branch[b].out_channels + kChannels - 1) / kChannels;
   constexpr int kThreads = kChannels * kLanes;
-  return ptx::launch(combine_kernel, "combine_kernel", blocks, kThreads, kThreads * sizeof(Moments),
-                     stream, params);
+  return ptx::launch(combine_kernel<T>, "combine_kernel", blocks, kThreads,
+                     kThreads * sizeof(Moments<T>), stream, params);
+}
+
+}  // namespace
+
+cudaError_t launch_combine_sm80(Math math, const CombineParams& params, cudaStream_t stream) {
+  return math == Math::float64 ? launch<double>(params, stream) : launch<float>(params, stream);
 }
 
 }  // namespace aspp::cuda

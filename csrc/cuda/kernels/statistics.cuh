@@ -10,6 +10,7 @@ namespace aspp::cuda::sm80 {
 
 template <class C>
 struct Statistics {
+  using Sum = typename C::Sum;
   using WarpSums = typename C::WarpSums;
   static constexpr int kWarpRows = C::kTile.m / C::kTile.warp_m;
 
@@ -25,29 +26,28 @@ struct Statistics {
     for (int j = 0; j < C::kTile.warp_n / 8; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const auto over_rows = [&](float mean, bool squared) {
-          float sum = 0;
+        const auto over_rows = [&](Sum mean, bool squared) {
+          Sum sum = 0;
 #pragma unroll
           for (int i = 0; i < C::kTile.warp_m / 16; ++i)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-              const float value = float(rounded(sums[i][j][2 * h + e])) - mean;
+              const Sum value = rounded(sums[i][j][2 * h + e]) - mean;
               if (place.row_of(i, h) < unit.m_count) sum += squared ? value * value : value;
             }
           for (int lanes = 4; lanes < 32; lanes *= 2) sum += ptx::shuffle_xor(sum, lanes);
           return sum;
         };
-        const float mean = over_rows(0.0f, false) / float(count);
-        const float squares = over_rows(mean, true);
+        const Sum mean = over_rows(0, false) / Sum(count);
+        const Sum squares = over_rows(mean, true);
         const int32_t column = place.column_of(j, e);
         if (place.g != 0 || column >= unit.n_count) continue;
-        p.tile_means[part * C::kTile.n + column] = mean;
-        p.tile_squares[part * C::kTile.n + column] = squares;
+        static_cast<Sum*>(p.tile_means)[part * C::kTile.n + column] = mean;
+        static_cast<Sum*>(p.tile_squares)[part * C::kTile.n + column] = squares;
       }
   }
 
  private:
-  using Sum = typename C::Sum;
   __device__ __forceinline__ static Sum rounded(Sum sum) {
     return ptx::to_float(ptx::from_float<typename C::Memory>(sum));
   }
