@@ -21,9 +21,15 @@ MAX_PIXELS = 2**31 - 1
 MIN_CAPABILITY = (8, 0)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    # get_device_capability would leave a call in the graph that torch.compile traces.
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
 def architecture(device: torch.device) -> str:
     """The device's, like "sm_90"."""
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     return f"sm_{major}{minor}"
 
 
@@ -38,9 +44,11 @@ def why_not(x: Tensor, branches: int) -> str | None:
     pixels = x.size(0) * x.size(2) * x.size(3)
     if pixels > MAX_PIXELS:
         return f"pixels of the batch go up to {MAX_PIXELS}, got {pixels}"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < MIN_CAPABILITY:
-        return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
+    if not torch.cuda.is_available():  # a fake tensor, for a program that will run elsewhere
+        return "there is no CUDA device to ask for its compute capability"
+    major, minor = capability(x.device)
+    if (major, minor) < MIN_CAPABILITY:
+        return f"it needs compute capability 8.0, the device has {major}.{minor}"
     return None
 
 

@@ -220,25 +220,22 @@ COLUMNS = [
 
 def draw_rates(results: dict[Case, Result], path: Path, caption: str) -> None:
     """Time against the rate, with and without the zeros in the input, and what live taps need."""
+    found = {c: r for c, r in results.items() if c.section == "rates" and r.p50_ms}
+    if not found:
+        return
     from benchmarks.plots import GRID, MUTED, pyplot
 
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    found = {c: r for c, r in results.items() if c.section == "rates" and r.p50_ms}
     for padded, colour, label in (
         (False, "#3a6698", "padding = rate"),
         (True, "#d9480f", "input padded before, padding = 0"),
     ):
-        line = [(c.rate, r.p50_ms) for c, r in found.items() if c.padded_before == padded]
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, label=label) if line else None
-    first = next(((c, r.p50_ms) for c, r in found.items() if not c.padded_before), None)
-    if first:
-        ideal = [
-            (c.rate, first[1] * c.useful_gflop / first[0].useful_gflop)
-            for c in found
-            if not c.padded_before
-        ]
-        axes.plot(*zip(*ideal, strict=True), "--", color=MUTED, label="the share of live taps")
+        line = {c.rate: r.p50_ms for c, r in found.items() if c.padded_before == padded}
+        axes.plot(list(line), list(line.values()), "o-", color=colour, label=label)
+    first, result = next(iter(found.items()))
+    ideal = {c.rate: result.p50_ms * c.useful_gflop / first.useful_gflop for c in found}
+    axes.plot(list(ideal), list(ideal.values()), "--", color=MUTED, label="share of live taps")
     axes.set_xlabel("atrous rate")
     axes.set_ylabel("ms")
     axes.set_ylim(bottom=0.0)

@@ -46,7 +46,8 @@ def training_call(module: nn.Module, x: Tensor) -> Call:
         y = module(x)
         if not incoming:  # the first call knows y's shape and format
             torch.manual_seed(1)
-            incoming.append(torch.empty_like(y).copy_(torch.randn(y.shape).bfloat16()))
+            noise = torch.randn(y.shape, device=y.device)
+            incoming.append(torch.empty_like(y).copy_(noise.bfloat16()))
         return (y.detach(), *torch.autograd.grad(y, inputs, incoming))
 
     return call

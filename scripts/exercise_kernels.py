@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Few small calls that together launch every kernel: `python -m scripts.exercise_kernels`.
+"""Few small calls in every pass, dtype and tile: `python -m scripts.exercise_kernels`.
 
 Made to run under compute-sanitizer: inputs are drawn on the CPU and copied, results are copied back
 and compared there, bit for bit (the values are small integers), so that the device runs nothing but

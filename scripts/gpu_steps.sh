@@ -23,12 +23,13 @@ environment() {
     command -v "$name" >/dev/null || missing+=" $name"
   done
   for name in torch triton pybind11 ninja setuptools pytest pytest_timeout xdist hypothesis \
-    torchvision rich matplotlib; do
+    torchvision segmentation_models_pytorch rich matplotlib; do
     has_module "$name" || missing+=" python:$name"
   done
   command -v nvcc >/dev/null && nvcc --version | tail -n 2
   command -v nvidia-smi >/dev/null && nvidia-smi
-  "$PYTHON" - "$DEVICE" <<'PYTHON' || return 1
+  say "missing:${missing:- nothing}"
+  "$PYTHON" - "$DEVICE" <<'PYTHON'
 import pathlib, sys, sysconfig, torch
 
 cudnn = torch.backends.cudnn.version()
@@ -40,7 +41,6 @@ if sys.argv[1] == "cuda":
         sys.exit("PyTorch sees no CUDA device")
     print(torch.cuda.get_device_properties(0))
 PYTHON
-  say "missing:${missing:- nothing}"
 }
 
 build() {

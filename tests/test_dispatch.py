@@ -7,6 +7,7 @@ import csv
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,16 +25,29 @@ COLUMNS = ["check", "result", "detail", "date"]
 COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
 
 
+def pretend(monkeypatch, major: int, minor: int) -> None:
+    """That every device has this compute capability."""
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
 @pytest.fixture
-def device(monkeypatch):
+def pretended(monkeypatch):
     """A CUDA device of compute capability 9.0 and a loaded library, as far as Python can see."""
     monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
     monkeypatch.setattr(_native, "cuda_missing", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend(monkeypatch, 9, 0)
     for key in list(verified.VERIFIED):
         monkeypatch.delitem(verified.VERIFIED, key)
+    return monkeypatch
+
+
+@pytest.fixture
+def device(pretended):
+    """The same with tensors on it."""
     with FakeTensorMode():
-        yield monkeypatch
+        yield pretended
 
 
 @pytest.fixture
@@ -75,7 +89,7 @@ def test_a_committed_result_makes_them_the_default(op, proven) -> None:
     assert reasons(problem(op))["cuda"] is None
     assert select(problem(op)).name == "cuda"
     assert select(problem(op), "reference").name == "reference"
-    proven.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    pretend(proven, 8, 9)
     assert "on sm_89 yet" in str(reasons(problem(op))["cuda"])
     assert select(problem(op)).name == "reference"
 
@@ -86,6 +100,7 @@ REFUSED = {
     "branches": ("branches go up to 64, got 65", {"branches": 65}),
     "pixels": ("pixels of the batch go up to 2147483647, got 2147483648",
         {"shape": (2**11, 3, 2**10, 2**10)}),
+    "no device": ("there is no CUDA device to ask for its compute capability", {}),
     "capability": ("it needs compute capability 8.0, the device has 7.5", {}),
 }  # fmt: skip
 
@@ -97,8 +112,10 @@ def test_what_they_cannot_run_is_refused_in_words(op, why, proven) -> None:
     call = problem(op, **changed)
     if why == "library":
         proven.setattr(_native, "cuda_missing", sentence)
+    if why == "no device":
+        proven.setattr(torch.cuda, "is_available", lambda: False)
     if why == "capability":
-        proven.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        pretend(proven, 7, 5)
     if why == "device":
         call = Problem(op, torch.empty(1, 2, 3, 4), (torch.empty(1, 2, 3, 3),))
     assert reasons(call)["cuda"] == sentence
@@ -163,6 +180,29 @@ def test_the_head_runs_as_two_pyramids(proven) -> None:
     assert len(calls.seen) == 2
     assert [w.shape for c in calls.seen for w in c[1]] == [(4, 8, 3, 3), (5, 4, 1, 1)]
     assert all(t.is_contiguous(**LAST) for c in calls.seen for t in (c[0], *c[1]))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(on_cuda(4, 8, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return aspp_ext.atrous_pyramid(x, [self.weight], [2], activation="relu")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_choice_is_traced(strict, pretended, fresh_compiler) -> None:
+    """For any size: the limits of the kernels do not become limits of the program."""
+    pretended.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer, x = Layer(), on_cuda(2, 8, 9, 10)
+    dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), dynamic_shapes=(dims,), strict=strict)
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert [str(node.target) for node in calls] == ["aspp_ext.atrous_pyramid.default"]
+    assert calls[0].args[2:] == ([2, 2], None, None, True, True)
 
 
 def test_explain_says_which_device_and_why(device, capsys) -> None:

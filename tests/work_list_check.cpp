@@ -143,6 +143,8 @@ void check_tiles(const Case& c, const WorkList& list) {
   expect(static_cast<Index>(tiles.size()) == list.tiles, "tiles counts the tiles");
   std::set<Index> counters;
   std::vector<int> partials(list.partials);
+  expect(list.branch_tiles.size() == problem.branches.size(), "each branch has its tiles");
+  std::vector<Index> counts(list.branch_tiles.size());
   Index branch = 0, column = 0, elements = 0;
   for (const auto& [number, units] : tiles) {
     const WorkUnit& one = *units.front();
@@ -150,6 +152,8 @@ void check_tiles(const Case& c, const WorkList& list) {
     expect(number < list.tiles && region.branch >= branch, "tiles are in order of the branches");
     expect(region.branch == branch || column == 0, "a branch begins with a new row of tiles");
     branch = region.branch;
+    expect(list.branch_tiles[branch].first == number - counts[branch]++,
+           "a branch's tiles begin at its first");
     expect(one.n_begin == column, "the columns of a row of tiles are neighbours");
     const Index width =
         pass == Pass::forward ? problem.branches[branch].out_channels : problem.in_channels;
@@ -176,6 +180,8 @@ void check_tiles(const Case& c, const WorkList& list) {
     counters.insert(one.counter);
     for (Index s = 0; s < one.slices; ++s) ++partials.at(one.partial + s);
   }
+  for (size_t b = 0; b < counts.size(); ++b)
+    expect(list.branch_tiles[b].count == counts[b], "a branch's tiles are counted");
   for (const int uses : partials) expect(uses == 1, "no two tiles share a partial, none is left");
   expect(static_cast<Index>(counters.size()) == list.counters, "each split tile has a counter");
   expect(counters.empty() || (*counters.begin() == 0 && *counters.rbegin() == list.counters - 1),
@@ -296,6 +302,7 @@ bool planted() {
       {"a shared partial", [](WorkList& l) { l.units[0].partial = l.units[0].partial ? 0 : 2; }},
       {"a shared counter", [](WorkList& l) { l.units[0].counter ^= 1; }},
       {"a wrong tile", [](WorkList& l) { l.units[0].tile ^= 1; }},
+      {"a tile of no branch", [](WorkList& l) { --l.branch_tiles[0].count; }},
       {"a false offset", [](WorkList& l) { ++l.taps[0].dy; }},
       {"a false weight", [](WorkList& l) { l.taps[0].index ^= 1; }},
       {"taps of another region", [](WorkList& l) { ++l.regions[0].tap_begin; }},
