@@ -138,6 +138,10 @@ class Unit:
     @property
     def slices(self) -> int: ...
     @property
+    def worker(self) -> int:
+        """Whose share it is, or -1 in a plan that is not cut into shares."""
+
+    @property
     def m(self) -> Interval: ...
     @property
     def n(self) -> Interval: ...
@@ -167,7 +171,10 @@ class Plan:
         """List scheduling: each unit in turn goes to the worker that is free first."""
 
 class Schedule:
-    """Which worker does which units; a unit costs paid rows * k blocks + tile.m * 4."""
+    """Which worker does which units; a unit costs paid rows * k blocks + tile.m * 4.
+
+    The plan's own shares if it was cut into so many, else list scheduling.
+    """
 
     @property
     def workers(self) -> list[list[int]]:
@@ -291,9 +298,9 @@ class Problem:
         processors: int = 0,
         shortest_slice: int = 8,
     ) -> Plan:
-        """The work list. With `processors` > 0, units longer than half of total / processors are
-        split along K, in slices of `shortest_slice` blocks or more, and the last wave (all of
-        grad_weight) goes longest first."""
+        """The work list. With `processors` > 0 the last two waves (all of grad_weight) go longest
+        first, or, where that takes less time, few units are cut into equal shares along K, in
+        slices of `shortest_slice` blocks or more."""
 
     def cost(self, pass_: Pass = "forward", pixels: int = 128, tail: int = 64) -> Cost:
         """What each way of computing forward or grad_input costs, in tiles of `pixels`."""

@@ -148,6 +148,7 @@ void bind_work(py::module_& module) {
       .def_readonly("tile", &Unit::tile)
       .def_readonly("slice", &Unit::slice)
       .def_readonly("slices", &Unit::slices)
+      .def_readonly("worker", &Unit::worker)
       .def_readonly("m", &Unit::m)
       .def_readonly("n", &Unit::n)
       .def_readonly("k", &Unit::k)

@@ -56,6 +56,7 @@ def test_every_unit_once_in_order_and_within_the_bound(pass_, workers):
 
 def test_a_unit_goes_to_the_worker_that_is_free_first_the_lowest_on_a_tie():
     plan = make_plan(2, 33, (6, 12, 18), 64, "forward", 5)
+    assert all(unit.worker < 0 for unit in plan.units)
     busy, expected = [0] * 5, [[] for _ in range(5)]
     for index, unit in enumerate(plan.units):
         worker = busy.index(min(busy))
@@ -74,6 +75,16 @@ def test_better_than_taking_turns_on_the_shapes_of_aspp(workers):
             assert ours <= turns * 1.02, (shape, pass_)
             ratios.append(ours / turns)
     assert sum(ratios) / len(ratios) < 0.95
+
+
+def test_shares_keep_everyone_busy_where_units_are_few_or_long():
+    plan = make_plan(1, 33, (6, 12, 18), 2048, "forward", 132)
+    schedule = plan.schedule(132)
+    assert schedule.workers == [
+        [u for u, unit in enumerate(plan.units) if unit.worker == w] for w in range(132)
+    ]
+    assert schedule.makespan < 1.05 * schedule.total / 132
+    assert plan.schedule(131).makespan > schedule.makespan  # not its shares
 
 
 def test_workers_beyond_the_units_have_none():

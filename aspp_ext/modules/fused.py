@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
 from aspp_ext.ops.formats import is_channels_last
+from aspp_ext.ops.registration import is_autocast_on
 
 from .fold import FoldCache, Folded, cacheable, fold, sources
 from .head import Head, forward_layers
@@ -67,7 +68,7 @@ class FusedForward(nn.Module):
             return forward_layers(head, x, self.pool_batch_of_one)
         weight = head.project.weight  # [P, K, 1, 1]
         dtype = weight.dtype
-        if dtype != torch.float64 and _autocast(x):
+        if dtype != torch.float64 and is_autocast_on(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
         y = aspp_inference(x, *self._folded(head, dtype))
@@ -137,8 +138,3 @@ def _wants_gradient(head: Head, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(t.requires_grad for t in sources(head))
-
-
-def _autocast(x: Tensor) -> bool:
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -24,14 +24,24 @@ def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     return value.to(dtype) if eligible else value
 
 
+# Where the operators have an autocast rule.
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+
+def is_autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device, in words that torch 2.11's Dynamo can trace, too."""
+    device = x.device.type
+    return device in _AUTOCAST_KEYS and torch.is_autocast_enabled(device)
+
+
 def under_autocast(x: Tensor, *arguments: Any) -> Any:
     """x and the arguments as the operator will see them: cast where autocast is on for x's device.
 
     The public functions check dtypes before the dispatcher gets to cast, so they cast first.
     """
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_autocast_on(x):
         return (x, *arguments)
+    device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(a, dtype, device) for a in (x, *arguments))
 
@@ -39,7 +49,7 @@ def under_autocast(x: Tensor, *arguments: Any) -> Any:
 def register_autocast(op: Any) -> None:
     """Under autocast the floating arguments go to the autocast dtype, as convolution's do."""
     name = op._schema.name.split("::")[1]
-    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for device_type, key in _AUTOCAST_KEYS.items():
 
         def kernel(*arguments: Any, _device: str = device_type, _key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)

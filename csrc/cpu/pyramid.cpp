@@ -45,7 +45,7 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
   const int64_t padding[] = {weight.size(2) / 2 * rate[0], weight.size(3) / 2 * rate[1]};
   const int32_t mask[] = {!of_weight, of_weight, false};
   AtenTensorHandle result[3] = {nullptr, nullptr, nullptr};
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
       grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, rate, 2, 0, none, 2, 1,
       mask, 3, &result[0], &result[1], &result[2]));
   Tensor wanted;

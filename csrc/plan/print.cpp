@@ -67,7 +67,7 @@ std::ostream& operator<<(std::ostream& out, const Tile& tile) {
 std::ostream& operator<<(std::ostream& out, const Unit& unit) {
   return out << "Unit(region=" << unit.region << ", tile=" << unit.tile << ", slice=" << unit.slice
              << "/" << unit.slices << ", m=" << unit.m << ", n=" << unit.n << ", k=" << unit.k
-             << ")";
+             << ", worker=" << unit.worker << ")";
 }
 
 std::ostream& operator<<(std::ostream& out, const Plan& plan) {

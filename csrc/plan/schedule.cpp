@@ -7,11 +7,6 @@
 
 namespace aspp::plan {
 
-Index unit_cost(const Unit& unit, const Tile& tile) {
-  const Index overhead = multiply(tile.m, kUnitOverhead, "the cost of a unit");
-  return add(work(unit, tile), overhead, "the cost of a unit");
-}
-
 Index Schedule::makespan() const {
   return busy.empty() ? 0 : *std::max_element(busy.begin(), busy.end());
 }
@@ -34,11 +29,13 @@ Schedule make_schedule(const Plan& plan, Index workers) {
   Schedule schedule{std::vector<Index>(count), std::vector<Index>(workers + 1),
                     std::vector<Index>(workers)};
   for (Index u = 0; u < count; ++u) {
-    const auto [start, w] = free.top();
-    free.pop();
+    const Unit& unit = plan.units[u];
+    const Index w = plan.shares == workers ? unit.worker : free.top().second;
     worker_of[u] = w;
-    schedule.busy[w] = add(start, unit_cost(plan.units[u], plan.tile), "the cost of a plan");
+    schedule.busy[w] = add(schedule.busy[w], unit_cost(unit, plan.tile), "the cost of a plan");
     ++schedule.begin[w + 1];
+    if (plan.shares == workers) continue;
+    free.pop();
     free.emplace(schedule.busy[w], w);
   }
   for (Index w = 0; w < workers; ++w) schedule.begin[w + 1] += schedule.begin[w];

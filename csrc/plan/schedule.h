@@ -6,12 +6,6 @@
 
 namespace aspp::plan {
 
-// What filling the pipeline and writing a tile cost, in k blocks of a whole tile.
-inline constexpr Index kUnitOverhead = 4;
-
-// Time of a unit, in paid rows * k blocks.
-Index unit_cost(const Unit& unit, const Tile& tile);
-
 // Worker w does `units`[begin[w]], ..., [begin[w + 1] - 1] of the plan, in this order, which is the
 // plan's.
 struct Schedule {
@@ -24,9 +18,9 @@ struct Schedule {
   Index total() const;
 };
 
-// List scheduling: each unit in turn goes to the worker that is free first, the lowest on a tie.
-// Hence makespan <= total / workers + the longest unit, and workers beyond the number of units have
-// none.
+// The plan's own shares if it is cut into so many. Otherwise list scheduling: each unit in turn
+// goes to the worker that is free first, the lowest on a tie. Hence makespan <= total / workers +
+// the longest unit, and workers beyond the number of units have none.
 Schedule make_schedule(const Plan& plan, Index workers);
 
 }  // namespace aspp::plan

@@ -2,6 +2,8 @@
 #include "units.h"
 
 #include "merge.h"
+#include "schedule.h"
+#include "shares.h"
 
 namespace aspp::plan {
 namespace {
@@ -52,22 +54,41 @@ void add_weight_tiles(Plan& plan, const Problem& problem) {
 }
 
 void longest_first(std::vector<Unit>& units, Index first, const Tile& tile) {
-  std::stable_sort(units.begin() + first, units.end(),
-                   [&](const Unit& a, const Unit& b) { return work(a, tile) > work(b, tile); });
+  std::stable_sort(units.begin() + first, units.end(), [&](const Unit& a, const Unit& b) {
+    return unit_cost(a, tile) > unit_cost(b, tile);
+  });
 }
 
-void arrange(Plan& plan, Index processors) {
-  if (plan.pass == Pass::grad_weight) {  // every unit reads all images: no locality to keep
-    if (processors > 0) longest_first(plan.units, 0, plan.tile);
-    return;
-  }
+void image_by_image(Plan& plan) {
   const auto image = [&](const Unit& unit) {
     return unit.m.begin / plan.regions[unit.region].area();
   };
   std::stable_sort(plan.units.begin(), plan.units.end(),
                    [&](const Unit& a, const Unit& b) { return image(a) < image(b); });
-  if (processors > 0)
-    longest_first(plan.units, std::max<Index>(0, count(plan.units) - processors), plan.tile);
+}
+
+// The order in which whole units keep all processors busy to the end.
+void order_units(Plan& plan, Index processors) {
+  constexpr Index kWaves = 2;  // more would keep too many images in use
+  const Index tail = plan.pass == Pass::grad_weight ? count(plan.units) : kWaves * processors;
+  longest_first(plan.units, std::max<Index>(0, count(plan.units) - tail), plan.tile);
+}
+
+// Whole units, or equal shares where those take less time. Shares make all images be in use at
+// once, which costs little only where there are few units.
+void balance(Plan& plan, const Options& options) {
+  constexpr Index kFewWaves = 4;
+  constexpr Index kCutOverhead = 8;  // k blocks: partial sums are written, read and added
+  const Index processors = options.processors;
+  Plan cut = plan;
+  order_units(plan, processors);
+  if (plan.units.empty() || count(plan.units) / kFewWaves >= processors) return;
+  cut.units = cut_into_shares(cut.units, cut.tile, processors, options.shortest_slice);
+  cut.shares = processors;
+  const Index penalty = multiply(plan.tile.m, kCutOverhead, "the cost of a cut");
+  if (make_schedule(cut, processors).makespan() <
+      make_schedule(plan, processors).makespan() - penalty)
+    plan = std::move(cut);
 }
 
 }  // namespace
@@ -81,8 +102,10 @@ Order order_named(std::string_view name) {
       "plan: order must be 'regions', 'merged', 'linear' or 'cheapest' but is '", name, "'"));
 }
 
-Index work(const Unit& unit, const Tile& tile) {
-  return multiply(paid_pixels(unit.m.size(), tile), unit.k.size(), "the work of a unit");
+Index unit_cost(const Unit& unit, const Tile& tile) {
+  const Index work =
+      multiply(paid_pixels(unit.m.size(), tile), unit.k.size(), "the work of a unit");
+  return add(work, multiply(tile.m, kUnitOverhead, "the cost of a unit"), "the cost of a unit");
 }
 
 Index Plan::longest() const {
@@ -111,41 +134,18 @@ Tiling tiling(const Problem& problem, const Group& group, Order order, const Til
   return linear_wins ? linear : regions;
 }
 
-std::vector<Unit> split_long(std::vector<Unit> units, const Tile& tile, Index processors,
-                             Index shortest_slice) {
-  Index total = 0;
-  for (const Unit& unit : units) total = add(total, work(unit, tile), "the work of a plan");
-  const Index limit = std::max<Index>(1, total / processors / 2);
-  std::vector<Unit> result;
-  for (Unit unit : units) {
-    const Index k = unit.k.size();
-    unit.slices =
-        std::max<Index>(1, std::min(ceil_div(work(unit, tile), limit), k / shortest_slice));
-    for (unit.slice = 0; unit.slice < unit.slices; ++unit.slice) {
-      const auto start = [&](Index slice) {
-        return k / unit.slices * slice + std::min(slice, k % unit.slices);
-      };
-      unit.k = {start(unit.slice), start(unit.slice + 1)};
-      push(result, unit);
-    }
-  }
-  return result;
-}
-
 Plan make_plan(const Problem& problem, Pass pass, const Options& options) {
   check_tile(options.tile);
   require(options.processors >= 0, "processors must be >= 0 but is ", options.processors);
   require(options.shortest_slice >= 1, "shortest_slice must be >= 1 but is ",
           options.shortest_slice);
-  Plan plan{pass, options.tile, {}, {}};
+  Plan plan{pass, options.tile, {}, {}, 0};
   if (pass == Pass::grad_weight)
     add_weight_tiles(plan, problem);
   else
     for (const Group& group : groups(problem, pass)) add_group(plan, problem, group, options.order);
-  if (options.processors > 0)
-    plan.units =
-        split_long(std::move(plan.units), plan.tile, options.processors, options.shortest_slice);
-  arrange(plan, options.processors);
+  if (pass != Pass::grad_weight) image_by_image(plan);
+  if (options.processors > 0) balance(plan, options);
   return plan;
 }
 

@@ -30,35 +30,36 @@ struct Unit {
   Interval m;
   Interval n;
   Interval k;
+  Index worker = -1;  // whose share it is, where the plan is cut into shares
 };
 
 struct Options {
   Order order = Order::cheapest;
   Tile tile;
-  Index processors = 0;      // SMs to balance for; 0 neither splits K nor reorders the last wave
+  Index processors = 0;      // SMs to balance for; 0 neither splits K nor reorders the last waves
   Index shortest_slice = 8;  // k blocks below which splitting K does not pay
 };
 
-// Image by image, so that one image and the weights stay in cache; the last wave longest first.
+// Image by image, so that one image and the weights stay in cache; the last waves longest first.
 struct Plan {
   Pass pass = Pass::forward;
   Tile tile;
   std::vector<Region> regions;
   std::vector<Unit> units;
+  Index shares = 0;  // > 0: every unit has a worker, of so many
 
   Index longest() const;  // k blocks of the longest unit
   Index total() const;    // k blocks of all units
 };
 
-// Time of a unit without what every unit costs, in paid rows * k blocks.
-Index work(const Unit& unit, const Tile& tile);
+// What filling the pipeline and writing a tile cost, in k blocks of a whole tile.
+inline constexpr Index kUnitOverhead = 4;
+
+// Time of a unit, in paid rows * k blocks.
+Index unit_cost(const Unit& unit, const Tile& tile);
 
 // The regions of one group of branches in the order asked for.
 Tiling tiling(const Problem& problem, const Group& group, Order order, const Tile& tile);
-
-// Splits every unit that is longer than half of total / processors into equal slices of K.
-std::vector<Unit> split_long(std::vector<Unit> units, const Tile& tile, Index processors,
-                             Index shortest_slice);
 
 // Everything a launch needs; a pure function of its arguments.
 Plan make_plan(const Problem& problem, Pass pass, const Options& options);
