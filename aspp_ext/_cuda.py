@@ -21,6 +21,11 @@ MAX_PIXELS = 2**31 - 1
 MIN_CAPABILITY = (8, 0)
 
 
+def has_device() -> bool:
+    """False for fake tensors on a machine without one, where a program is made for another."""
+    return torch.cuda.is_available()
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     # get_device_capability would leave a call in the graph that torch.compile traces.
     properties = torch.cuda.get_device_properties(device)
@@ -44,7 +49,7 @@ def why_not(x: Tensor, branches: int) -> str | None:
     pixels = x.size(0) * x.size(2) * x.size(3)
     if pixels > MAX_PIXELS:
         return f"pixels of the batch go up to {MAX_PIXELS}, got {pixels}"
-    if not torch.cuda.is_available():  # a fake tensor, for a program that will run elsewhere
+    if not has_device():
         return "there is no CUDA device to ask for its compute capability"
     major, minor = capability(x.device)
     if (major, minor) < MIN_CAPABILITY:

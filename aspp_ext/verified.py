@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 
 class Result(NamedTuple):
-    """A correctness file of the repository and the commit whose kernels it is about."""
+    """A correctness file of the repository and the sources that it is about."""
 
     path: str  # benchmarks/results/<device>-correctness.csv
     commit: str
+    sources: str  # tests/test_dispatch.py: digest_of_sources(), which finds a record gone stale
 
 
 VERIFIED: dict[tuple[str, str], Result] = {}

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: BSD-3-Clause
 """Compares what tests/emulation/instructions.cu printed on a GPU with what its emulation printed.
 

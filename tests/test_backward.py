@@ -224,3 +224,18 @@ def test_low_precision_gradients(name, dtype) -> None:
     runs = (run(aspp_ext, dtype), run(reference, dtype), run(reference, torch.float64))
     for got, baseline, oracle in zip(*runs, strict=True):
         assert_no_worse_than_torch(got, baseline, oracle, factor=3)
+
+
+@pytest.mark.parametrize("channels", [(37, 203), (43, 11), (24, 40), (48, 40)])
+def test_weight_gradient_in_bfloat16_of_any_number_of_channels(channels) -> None:
+    """PyTorch's, in channels_last, is wrong or crashes where they are no multiple of 16."""
+    c, out = channels
+    x = torch.randint(-2, 3, (1, c, 41, 41)).bfloat16()
+    grad = torch.randint(-2, 3, (1, out, 41, 41)).bfloat16()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        last = [t.contiguous(memory_format=layout) for t in (grad, x)]
+        (got,) = torch.ops.aspp_ext.atrous_pyramid_grad_weight(*last, [3, 3], [out], [5, 5])
+        weight = torch.zeros(out, c, 3, 3, dtype=torch.float64).requires_grad_()
+        y = reference.atrous_pyramid(x.double(), [weight], [5])
+        (expected,) = torch.autograd.grad(y, weight, grad.double())
+        assert torch.equal(got, expected.bfloat16())

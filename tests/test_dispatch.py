@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,20 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aspp_ext
-from aspp_ext import _native, dispatch, verified
+from aspp_ext import _cuda, _native, dispatch, verified
 from aspp_ext.__main__ import describe_implementations, describe_verified
 from aspp_ext.dispatch import Problem, select
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = verified.Result("benchmarks/results/a-correctness.csv", "abc1234")
+RESULT = verified.Result("benchmarks/results/a-correctness.csv", "abc1234", "0" * 16)
 COLUMNS = ["check", "result", "detail", "date"]
 COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
 
 
 def pretend(monkeypatch, major: int, minor: int) -> None:
     """That every device has this compute capability."""
-    properties = SimpleNamespace(major=major, minor=minor)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(_cuda, "capability", lambda device: (major, minor))
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def pretended(monkeypatch):
     """A CUDA device of compute capability 9.0 and a loaded library, as far as Python can see."""
     monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
     monkeypatch.setattr(_native, "cuda_missing", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cuda, "has_device", lambda: True)
     pretend(monkeypatch, 9, 0)
     for key in list(verified.VERIFIED):
         monkeypatch.delitem(verified.VERIFIED, key)
@@ -113,7 +114,7 @@ def test_what_they_cannot_run_is_refused_in_words(op, why, proven) -> None:
     if why == "library":
         proven.setattr(_native, "cuda_missing", sentence)
     if why == "no device":
-        proven.setattr(torch.cuda, "is_available", lambda: False)
+        proven.setattr(_cuda, "has_device", lambda: False)
     if why == "capability":
         pretend(proven, 7, 5)
     if why == "device":
@@ -205,6 +206,21 @@ def test_the_choice_is_traced(strict, pretended, fresh_compiler) -> None:
     assert calls[0].args[2:] == ([2, 2], None, None, True, True)
 
 
+LOADED = [
+    (None, "13.0", "this PyTorch was built without CUDA"),
+    ("12.8", "13.0", "libaspp_cuda.so is for CUDA 13.0 but this PyTorch has CUDA 12.8"),
+    ("13.2", None, "libaspp_cuda.so was not built (see `python -m aspp_ext`)"),
+]
+
+
+@pytest.mark.parametrize(("torchs", "ours", "sentence"), LOADED)
+def test_why_the_library_is_missing(torchs, ours, sentence, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ASPP_EXT_LIBRARY_DIR", str(tmp_path))
+    (tmp_path / "_build_info.json").write_text(json.dumps({"cuda": ours}))
+    monkeypatch.setattr(torch.version, "cuda", torchs)
+    assert _native._load_cuda() == sentence
+
+
 def test_explain_says_which_device_and_why(device, capsys) -> None:
     x, w = on_cuda(1, 8, 9, 9), on_cuda(8, 8, 3, 3)
     assert f"cuda       not unasked: {UNPROVEN}" in aspp_ext.explain(x, [w], [2])
@@ -225,6 +241,16 @@ def test_the_report_lists_it(device) -> None:
     assert dict(describe_implementations("cuda"))["aspp_inference: cuda"] == "can run"
     (row,) = describe_verified()
     assert row == ("cuda on sm_90", f"{RESULT.path}, commit {RESULT.commit}")
+
+
+def digest_of_sources(root: Path = ROOT) -> str:
+    """Of all that decides what runs on the device: kernels, bindings and planner."""
+    digest = hashlib.sha256()
+    for folder in ("csrc/cuda", "csrc/cuda/kernels", "csrc/cuda/ptx", "csrc/plan"):
+        for path in sorted((root / folder).iterdir()):
+            if path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def why_no_proof(result: verified.Result, architecture: str, root: Path = ROOT) -> str | None:
@@ -252,9 +278,22 @@ def test_every_record_is_a_committed_file_in_which_all_passed() -> None:
     for (implementation, architecture), result in verified.VERIFIED.items():
         assert implementation == "cuda"
         assert why_no_proof(result, architecture) is None, result.path
+        # Kernels that have changed since were not verified: run the checks again or drop the line.
+        assert result.sources == digest_of_sources(), result.path
         if (ROOT / ".git").exists():
             git = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", result.path]
             assert subprocess.run(git, capture_output=True).returncode == 0, result.path
+
+
+def test_digest_follows_every_source(tmp_path) -> None:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    before = digest_of_sources(tmp_path)
+    assert before == digest_of_sources()
+    for name in ("cuda/kernels/loaders.cuh", "cuda/ptx/mma.cuh", "cuda/params.h", "plan/units.cpp"):
+        path = tmp_path / "csrc" / name
+        path.write_bytes(path.read_bytes() + b" ")
+        assert digest_of_sources(tmp_path) != before, name
+        before = digest_of_sources(tmp_path)
 
 
 GOOD = dict.fromkeys(COLUMNS, "") | {"check": "forward", "result": "passed"}

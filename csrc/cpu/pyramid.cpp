@@ -98,12 +98,17 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
     for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));
     return result;
   }
-  Tensor source = channels_last_copy(grad);
-  const Tensor input = channels_last_copy(x);
+  // In bfloat16 oneDNN's weight gradient of channels_last operands whose channels are no multiple
+  // of 16 reads and writes out of bounds.
+  const bool unsafe = x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 16 != 0;
+  const auto copy = [&](const Tensor& t) {
+    return unsafe ? torch::stable::contiguous(t) : channels_last_copy(t);
+  };
+  Tensor source = copy(grad);
+  const Tensor input = copy(x);
   int64_t first = 0;
   for (size_t b = 0; b < weights.size(); ++b) {
-    const Tensor part =
-        channels_last_copy(torch::stable::narrow(source, 1, first, out_channels[b]));
+    const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
     const Tensor one = convolution_gradient(part, input, weights[b], &rates[2 * b], true);
     first += out_channels[b];
     result.push_back(empty_as(weights[b]));  // strides that are contiguous in every dimension
