@@ -36,6 +36,10 @@ cpu_missing: str | None = _load("aspp_cpu")
 """None when the schemas and the CPU kernels are loaded."""
 
 
+emulated = bool(read_build_info().get("emulated"))
+"""Whether the CPU's dense pyramid is the CUDA kernels, run by csrc/cuda/emulation (for tests)."""
+
+
 def _load_cuda() -> str | None:
     if cpu_missing is not None:
         return "libaspp_cpu.so, which holds the schemas, is missing"

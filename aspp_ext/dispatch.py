@@ -44,12 +44,15 @@ class Implementation:
     """``why_not(problem)`` is None when it can run; ``call`` takes the operator's arguments.
 
     ``unproven(problem)``, asked where it can run, is the reason to run it only when it is named.
+    ``statistics``, where it can, computes the call without an epilogue and the statistics that
+    :func:`aspp_ext.ops.pyramid_statistics.atrous_pyramid_statistics` returns.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     call: Callable[..., Any]
     unproven: Callable[[Problem], str | None] = _nothing
+    statistics: Callable[..., Any] | None = None
 
     def reason(self, problem: Problem) -> str | None:
         """What keeps it from being chosen unasked, or None."""
@@ -154,10 +157,18 @@ def _by_cuda(op: str) -> Callable[..., Any]:
     return _composed_head if op == "aspp_inference" else _native_op(op)
 
 
+def _statistics(op: str, has_kernel: bool) -> Callable[..., Any] | None:
+    if op != "atrous_pyramid" or not has_kernel:
+        return None
+    return _native_op("atrous_pyramid_statistics")
+
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     op: (
-        Implementation("cuda", _cuda_why_not, _by_cuda(op), _cuda_unproven),
-        Implementation("cpu", _cpu_why_not, _native_op(op)),
+        Implementation("cuda", _cuda_why_not, _by_cuda(op), _cuda_unproven, _statistics(op, True)),
+        Implementation(
+            "cpu", _cpu_why_not, _native_op(op), statistics=_statistics(op, _native.emulated)
+        ),
         Implementation("reference", _nothing, call),
     )
     for op, call in _REFERENCE.items()

@@ -23,6 +23,7 @@ SUITES = {
     "forward": (["test_forward"], DENSE),
     "tf32": (["test_tf32"], ""),
     "calls": (["test_emulated_calls", "test_layouts", "test_cuda_limits"], ""),
+    "statistics": (["test_emulated_statistics"], ""),
     "head": (["test_head_composed"], "not compile and not export"),
     "gradients": (["test_backward", "test_second_order"], f"{DENSE} and not gradgradcheck"),
     "contract": (["test_contract", "test_opcheck", "test_autocast", "test_fuzz"], DENSE),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
 from aspp_ext.ops.formats import is_channels_last, pointwise_as_channels_last
+from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
-Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
+from .joint_norm import Norm, joinable, joint_norm, uses_statistics
 
 
 class Branch(NamedTuple):
@@ -61,7 +62,7 @@ def check_pool_batch_of_one(value: str) -> str:
 
 
 def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
-    """The head with gradients and with its norms as modules, so any norm's own rules hold.
+    """The head with gradients, and with every norm's own rules.
 
     Args:
         head: the parts.
@@ -84,17 +85,18 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     # pyramid is asked for, by the one means there is: the memory format of a weight.
     weights[0] = pointwise_as_channels_last(weights[0])
     bias = _joint_bias(convs)
+    norms = [b.norm for b in head.branches]
+    joined = joinable(norms, x)
+    mean = squares = None
     if any(b.depthwise is not None for b in head.branches):
         depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
         y = atrous_separable_pyramid(x, depthwise, weights, rates, bias=bias)
+    elif bias is None and joined and uses_statistics(norms):
+        y, mean, squares = atrous_pyramid_statistics(x, weights, rates)
     else:
         y = atrous_pyramid(x, weights, rates, bias=bias)
-
-    inner = torch.channels_last if is_channels_last(y) else torch.contiguous_format
-    # split, not slices: its backward is one concatenation instead of a padded map per branch.
-    # A batch norm of a strided slice takes up to 100 times as long as one of a dense copy.
-    parts = [p.contiguous(memory_format=inner) for p in y.split([w.shape[0] for w in weights], 1)]
-    y = torch.cat([b.norm(p).relu_() for b, p in zip(head.branches, parts, strict=True)], 1)
+    y = joint_norm(norms, y, mean, squares) if joined else _norm_each(norms, y)
+    y = y.relu_()
 
     pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
     if pool_by_running_stats:
@@ -107,6 +109,16 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     y = head.project_norm(atrous_pyramid(y, [weight], [1], shift=shift)).relu_()
     outer = torch.channels_last if last else torch.contiguous_format
     return head.dropout(y.contiguous(memory_format=outer))
+
+
+def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:
+    """``norm(.)`` of each branch's channels of y ``[N, sum O, H, W]``."""
+    inner = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+    # split, not slices: its backward is one concatenation instead of a padded map per branch.
+    # A batch norm of a strided slice takes up to 100 times as long as one of a dense copy.
+    parts = y.split([n.num_features for n in norms], 1)
+    parts = [p.contiguous(memory_format=inner) for p in parts]
+    return torch.cat([n(p) for n, p in zip(norms, parts, strict=True)], 1)
 
 
 def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:

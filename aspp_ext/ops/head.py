@@ -38,8 +38,8 @@ def aspp_inference(
     ``y = relu(W_proj cat_b[relu(branch_b(x) + shift_b), relu(W_pool mean(x) + pool_shift)] +
     project_shift)``. The pooled branch is constant over the plane, so its part of the projection is
     a per-sample bias and is never spread over ``H x W``. Batch normalisation is expected to be
-    folded into weights and shifts. Weights whose memory has stride 1 over the output channels are
-    read in place; any other format is packed on each call.
+    folded into weights and shifts. Weights whose memory has stride 1 over the output channels (on
+    CUDA: over the input channels) are read in place; any other format is packed on each call.
 
     Args:
         x: ``[N, C, H, W]``; any memory format.
@@ -59,7 +59,8 @@ def aspp_inference(
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
             backend.
         TypeError: an argument that is no tensor, or of another dtype than x.
-        NotImplementedError: a gradient is needed; the differentiable operators compute those.
+        NotImplementedError: a gradient of the CPU's kernel is needed; the differentiable operators
+            compute those.
     """
     checks.check_tensor(_OP, "x", x)
     checks.check_list(_OP, "depthwise_weights", depthwise_weights)

@@ -47,7 +47,8 @@ def atrous_pyramid(
 
     ``y = activation((cat_b conv(x, weights[b], rate_b) + bias) * scale + shift)`` with stride 1 and
     zero padding ``rate * (k - 1) / 2`` (DeepLab v3, arXiv 1706.05587, section 3.3). Taps that fall
-    outside the map are never multiplied.
+    outside the map are never multiplied. On CUDA float32 products are in TF32 where PyTorch's
+    switches allow it for convolutions.
 
     Args:
         x: ``[N, C, H, W]``, or ``[N, C, L]`` for one dimension; any memory format.

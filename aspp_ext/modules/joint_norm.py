@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The batch norms of all branches as one, on the branches' maps side by side.
+
+Statistics are per channel, so the norms of the parts are the norm of the whole: nothing is copied
+apart and put together again. Where the pyramid has given the statistics along, they are not
+computed again either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
+
+
+def joinable(norms: Sequence[Norm], x: Tensor) -> bool:
+    """Whether :func:`joint_norm` computes what the norms would, on maps of x ``[N, C, H, W]``.
+
+    Subclasses and synchronised norms have rules of their own; hooks are refused before. A norm that
+    serves two branches counts both. One value per channel, or none, is left to the norms too, whose
+    sentences speak of their own channels.
+    """
+    if x.shape[0] * x.shape[2] * x.shape[3] < 2:
+        return False
+    first = None
+    for i, norm in enumerate(norms):
+        if type(norm) is not nn.BatchNorm2d or any(norm is other for other in norms[:i]):
+            return False
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        setting = (
+            *(norm.training, norm.track_running_stats, norm.momentum, norm.eps),
+            *(None if t is None else (t.dtype, t.device) for t in tensors),
+            norm.num_batches_tracked is None,
+        )
+        first = setting if first is None else first
+        if setting != first:
+            return False
+    return True
+
+
+def uses_statistics(norms: Sequence[Norm]) -> bool:
+    """Whether :func:`joint_norm` of joinable norms has a use for the statistics of the batch.
+
+    Not in forward mode, whose derivative only PyTorch's batch norm has, and not with an eps that
+    PyTorch's refuses.
+    """
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return False
+    return _by_batch(norms[0]) and norms[0].eps > 0
+
+
+def joint_norm(
+    norms: Sequence[Norm],
+    y: Tensor,
+    mean: Tensor | None = None,
+    squares: Tensor | None = None,
+) -> Tensor:
+    """``cat_b norms[b](y_b)`` for :func:`joinable` norms, and what they do to their buffers.
+
+    Args:
+        norms: one per branch.
+        y: ``[N, sum O, H, W]``, the branches' maps side by side.
+        mean, squares: ``[sum O]``, the mean over N, H and W and the sum of squared differences
+            from it, where they are known already and :func:`uses_statistics` is true.
+
+    Returns:
+        ``[N, sum O, H, W]`` in y's dtype.
+    """
+    first, eps = norms[0], norms[0].eps
+    weight, bias = _joint([n.weight for n in norms], y), _joint([n.bias for n in norms], y)
+    if not _by_batch(first):
+        running_mean = _joint([n.running_mean for n in norms], y)
+        running_var = _joint([n.running_var for n in norms], y)
+        return F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps)
+    tracked = first.training and first.track_running_stats
+    if mean is not None and squares is not None:
+        count = y.shape[0] * y.shape[2] * y.shape[3]
+        if tracked:
+            _track(norms, mean, squares / (count - 1))
+        invstd = (squares / count + eps).rsqrt()
+        return _Normalise.apply(y, weight, bias, mean, invstd, eps)
+    if not tracked:
+        return F.batch_norm(y, None, None, weight, bias, True, 0.0, eps)
+    # With momentum 1 the running statistics are the batch's.
+    mean, var = (y.new_zeros(y.shape[1], dtype=_wide(y)) for _ in range(2))
+    out = F.batch_norm(y, mean, var, weight, bias, True, 1.0, eps)
+    _track(norms, mean, var)
+    return out
+
+
+def _by_batch(norm: Norm) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _wide(y: Tensor) -> torch.dtype:
+    """Of statistics and parameters beside a low-precision y, as PyTorch's are under autocast."""
+    return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+def _joint(vectors: Sequence[Tensor | None], y: Tensor) -> Tensor | None:
+    present = _present(vectors)
+    if not present:
+        return None
+    joint = torch.cat(present)
+    return joint.to(_wide(y)) if joint.dtype == y.dtype else joint
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+@torch.no_grad()
+def _track(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
+    """Moves the running statistics towards the batch's mean and unbiased variance ``[sum O]``."""
+    counts = _present([n.num_batches_tracked for n in norms])
+    if counts:
+        torch._foreach_add_(counts, 1)
+    sizes = [n.num_features for n in norms]
+    momentum = norms[0].momentum
+    for name, of_batch in (("running_mean", mean), ("running_var", var)):
+        running = _present([getattr(n, name) for n in norms])
+        if not running:
+            continue
+        wide = [r.to(mean.dtype) for r in running]
+        if momentum is not None:
+            torch._foreach_lerp_(wide, of_batch.split(sizes), momentum)
+        elif counts:  # the mean of all batches so far; without a count PyTorch keeps the old values
+            shares = [c.to(mean.dtype).reciprocal() for c in counts]
+            torch._foreach_lerp_(wide, of_batch.split(sizes), shares)
+        if wide[0] is not running[0]:
+            torch._foreach_copy_(running, wide)
+
+
+class _Normalise(torch.autograd.Function):
+    """``(y - mean) * invstd * weight + bias`` where mean and invstd are those of y itself.
+
+    Its gradient is the batch norm's, of every order that PyTorch's has.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(y, weight, mean, invstd)
+        ctx.eps = eps
+        real = type(y) is Tensor and not torch.compiler.is_compiling()
+        if y.is_cuda and real:  # the operator has no fake
+            return torch.batch_norm_elemt(y, weight, bias, mean, invstd, eps)
+        scale = invstd if weight is None else invstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        scale, shift = scale[:, None, None], shift[:, None, None]
+        return torch.addcmul(shift, y, scale).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, weight, mean, invstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        # An operator with a gradient of its own, which takes mean and invstd as functions of y.
+        grads = torch.ops.aten.native_batch_norm_backward(
+            grad, y, weight, None, None, mean, invstd, True, ctx.eps, wanted
+        )
+        return (*grads, None, None, None)
