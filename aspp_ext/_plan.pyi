@@ -173,7 +173,7 @@ class Plan:
 class Schedule:
     """Which worker does which units; a unit costs paid rows * k blocks + tile.m * 4.
 
-    The plan's own shares if it was cut into so many, else list scheduling.
+    The plan's own shares if it has some for so many workers, else list scheduling.
     """
 
     @property

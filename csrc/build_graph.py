@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # the libraries load in torch 2.11 and newer
 HOST = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffunction-sections -Wall -Wextra -Werror -Icsrc"
-NVCC = "-std=c++20 -O3 -DNDEBUG -lineinfo -Icsrc -Werror all-warnings -Xptxas -warn-spills,-Werror"
+NVCC = "-std=c++20 -O3 -DNDEBUG -Icsrc -Werror all-warnings -Xptxas -warn-spills,-Werror"
 EMULATE = "-DASPP_EMULATE -Icsrc/cuda/emulation -fno-strict-aliasing -w"
 DEFAULT_CUDA = "/usr/local/cuda"
 ARCHITECTURES = "8.0;9.0a;10.0f;12.0f+PTX"

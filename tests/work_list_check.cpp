@@ -193,7 +193,9 @@ void check(const Case& c, const WorkList& list) {
   const auto units = static_cast<Index>(list.units.size());
   expect(list.worker_begin.front() == 0 && list.worker_begin.back() == units,
          "the workers have all units");
-  expect(list.workers() == std::min<Index>(c.workers, units), "no worker is idle");
+  const Index most = std::min<Index>(c.workers, units);
+  expect(list.workers() <= most && (list.partials > 0 || list.workers() == most),
+         "no worker is idle, but where all have equal shares already");
   for (Index w = 0; w < list.workers(); ++w)
     expect(list.worker_begin[w] < list.worker_begin[w + 1], "every worker has a unit");
   check_tiles(c, list);
@@ -218,8 +220,8 @@ class Random {
     const auto order = static_cast<Order>(any(0, 3));
     return {Problem(any(0, 3), any(1, 8), any(1, 8), branches, any(1, 9)),
             static_cast<Pass>(any(0, 2)),
-            {order, tile, any(0, 12), any(1, 3)},
-            any(1, 9)};
+            {order, tile, any(0, 40), any(1, 3), any(0, 1) ? 0 : -1000},
+            any(1, 40)};
   }
 
  private:
@@ -288,6 +290,14 @@ bool check_limits() {
          refused({1, 1, 1, {many, many}}, "the output channels of all branches must fit in 32");
 }
 
+WorkUnit& last_slice(WorkList& list) {
+  WorkUnit* result = nullptr;
+  for (WorkUnit& unit : list.units)
+    if (unit.slices > 1 && (!result || unit.partial > result->partial)) result = &unit;
+  expect(result && result->partial > 0, "the planted list has two split tiles");
+  return *result;
+}
+
 // Each fault turns a right list into a wrong one; the check must notice every one.
 bool planted() {
   using Fault = std::function<void(WorkList&)>;
@@ -299,8 +309,8 @@ bool planted() {
       {"a k block too few", [](WorkList& l) { --l.units[0].k_end; }},
       {"a slice begins at a wrong tap", [](WorkList& l) { ++l.units[1].first_tap; }},
       {"a slice begins at a wrong block", [](WorkList& l) { ++l.units[1].first_block; }},
-      {"a shared partial", [](WorkList& l) { l.units[0].partial = l.units[0].partial ? 0 : 2; }},
-      {"a shared counter", [](WorkList& l) { l.units[0].counter ^= 1; }},
+      {"a shared partial", [](WorkList& l) { last_slice(l).partial -= 1; }},
+      {"a shared counter", [](WorkList& l) { last_slice(l).counter ^= 1; }},
       {"a wrong tile", [](WorkList& l) { l.units[0].tile ^= 1; }},
       {"a tile of no branch", [](WorkList& l) { --l.branch_tiles[0].count; }},
       {"a false offset", [](WorkList& l) { ++l.taps[0].dy; }},
@@ -310,8 +320,8 @@ bool planted() {
       {"a worker without units", [](WorkList& l) { l.worker_begin[1] = 0; }}};
   const Case c{Problem(1, 6, 7, {{{3, 3}, {2, 2}, 6}}, 8),
                Pass::forward,
-               {Order::regions, {4, 4, 4, 2}, 16, 1},
-               5};
+               {Order::regions, {4, 4, 4, 2}, 16, 1, -1000},
+               16};
   check(c, list_of(c));
   for (const auto& [label, fault] : faults) {
     WorkList list = list_of(c);

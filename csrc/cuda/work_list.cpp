@@ -41,7 +41,7 @@ class Translation {
     const auto units = static_cast<Index>(plan_.units.size());
     list_.worker_begin.push_back(0);
     if (units == 0) return std::move(list_);
-    const plan::Schedule schedule = plan::make_schedule(plan_, std::min(workers, units));
+    const plan::Schedule schedule = plan::make_schedule(plan_, busy_workers(workers, units));
     for (const Index unit : schedule.units) add_unit(plan_.units[unit]);
     for (Index w = 1; w <= schedule.workers(); ++w)
       list_.worker_begin.push_back(narrow(schedule.begin[w], "the units of a plan"));
@@ -73,6 +73,12 @@ class Translation {
          narrow(region.rows.size(), "height"), narrow(region.cols.size(), "width"), begin,
          static_cast<int32_t>(list_.taps.size()), region.padded ? 1 : 0,
          joint ? 0 : narrow(region.live.front().branch, "the branches")});
+  }
+
+  // Without those that would have nothing to do.
+  Index busy_workers(Index workers, Index units) const {
+    const bool shared = plan_.shares > 0 && plan_.shares <= workers;
+    return shared ? plan_.shares : std::min(workers, units);
   }
 
   // A branch's tiles are neighbours, so that their range grows by one at a time.

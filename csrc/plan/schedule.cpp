@@ -24,17 +24,18 @@ Schedule make_schedule(const Plan& plan, Index workers) {
   std::priority_queue<Free, std::vector<Free>, std::greater<>> free;
   for (Index w = 0; w < workers; ++w) free.emplace(0, w);
 
+  const bool shared = plan.shares > 0 && plan.shares <= workers;
   const auto count = static_cast<Index>(plan.units.size());
   std::vector<Index> worker_of(count);
   Schedule schedule{std::vector<Index>(count), std::vector<Index>(workers + 1),
                     std::vector<Index>(workers)};
   for (Index u = 0; u < count; ++u) {
     const Unit& unit = plan.units[u];
-    const Index w = plan.shares == workers ? unit.worker : free.top().second;
+    const Index w = shared ? unit.worker : free.top().second;
     worker_of[u] = w;
     schedule.busy[w] = add(schedule.busy[w], unit_cost(unit, plan.tile), "the cost of a plan");
     ++schedule.begin[w + 1];
-    if (plan.shares == workers) continue;
+    if (shared) continue;
     free.pop();
     free.emplace(schedule.busy[w], w);
   }

@@ -18,9 +18,9 @@ struct Schedule {
   Index total() const;
 };
 
-// The plan's own shares if it is cut into so many. Otherwise list scheduling: each unit in turn
-// goes to the worker that is free first, the lowest on a tie. Hence makespan <= total / workers +
-// the longest unit, and workers beyond the number of units have none.
+// The plan's own shares if it has some for so many workers. Otherwise list scheduling: each unit in
+// turn goes to the worker that is free first, the lowest on a tie. Hence makespan <= total /
+// workers + the longest unit, and workers beyond the number of units have none.
 Schedule make_schedule(const Plan& plan, Index workers);
 
 }  // namespace aspp::plan

@@ -78,14 +78,14 @@ void order_units(Plan& plan, Index processors) {
 // once, which costs little only where there are few units.
 void balance(Plan& plan, const Options& options) {
   constexpr Index kFewWaves = 4;
-  constexpr Index kCutOverhead = 8;  // k blocks: partial sums are written, read and added
   const Index processors = options.processors;
   Plan cut = plan;
   order_units(plan, processors);
   if (plan.units.empty() || count(plan.units) / kFewWaves >= processors) return;
   cut.units = cut_into_shares(cut.units, cut.tile, processors, options.shortest_slice);
-  cut.shares = processors;
-  const Index penalty = multiply(plan.tile.m, kCutOverhead, "the cost of a cut");
+  cut.shares = cut.units.back().worker + 1;
+  if (cut.units.size() == plan.units.size()) return;  // nothing is in need of a cut
+  const Index penalty = multiply(plan.tile.m, options.cut_overhead, "the cost of a cut");
   if (make_schedule(cut, processors).makespan() <
       make_schedule(plan, processors).makespan() - penalty)
     plan = std::move(cut);

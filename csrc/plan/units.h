@@ -38,6 +38,7 @@ struct Options {
   Tile tile;
   Index processors = 0;      // SMs to balance for; 0 neither splits K nor reorders the last waves
   Index shortest_slice = 8;  // k blocks below which splitting K does not pay
+  Index cut_overhead = 8;    // k blocks: what a cut costs, whose sums are written, read and added
 };
 
 // Image by image, so that one image and the weights stay in cache; the last waves longest first.
@@ -46,7 +47,7 @@ struct Plan {
   Tile tile;
   std::vector<Region> regions;
   std::vector<Unit> units;
-  Index shares = 0;  // > 0: every unit has a worker, of so many
+  Index shares = 0;  // > 0: every unit has a worker, of so many, and each worker has a unit
 
   Index longest() const;  // k blocks of the longest unit
   Index total() const;    // k blocks of all units

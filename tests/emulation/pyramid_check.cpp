@@ -245,8 +245,8 @@ bool run(Case& c) {
       for (int o = int(b.plan.out_channels); o < round_up(int(b.plan.out_channels), chunk); ++o)
         put(c.math, grad.memory.data, p * grad.pitch + b.column + o, 0);
 
-  // Small shared memory takes the narrow tile; few processors make every list of units long, many
-  // split the sums.
+  // Small shared memory takes the narrow tile; few processors make every list of units long, of
+  // many each has a share of a sum.
   const int64_t shared = draw(0, 1) ? 227 * 1024 : 99 * 1024;
   const int64_t n = c.pass == Pass::forward ? c.branches[0].plan.out_channels : c.channels;
   const int index = cuda::pick_shape(c.math, n, shared);
@@ -256,8 +256,10 @@ bool run(Case& c) {
   plan::Options options;
   options.order = orders[draw(0, 3)];
   options.tile = shape.tile();
-  options.processors = draw(1, 5);
+  options.processors = draw(0, 1) ? draw(1, 5) : draw(6, 40);
   options.shortest_slice = draw(1, 3);
+  options.cut_overhead =
+      draw(0, 1) ? -1000 : 0;  // less than nothing: cuts wherever that is possible
   const cuda::WorkList list =
       cuda::make_work_list(problem_of(c), c.pass, options, options.processors);
   c.text = plan::sentence(problem_of(c), " pass ", int(c.pass), " math ", int(c.math), " shape ",
