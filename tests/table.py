@@ -80,12 +80,13 @@ def worst(t: torch.Tensor, exact: torch.Tensor) -> float:
 def baseline_of(op: Op, arguments: Any, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
     """PyTorch's own results: of its two memory formats the one that is further off.
 
-    They are different kernels, whose errors differ up to fivefold in either direction. PyTorch's
-    gradient of a channels_last depthwise weight in bfloat16 reads out of bounds, so not that one.
+    They are different kernels, whose errors differ up to fivefold in either direction. In bfloat16
+    PyTorch's gradient of a channels_last weight reads out of bounds on the CPU, depthwise or where
+    the channels are no multiple of 16, so not that one.
     """
     contiguous = [t.cpu() for t in outputs(op.expected(*arguments))]
     low = arguments[0].dtype != torch.float32
-    if low and op.name == "atrous_separable_pyramid_backward":
+    if low and op.name in ("atrous_separable_pyramid_backward", "atrous_pyramid_grad_weight"):
         return contiguous
     last = tree_map_only(torch.Tensor, lambda t: laid_out(t, "channels_last"), arguments)
     other = [t.cpu() for t in outputs(op.expected(*last))]
