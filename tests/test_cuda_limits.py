@@ -64,3 +64,17 @@ def test_kernels_beyond_the_cpus_limit() -> None:
     out = torch.ops.aspp_ext.atrous_pyramid(x, [weight], [1, 1])
     expected = torch.nn.functional.conv2d(x, weight, padding=(0, 32))
     assert torch.equal(out, expected)
+
+
+def test_pixels_far_apart(monkeypatch) -> None:
+    """Two pixels 2^31 bytes apart: more than the kernels' pitch can say, so they are copied."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    far = 2**30
+    x = torch.empty(far + 8, dtype=torch.bfloat16).as_strided((1, 8, 1, 2), (2 * far, 1, far, far))
+    x.copy_(torch.randint(-2, 3, x.shape))
+    weight = torch.randint(-2, 3, (3, 8, 1, 3)).bfloat16()
+    out = torch.ops.aspp_ext.atrous_pyramid(x, [weight], [1, 1])
+    expected = torch.nn.functional.conv2d(x.double().contiguous(), weight.double(), padding=(0, 1))
+    assert torch.equal(out, expected.bfloat16())
+    (grad,) = torch.ops.aspp_ext.atrous_pyramid_grad_weight(out, x, [1, 3], [3], [1, 1])
+    assert grad.isfinite().all()

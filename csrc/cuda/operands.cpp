@@ -107,7 +107,8 @@ void Operands::pack_image(const Tensor& t, int64_t first, int64_t count, char* t
 
 Rows Operands::image(const Tensor& t) {
   const int64_t pitch = pitch_of(t);
-  if (starts_chunk(t) && t.size(1) % chunk_ == 0 && pitch >= t.size(1) && pitch % chunk_ == 0)
+  if (starts_chunk(t) && t.size(1) % chunk_ == 0 && pitch >= t.size(1) && pitch % chunk_ == 0 &&
+      pitch <= INT32_MAX / bytes_)  // a kernel's pitch has 32 bits
     return {t.data_ptr(), pitch};
   const Rows rows = allocate_rows(t.size(0) * plane_size(t), t.size(1));
   pack_image(t, 0, t.size(1), static_cast<char*>(rows.data), rows.pitch);

@@ -73,7 +73,12 @@ class Call {
 
   void set_a(const Rows& rows) {
     params.a = rows.data;
-    params.a_pitch = rows.pitch;
+    params.a_pitch = pitch_of(rows);
+  }
+
+  void set_b(const Rows& rows) {
+    params.b = rows.data;
+    params.b_pitch = pitch_of(rows);
   }
 
   void set_grad(const Tensor& grad) {
@@ -144,6 +149,14 @@ class Call {
       refuse(kOp, ": ", refusal.what());
     }
     check_cuda(kOp, error);
+  }
+
+  // The kernels multiply it in 32 bits.
+  int32_t pitch_of(const Rows& rows) const {
+    require(rows.pitch <= INT32_MAX / bytes_of(math_), kOp,
+            ": from pixel to pixel there must be less than 2^31 bytes on CUDA, got ",
+            rows.pitch * bytes_of(math_));
+    return int32_t(rows.pitch);
   }
 
   const Pass pass_;
@@ -235,9 +248,7 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
 
   Call call(Pass::grad_weight, x, tf32, shape, each, rates);
   call.set_grad(grad);
-  const Rows input = call.operands.image(x);
-  call.params.b = input.data;
-  call.params.b_pitch = input.pitch;
+  call.set_b(call.operands.image(x));
   std::vector<Rows> targets;
   for (size_t b = 0; b < results.size(); ++b) {
     targets.push_back(call.operands.weight_target(results[b]));
