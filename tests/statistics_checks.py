@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
+from aspp_ext.modules import head
+from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem
 
 PRECISIONS = [(d, False) for d in (torch.float32, torch.float64, *LOW)] + [(torch.float32, True)]
@@ -19,7 +21,7 @@ each_precision = pytest.mark.parametrize(
     ("dtype", "tf32"), PRECISIONS, ids=[f"{dtype_id(d)}{'-tf32' * t}" for d, t in PRECISIONS]
 )
 # Sums long enough to be sliced: what is summed up is the slices' sum.
-SLICED = Problem("sliced", (1, 256, 9, 9), (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6))))
+SLICED = Problem("sliced", (1, 1024, 10, 9), (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6))))
 FILLED = [*(p for p in PROBLEMS.values() if p.shape[0] > 0), SLICED]
 each_filled = pytest.mark.parametrize("problem", FILLED, ids=lambda p: p.name)
 # Enough for every kind of stride, size and tail; opcheck takes a while.
@@ -133,3 +135,15 @@ def check_refusals(device: str) -> None:
                 with pytest.raises((RuntimeError, ValueError)) as refusal:
                     operator()(bad.to(at).detach().requires_grad_(grad), moved, rates)
                 assert str(refusal.value).partition("\n")[0] == sentence
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What the training steps are given from now on."""
+    seen: list[tuple] = []
+
+    def spy(*arguments):
+        seen.append(atrous_pyramid_statistics(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(head, "atrous_pyramid_statistics", spy)
+    return seen

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+import aspp_ext
 from aspp_ext import _native
 from aspp_ext.testing import (
     DTYPES,
@@ -26,7 +28,7 @@ from aspp_ext.testing import (
 
 LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
-EMULATED = bool(_native.read_build_info().get("emulated"))
+EMULATED = _native.emulated
 """Whether the CPU's dense pyramid is the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
 
 CASES = [
@@ -38,6 +40,14 @@ CASES = [
 def dtype_id(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
+
+# Inputs and weights in whose memory formats PyTorch's rule for the result's has to be followed.
+FORMAT_SHAPES = (
+    *((2, 16, 6, 7), (1, 16, 6, 7), (2, 16, 1, 1)),
+    *((1, 1, 5, 6), (2, 16, 1, 7), (2, 1, 1, 6)),
+)
+FORMATS = ("contiguous", "channels_last", "sliced", "transposed", "expanded_batch")
+WEIGHT_FORMATS = ("contiguous", "channels_last", "outputs_last")
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -184,3 +194,25 @@ def nan_and_seen(
     before, after = (oracle_of(op, with_element(v)) for v in (1.0, 2.0))
     nan = [t.isnan().cpu() for t in outputs(call(*with_element(torch.nan)))]
     return [(n, b != a) for n, b, a in zip(nan, before, after, strict=True)]
+
+
+def each_format(test: Callable[..., None]) -> Callable[..., None]:
+    """Parametrises shape, layout and weight_layout."""
+    test = pytest.mark.parametrize("shape", FORMAT_SHAPES, ids=lambda s: "x".join(map(str, s)))(
+        test
+    )
+    test = pytest.mark.parametrize("layout", FORMATS)(test)
+    return pytest.mark.parametrize("weight_layout", WEIGHT_FORMATS)(test)
+
+
+def check_memory_format(
+    shape: tuple[int, ...], layout: str, weight_layout: str, device: str, backend: str | None
+) -> None:
+    """The strides of the CPU's convolution: cuDNN's own choice depends on the processor."""
+    x = laid_out(torch.randn(shape), layout)
+    for kernel in (1, 3):
+        weight = laid_out(torch.randn(8, shape[1], kernel, kernel), weight_layout)
+        expected = F.conv2d(x, weight, padding=2 * (kernel // 2), dilation=2)
+        there = [laid_out(t.to(device), k) for t, k in ((x, layout), (weight, weight_layout))]
+        got = aspp_ext.atrous_pyramid(there[0], [there[1]], [2], backend=backend)
+        assert got.stride() == expected.stride()

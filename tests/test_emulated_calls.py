@@ -22,7 +22,7 @@ from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, laid_out, outputs
 pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
 # Sums long enough to be sliced, channels that may be read in place.
 BRANCHES = (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6)))
-SLICED = Problem("sliced", (1, 256, 9, 9), BRANCHES)
+SLICED = Problem("sliced", (1, 1024, 9, 9), BRANCHES)
 IN_PLACE = Problem("in place", (2, 64, 9, 9), BRANCHES, "channels_last", "channels_last")
 ARCHITECTURES = [80, 86, 90, 100, 120]
 ALLOWED = {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaStreamIsCapturing", "launch"}

@@ -16,7 +16,6 @@ from table import EMULATED
 from test_emulated_calls import ALLOWED, IN_PLACE, Emulation, kernels
 from torch import nn
 
-from aspp_ext.modules import head
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS
 
@@ -82,15 +81,7 @@ def test_only_kernels_that_have_them_give_statistics(monkeypatch) -> None:
 
 @pytest.fixture
 def given(monkeypatch) -> list[tuple]:
-    """What the training steps were given."""
-    seen = []
-
-    def spy(*arguments):
-        seen.append(atrous_pyramid_statistics(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(head, "atrous_pyramid_statistics", spy)
-    return seen
+    return checks.spied(monkeypatch)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

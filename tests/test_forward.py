@@ -17,9 +17,11 @@ from table import (
     check_error_law,
     check_float64,
     check_integers,
+    check_memory_format,
     check_nan,
     dtype_id,
     each_dtype,
+    each_format,
     is_representative,
     nan_and_seen,
     tensors_in,
@@ -162,20 +164,10 @@ def test_head(pool, backend) -> None:
     assert torch.equal(got, reference.aspp_inference(*arguments))
 
 
-SHAPES = [(2, 16, 6, 7), (1, 16, 6, 7), (2, 16, 1, 1), (1, 1, 5, 6), (2, 16, 1, 7), (2, 1, 1, 6)]
-LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded_batch"]
-
-
-@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "outputs_last"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@each_format
 def test_memory_format_is_that_of_convolution(shape, layout, weight_layout) -> None:
+    check_memory_format(shape, layout, weight_layout, "cpu", None)
     x = laid_out(torch.randn(shape), layout)
-    for kernel in (1, 3):
-        weight = laid_out(torch.randn(8, shape[1], kernel, kernel), weight_layout)
-        expected = F.conv2d(x, weight, padding=2 * (kernel // 2), dilation=2)
-        got = aspp_ext.atrous_pyramid(x, [weight], [2])
-        assert got.stride() == expected.stride()
     depthwise, pointwise = torch.randn(shape[1], 1, 3, 3), torch.randn(8, shape[1], 1, 1)
     pointwise = laid_out(pointwise, weight_layout)
     got = aspp_ext.atrous_separable_conv2d(x, depthwise, pointwise, 2)

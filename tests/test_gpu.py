@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from bad_inputs import BAD, VALID
 from table import (
     LOW,
@@ -19,8 +18,10 @@ from table import (
     check_error_law,
     check_float64,
     check_integers,
+    check_memory_format,
     check_nan,
     dtype_id,
+    each_format,
     is_representative,
 )
 from test_contract import call_direct, call_public, kind_of, made
@@ -171,22 +172,9 @@ def test_many_repetitions_give_the_same_bits() -> None:
         assert all(map(torch.equal, call(*arguments), first))
 
 
-SHAPES = [(2, 16, 6, 7), (1, 16, 6, 7), (2, 16, 1, 1), (1, 1, 5, 6), (2, 16, 1, 7), (2, 1, 1, 6)]
-FORMATS = ["contiguous", "channels_last", "sliced", "transposed", "expanded_batch"]
-
-
-@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "outputs_last"])
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@each_format
 def test_memory_format_is_that_of_convolution(shape, layout, weight_layout) -> None:
-    """That of the CPU's: cuDNN's own choice depends on the processor."""
-    x = laid_out(torch.randn(shape), layout)
-    for kernel in (1, 3):
-        weight = laid_out(torch.randn(8, shape[1], kernel, kernel), weight_layout)
-        expected = F.conv2d(x, weight, padding=2 * (kernel // 2), dilation=2)
-        there = [laid_out(t.to(DEVICE), k) for t, k in ((x, layout), (weight, weight_layout))]
-        got = aspp_ext.atrous_pyramid(there[0], [there[1]], [2], backend=DEVICE)
-        assert got.stride() == expected.stride()
+    check_memory_format(shape, layout, weight_layout, DEVICE, DEVICE)
 
 
 def leaf(*shape: int) -> torch.Tensor:

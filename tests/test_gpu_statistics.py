@@ -11,9 +11,7 @@ import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
 from test_joint_norm import make_norms, make_y, one_by_one, statistics_of, step
 
-from aspp_ext.modules import head
 from aspp_ext.modules.joint_norm import joint_norm
-from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS
 
 pytestmark = pytest.mark.gpu
@@ -103,15 +101,7 @@ def test_joint_norm_in_low_precision(dtype, layout) -> None:
 
 @pytest.fixture
 def given(monkeypatch) -> list[tuple]:
-    """What the training steps were given."""
-    seen = []
-
-    def spy(*arguments):
-        seen.append(atrous_pyramid_statistics(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(head, "atrous_pyramid_statistics", spy)
-    return seen
+    return checks.spied(monkeypatch)
 
 
 @each_layout

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTile.blocks)
   int ready = 0;  // where the oldest stage begins; the one before it in the ring is the empty one
   for (int32_t u = p.worker_begin[worker]; u < p.worker_begin[worker + 1]; ++u) {
     const WorkUnit& unit = p.units[u];  // not a copy: registers are what this kernel is short of
-    // A short tile leaves the warps beyond its end idle: half of the time for half of the rows.
+    // A short tile leaves the warps beyond its end idle: half of the products for half of the rows.
     const bool active = place.row < unit.m_count && place.column < unit.n_count;
     typename C::WarpSums sums = {};
     for (int32_t left = unit.k_end - unit.k_begin; left > 0; --left) {
