@@ -9,7 +9,7 @@ was got. Intervals are half open; pixels count in the order column, row, image.
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-Pass = Literal["forward", "grad_input", "grad_weight"]
+Pass = Literal["forward", "grad_input", "grad_weight", "separable"]
 Order = Literal["regions", "merged", "linear", "cheapest"]
 
 class Interval:
@@ -108,7 +108,8 @@ class Tile:
 
     In forward m counts pixels, n output channels, k input channels of one tap; in grad_input n
     counts input and k output channels; in grad_weight m counts output channels, n input channels
-    and k pixels. `tail` defaults to m.
+    and k pixels; in separable k counts input channels, each with all its taps. `tail` defaults to
+    m.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class Plan:
 class Schedule:
     """Which worker does which units; a unit costs paid rows * k blocks + tile.m * 4.
 
+    In separable a k block counts as the taps of the region + 4, and the 4 of tile.m as 16: the
+    cost is in taps, of which a block's product is worth four.
     The plan's own shares if it has some for so many workers, else list scheduling.
     """
 
@@ -193,7 +196,10 @@ class Schedule:
         """The sum of `busy`."""
 
 class Cost:
-    """Tile-taps of each way to compute: one tile of pixels times one tap, whatever the channels."""
+    """Tile-taps of each way to compute: one tile of pixels times one tap, whatever the channels.
+
+    In separable a branch's 1x1 counts as four taps more.
+    """
 
     @property
     def dense(self) -> float:
@@ -252,7 +258,8 @@ class Branch:
 class Problem:
     """A pyramid on x [batch, in_channels, height, width]: stride 1, "same" padding.
 
-    1-D is height 1 with kernels (1, k). The channels matter to plans alone.
+    1-D is height 1 with kernels (1, k). The channels matter to plans alone. In separable the
+    kernels are depthwise, each before a 1x1 to out_channels; a branch without one has one of 1x1.
     """
 
     def __init__(
@@ -303,10 +310,70 @@ class Problem:
         slices of `shortest_slice` blocks or more."""
 
     def cost(self, pass_: Pass = "forward", pixels: int = 128, tail: int = 64) -> Cost:
-        """What each way of computing forward or grad_input costs, in tiles of `pixels`."""
+        """What each way of computing any pass but grad_weight costs, in tiles of `pixels`."""
 
     def weight_cost(self, pixels: int = 64) -> WeightCost:
         """What grad_weight costs, in blocks of `pixels`."""
 
     def live_share(self, branch: int | None = None) -> float:
         """Live / all multiply-adds, of a branch or of the whole pyramid."""
+
+class WorkList:
+    """A plan as kernels read it: records of int32, as bytes, with the fields of the struct in
+    csrc/plan/work_list.h that is named below, in its order."""
+
+    @property
+    def units(self) -> bytes:
+        """WorkUnit, 14 fields each, worker by worker."""
+
+    @property
+    def worker_begin(self) -> bytes:
+        """One number each: worker w has the units [worker_begin[w], worker_begin[w + 1])."""
+
+    @property
+    def regions(self) -> bytes:
+        """WorkRegion, 10 fields each."""
+
+    @property
+    def taps(self) -> bytes:
+        """WorkTap, 6 fields each."""
+
+    @property
+    def runs(self) -> bytes:
+        """WorkRun, 11 fields each: the same taps in rectangles."""
+
+    @property
+    def launch_order(self) -> bytes:
+        """One number each: the index of the unit to start next."""
+
+    @property
+    def workers(self) -> int:
+        """Those that have units; 0 where there is nothing to do."""
+
+    @property
+    def partials(self) -> int:
+        """Tiles of sums that the slices need."""
+
+    @property
+    def counters(self) -> int:
+        """Tiles that have slices."""
+
+    @property
+    def tiles(self) -> int:
+        """Output tiles."""
+
+    @property
+    def branch_tiles(self) -> list[tuple[int, int]]:
+        """Per branch its output tiles, (first, count); grad_input's are all the first's."""
+
+def work_list(
+    problem: Problem,
+    pass_: Pass = "forward",
+    order: Order = "cheapest",
+    tile: Tile = ...,
+    workers: int = 1,
+) -> WorkList:
+    """The problem's plan, balanced for so many workers, of which fewer may get units.
+
+    Raises ValueError where workers is not in [1, 2**24] or a number does not fit in 32 bits.
+    """

@@ -198,6 +198,52 @@ void bind_work(py::module_& module) {
       .def("__repr__", repr<WeightCost>);
 }
 
+// The records of a list one after the other, each its int32 fields in the struct's order.
+template <class Record>
+py::bytes bytes_of(const std::vector<Record>& records) {
+  return {reinterpret_cast<const char*>(records.data()), records.size() * sizeof(Record)};
+}
+
+// What _plan.pyi promises of them.
+static_assert(sizeof(WorkUnit) == 14 * sizeof(int32_t));
+static_assert(sizeof(WorkRegion) == 10 * sizeof(int32_t));
+static_assert(sizeof(WorkTap) == 6 * sizeof(int32_t));
+static_assert(sizeof(WorkRun) == 11 * sizeof(int32_t));
+
+void bind_work_list(py::module_& module) {
+  py::class_<WorkList>(module, "WorkList")
+      .def_property_readonly("units", [](const WorkList& list) { return bytes_of(list.units); })
+      .def_property_readonly("worker_begin",
+                             [](const WorkList& list) { return bytes_of(list.worker_begin); })
+      .def_property_readonly("regions", [](const WorkList& list) { return bytes_of(list.regions); })
+      .def_property_readonly("taps", [](const WorkList& list) { return bytes_of(list.taps); })
+      .def_property_readonly("runs", [](const WorkList& list) { return bytes_of(list.runs); })
+      .def_property_readonly("launch_order",
+                             [](const WorkList& list) { return bytes_of(list.launch_order); })
+      .def_property_readonly("workers", &WorkList::workers)
+      .def_readonly("partials", &WorkList::partials)
+      .def_readonly("counters", &WorkList::counters)
+      .def_readonly("tiles", &WorkList::tiles)
+      .def_property_readonly("branch_tiles",
+                             [](const WorkList& list) {
+                               py::list result;
+                               for (const auto& [first, count] : list.branch_tiles)
+                                 result.append(py::make_tuple(first, count));
+                               return result;
+                             })
+      .def("__repr__", repr<WorkList>);
+
+  module.def(
+      "work_list",
+      [](const Problem& problem, const std::string& pass, const std::string& order,
+         const Tile& tile, Index workers) {
+        return make_work_list(problem, pass_named(pass), {order_named(order), tile, workers},
+                              workers);
+      },
+      py::arg("problem"), py::arg("pass_") = "forward", py::arg("order") = "cheapest",
+      py::arg("tile") = Tile{}, py::arg("workers") = 1);
+}
+
 void bind_problem(py::module_& module) {
   py::class_<Branch>(module, "Branch")
       .def(py::init([](const OneOrTwo& kernel, const OneOrTwo& rate, Index out_channels) {
@@ -266,4 +312,5 @@ PYBIND11_MODULE(_plan, module) {
   bind_geometry(module);
   bind_work(module);
   bind_problem(module);
+  bind_work_list(module);
 }

@@ -103,6 +103,26 @@ bool linear_matches(const Problem& p, const Map& map, const Tiling& tiling, Inde
   return next == p.pixels();
 }
 
+// Forward's geometry, whose cost is what the taps and one product of a block of channels take.
+bool separable_matches(const Problem& p, const Group& group, const Map& map, const Tile& tile) {
+  const auto cost = [&](const Region& region, Index pixels) {
+    const Index paid = (pixels + tile.tail - 1) / tile.tail * tile.tail;
+    return paid * (region.tap_count() + 4) * ((p.in_channels + tile.k - 1) / tile.k);
+  };
+  const auto sum = [&](const Tiling& tiling) {
+    Index result = 0;
+    for (const auto& [region, pixels] : tiling.tiles)
+      result += cost(tiling.regions[region], pixels.size());
+    return result;
+  };
+  const auto at = [&](Order order) { return tiling(p, group, order, tile); };
+  const Tiling exact = at(Order::regions), merged = at(Order::merged), linear = at(Order::linear);
+  if (exact.regions != exact_regions(p, {Pass::forward, group.branches})) return false;
+  if (!covers(p, map, merged.regions) || !linear_matches(p, map, linear, tile.m)) return false;
+  return work(p, group.pass, merged, tile) == sum(merged) && sum(merged) <= sum(exact) &&
+         sum(at(Order::cheapest)) == std::min(sum(merged), sum(linear));
+}
+
 bool check(const Problem& p) {
   const Tile tile{8, 1, 1, 4};
   for (const Pass pass : {Pass::forward, Pass::grad_input})
@@ -144,12 +164,15 @@ bool check_all() {
   const auto any = [&](Index low, Index high) {
     return low + static_cast<Index>(random() % static_cast<unsigned>(high - low + 1));
   };
+  const Tile tile{8, 1, 3, 4};
   for (int i = 0; i < 3000; ++i, ++count) {
     std::vector<Branch> branches;
     for (Index b = any(2, 4); b > 0; --b)
       branches.push_back({{2 * any(0, 3) + 1, 2 * any(0, 3) + 1}, {any(1, 14), any(1, 14)}});
-    const Problem p(any(0, 3), any(1, 12), any(1, 12), branches);
+    const Problem p(any(0, 3), any(1, 12), any(1, 12), branches, any(1, 9));
     if (!check(p)) return report(p);
+    for (const Group& group : groups(p, Pass::separable))
+      if (!separable_matches(p, group, live_map(p, group), tile)) return report(p);
   }
   std::cout << count << " problems agree\n";
   return true;

@@ -46,7 +46,9 @@ def test_exhaustive(exhaustive: Path, mode: list[str]) -> None:
 # --- Merging
 
 
-def cheapest_cover(problem: _plan.Problem, branch: int | None, tile: _plan.Tile) -> int:
+def cheapest_cover(
+    problem: _plan.Problem, branch: int | None, tile: _plan.Tile, product: int = 0
+) -> int:
     """The least cost of all partitions of the grid into rectangles, by trying them all."""
     regions = problem.regions(branch) if branch is not None else problem.joint_regions()
     rows = sorted({edge for region in regions for edge in region.rows})
@@ -59,7 +61,7 @@ def cheapest_cover(problem: _plan.Problem, branch: int | None, tile: _plan.Tile)
         union = problem.region_at(
             branch, (rows[top], rows[bottom + 1]), (cols[left], cols[right + 1])
         )
-        cost = -(-problem.batch * union.area // tile.tail) * tile.tail * union.tap_count
+        cost = cost_of(problem, [union], tile, product)
         held = frozenset(c for c in cells if top <= c[0] <= bottom and left <= c[1] <= right)
         choices[top, left].append((held, cost))
 
@@ -72,9 +74,11 @@ def cheapest_cover(problem: _plan.Problem, branch: int | None, tile: _plan.Tile)
     return least(frozenset(cells))
 
 
-def cost_of(problem: _plan.Problem, regions: list, tile: _plan.Tile) -> int:
+def cost_of(problem: _plan.Problem, regions: list, tile: _plan.Tile, product: int = 0) -> int:
+    """Paid pixels * taps; separable's product counts as so many taps."""
     paid = [-(-problem.batch * region.area // tile.tail) * tile.tail for region in regions]
-    return sum(pixels * region.tap_count for pixels, region in zip(paid, regions, strict=True))
+    taps = [region.tap_count + product for region in regions]
+    return sum(a * b for a, b in zip(paid, taps, strict=True))
 
 
 @pytest.mark.parametrize("tail", [8, 16, 64, 128])
@@ -93,6 +97,8 @@ def test_merge_is_the_best(height, width, rate, batch, tail) -> None:
             else problem.regions(branch, "merged", tile)
         )
         assert cost_of(problem, chosen, tile) == cheapest_cover(problem, branch, tile)
+    separable = problem.plan("separable", "merged", tile).regions
+    assert cost_of(problem, separable, tile, 4) == cheapest_cover(problem, 0, tile, 4)
 
 
 def test_merge_finds_the_pinwheel() -> None:
@@ -142,12 +148,41 @@ def test_units_go_image_by_image_and_end_longest_first() -> None:
 def test_cheapest_is_never_dearer() -> None:
     for batch, rates in itertools.product((1, 8), ((6, 12, 18), (12, 24, 36))):
         problem = pyramid(batch, 33, 33, *rates, in_channels=64)
-        for pass_ in ("forward", "grad_input"):
-            totals = {
-                order: problem.plan(pass_, order).total
-                for order in ("regions", "merged", "linear", "cheapest")
-            }
+        for pass_ in ("forward", "grad_input", "separable"):
+            totals = {}
+            for order in ("regions", "merged", "linear", "cheapest"):
+                plan = problem.plan(pass_, order)
+                overhead = plan.tile.m * (16 if pass_ == "separable" else 4)
+                totals[order] = plan.schedule(1).total - len(plan.units) * overhead
+                assert pass_ == "separable" or totals[order] == plan.total * plan.tile.m
             assert totals["cheapest"] == min(totals.values())
+
+
+def test_separable_has_forwards_regions_at_another_price() -> None:
+    problem = pyramid(2, 33, 33, 6, 12, in_channels=100)
+    tile = _plan.Tile(128, 4, 32)
+    forward, plan = (problem.plan(pass_, "regions", tile) for pass_ in ("forward", "separable"))
+    assert plan.regions == forward.regions
+    where = [(unit.region, unit.m, unit.n) for unit in plan.units]
+    assert where == [(unit.region, unit.m, unit.n) for unit in forward.units]
+    assert {unit.k for unit in plan.units} == {_plan.Interval(0, 4)}
+    cost, taps = problem.cost("separable"), problem.cost()
+    products = 3 * 4  # a branch's product is worth four taps
+    assert cost.dense == taps.dense + -(-2 * 33 * 33 // 128) * products
+    assert cost.ideal == taps.ideal + 2 * 33 * 33 * products / 128
+    assert cost.linear == taps.linear + -(-2 * 33 * 33 // 128) * products
+    assert cost.merged <= cost.regions
+    assert cost.merged_tails <= cost.regions_tails
+    assert cost.regions > taps.regions + cost.ideal - taps.ideal  # its tails are paid for too
+
+
+def test_a_dear_product_merges_what_taps_alone_would_not() -> None:
+    problem = _plan.Problem(1, 33, 33, [_plan.Branch(3, 12, 256)], 2048)
+    regions = {
+        pass_: len(problem.plan(pass_, "merged", _plan.Tile(tail=64)).regions)
+        for pass_ in ("forward", "separable")
+    }
+    assert regions["separable"] < regions["forward"]
 
 
 # --- Sizes and words
@@ -200,9 +235,9 @@ BAD = [
         "at most 1048576 taps together but have",
     ),
     (lambda: pyramid(1, 3, 3).regions(1), "branch must be in [0, 1) but is 1"),
-    (lambda: pyramid(1, 3, 3).plan("back"), "'grad_input' or 'grad_weight' but is 'back'"),
+    (lambda: pyramid(1, 3, 3).plan("back"), "'grad_weight' or 'separable' but is 'back'"),
     (lambda: pyramid(1, 3, 3).plan(order="best"), "'linear' or 'cheapest' but is 'best'"),
-    (lambda: pyramid(1, 3, 3).cost("grad_weight"), "'grad_input' (see weight_cost) but pass is"),
+    (lambda: pyramid(1, 3, 3).cost("grad_weight"), "or 'separable' (see weight_cost) but pass is"),
     (lambda: pyramid(2**20, 2**10, 2**10).plan(), "at most 16777216 tiles of pixels but has"),
     (lambda: _plan.Tile(m=0), "a tile must be >= 1 on each side but is Tile(m=0"),
     (lambda: _plan.Tile(tail=48), "a tile's tail must divide its m = 128 but is 48"),

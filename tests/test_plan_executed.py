@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Plans carried out unit by unit in numpy, on integers, against the three passes' definition."""
+"""Plans carried out unit by unit in numpy, on integers, against the passes' definition."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import pytest
 
 from aspp_ext import _plan
 
-PASSES = ("forward", "grad_input", "grad_weight")
+PASSES = ("forward", "grad_input", "grad_weight", "separable")
 TILE = _plan.Tile(m=8, n=3, k=2, tail=4)
 POISON = 99999
 
 
 class Pyramid:
-    """Integer data for a problem: x [N, C, H, W], w[b] [O, C, kh, kw], g[b] [N, O, H, W]."""
+    """Integer data for a problem: x [N, C, H, W], w[b] [O, C, kh, kw], g[b] [N, O, H, W].
+
+    Separable has the products of depthwise[b] [C, kh, kw] and pointwise[b] [O, C] for weights.
+    """
 
     def __init__(self, problem: _plan.Problem) -> None:
         rng = np.random.default_rng(0)
@@ -27,12 +30,16 @@ class Pyramid:
             rng.integers(-4, 5, (branch.out_channels, problem.in_channels, *branch.kernel))
             for branch in problem.branches
         ]
+        shapes = [w.shape for w in self.w]
+        self.depthwise = [rng.integers(-4, 5, (c, kh, kw)) for _, c, kh, kw in shapes]
+        self.pointwise = [rng.integers(-4, 5, (o, c)) for o, c, _, _ in shapes]
         self.g = [rng.integers(-4, 5, (problem.batch, len(w), *self.plane)) for w in self.w]
 
     def definition(self) -> dict[str, list[np.ndarray]]:
         """The results of the passes, by shifting zero-padded maps."""
         height, width = self.plane
         y = [np.zeros_like(g) for g in self.g]
+        separable = [np.zeros_like(g) for g in self.g]
         grad_x = np.zeros_like(self.x)
         grad_w = [np.zeros_like(w) for w in self.w]
         for b, branch in enumerate(self.problem.branches):
@@ -44,15 +51,22 @@ class Pyramid:
                 here = np.s_[:, :, row : row + height, col : col + width]
                 tap = self.w[b][:, :, i, j]
                 y[b] += np.einsum("ncyx,oc->noyx", padded[here], tap)
+                of_pair = self.depthwise[b][:, i, j] * self.pointwise[b]
+                separable[b] += np.einsum("ncyx,oc->noyx", padded[here], of_pair)
                 padded_grad[here] += np.einsum("noyx,oc->ncyx", self.g[b], tap)
                 grad_w[b][:, :, i, j] = np.einsum("ncyx,noyx->oc", padded[here], self.g[b])
             grad_x += padded_grad[:, :, top : top + height, left : left + width]
-        return {"forward": y, "grad_input": [grad_x], "grad_weight": grad_w}
+        return {
+            "forward": y,
+            "grad_input": [grad_x],
+            "grad_weight": grad_w,
+            "separable": separable,
+        }
 
     def executed(self, plan: _plan.Plan) -> list[np.ndarray]:
         """The result of the plan's pass; the first slice of a tile writes, the others add."""
-        like = {"forward": self.g, "grad_input": [self.x], "grad_weight": self.w}
-        result = [np.full_like(each, POISON) for each in like[plan.pass_]]
+        like = {"grad_input": [self.x], "grad_weight": self.w}
+        result = [np.full_like(each, POISON) for each in like.get(plan.pass_, self.g)]
         for unit in sorted(plan.units, key=lambda unit: (unit.tile, unit.slice)):
             region = plan.regions[unit.region]
             if plan.pass_ == "grad_weight":
@@ -60,8 +74,10 @@ class Pyramid:
                 value, where = self.weight_product(plan, unit, region, tap)
                 target = result[tap.branch]
             else:
-                value, where = self.pixel_product(plan, unit, region)
-                branch = region.live[0].branch if plan.pass_ == "forward" else 0
+                separable = plan.pass_ == "separable"
+                product = self.depthwise_product if separable else self.pixel_product
+                value, where = product(plan, unit, region)
+                branch = 0 if plan.pass_ == "grad_input" else region.live[0].branch
                 target = result[branch].transpose(0, 2, 3, 1)
             assert (target[where] == POISON).all() == (unit.slice == 0)
             target[where] = value if unit.slice == 0 else target[where] + value
@@ -80,13 +96,31 @@ class Pyramid:
             weight = self.w[tap.branch][:, :, tap.row, tap.col]
             weight = weight.T if forward else weight
             source = self.x if forward else self.g[tap.branch]
-            row, col = y + tap.dy, x + tap.dx
-            inside = (row >= 0) & (row < self.plane[0]) & (col >= 0) & (col < self.plane[1])
-            assert region.padded or inside.all()
-            values = source[image, :, row * inside, col * inside] * inside[:, None]
+            values = self.read(region, source, (image, y + tap.dy, x + tap.dx))
             value += values[:, k] @ weight[k, unit.n.begin : unit.n.end]
-        channels = np.arange(*unit.n)
-        return value, (image[:, None], y[:, None], x[:, None], channels)
+        return value, (image[:, None], y[:, None], x[:, None], np.arange(*unit.n))
+
+    def depthwise_product(self, plan, unit, region):
+        """The same of separable: per block of channels all taps, then one product."""
+        image, y, x = pixels(region, unit.m)
+        value = np.zeros((unit.m.size, unit.n.size), dtype=int)
+        (branch,) = {tap.branch for tap in region.taps}
+        assert unit.k.end * plan.tile.k < self.problem.in_channels + plan.tile.k
+        for block in range(*unit.k):
+            k = np.s_[block * plan.tile.k : (block + 1) * plan.tile.k]
+            between = 0
+            for tap in region.taps:
+                values = self.read(region, self.x, (image, y + tap.dy, x + tap.dx))
+                between = between + values[:, k] * self.depthwise[branch][k, tap.row, tap.col]
+            value += between @ self.pointwise[branch][unit.n.begin : unit.n.end, k].T
+        return value, (image[:, None], y[:, None], x[:, None], np.arange(*unit.n))
+
+    def read(self, region, source, place):
+        """[pixels, channels] of a map at (image, row, column), zero outside."""
+        image, row, col = place
+        inside = (row >= 0) & (row < self.plane[0]) & (col >= 0) & (col < self.plane[1])
+        assert region.padded or inside.all()
+        return source[image, :, row * inside, col * inside] * inside[:, None]
 
     def weight_product(self, plan, unit, region, tap):
         """[m, n] of grad_weight, and where it goes in the branch's [O, C, kh, kw]."""

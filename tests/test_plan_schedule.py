@@ -9,8 +9,9 @@ import pytest
 
 from aspp_ext import _plan
 
-PASSES = ("forward", "grad_input", "grad_weight")
-OVERHEAD = 4  # k blocks of a whole tile
+PASSES = ("forward", "grad_input", "grad_weight", "separable")
+OVERHEAD = 4  # products of a k block and a whole tile
+PRODUCT = 4  # taps, which separable counts in
 ASPP = [  # batch, map, rates, in_channels: DeepLab's heads
     (1, 33, (6, 12, 18), 2048),
     (8, 33, (6, 12, 18), 2048),
@@ -27,13 +28,16 @@ def make_plan(batch: int, size: int, rates: tuple, channels: int, pass_: str, wo
     return problem.plan(pass_, "cheapest", tile, processors=workers)
 
 
-def cost(unit: _plan.Unit, tile: _plan.Tile) -> int:
+def cost(plan: _plan.Plan, unit: _plan.Unit) -> int:
+    tile, product, block = plan.tile, 1, 1
+    if plan.pass_ == "separable":
+        product, block = PRODUCT, plan.regions[unit.region].tap_count + PRODUCT
     paid = -(-unit.m.size // tile.tail) * tile.tail
-    return paid * unit.k.size + tile.m * OVERHEAD
+    return paid * unit.k.size * block + tile.m * OVERHEAD * product
 
 
 def taking_turns(plan: _plan.Plan, workers: int) -> int:
-    costs = [cost(unit, plan.tile) for unit in plan.units]
+    costs = [cost(plan, unit) for unit in plan.units]
     return max(sum(costs[w::workers]) for w in range(workers))
 
 
@@ -43,7 +47,7 @@ def test_every_unit_once_in_order_and_within_the_bound(pass_, workers):
     plan = make_plan(2, 33, (6, 12, 18), 64, pass_, workers)
     schedule = plan.schedule(workers)
     assert sorted(itertools.chain(*schedule.workers)) == list(range(len(plan.units)))
-    costs = [cost(unit, plan.tile) for unit in plan.units]
+    costs = [cost(plan, unit) for unit in plan.units]
     assert schedule.busy == [sum(costs[u] for u in units) for units in schedule.workers]
     assert all(units == sorted(units) for units in schedule.workers)
     assert schedule.total == sum(costs)
@@ -60,7 +64,7 @@ def test_a_unit_goes_to_the_worker_that_is_free_first_the_lowest_on_a_tie():
     busy, expected = [0] * 5, [[] for _ in range(5)]
     for index, unit in enumerate(plan.units):
         worker = busy.index(min(busy))
-        busy[worker] += cost(unit, plan.tile)
+        busy[worker] += cost(plan, unit)
         expected[worker].append(index)
     assert plan.schedule(5).workers == expected
 
@@ -77,14 +81,15 @@ def test_better_than_taking_turns_on_the_shapes_of_aspp(workers):
     assert sum(ratios) / len(ratios) < 0.95
 
 
-def test_shares_keep_everyone_busy_where_units_are_few_or_long():
-    plan = make_plan(1, 33, (6, 12, 18), 2048, "forward", 132)
-    schedule = plan.schedule(132)
+@pytest.mark.parametrize(("pass_", "workers"), [("forward", 132), ("separable", 108)])
+def test_shares_keep_everyone_busy_where_units_are_few_or_long(pass_, workers):
+    plan = make_plan(1, 33, (6, 12, 18), 2048, pass_, workers)
+    schedule = plan.schedule(workers)
     assert schedule.workers == [
-        [u for u, unit in enumerate(plan.units) if unit.worker == w] for w in range(132)
+        [u for u, unit in enumerate(plan.units) if unit.worker == w] for w in range(workers)
     ]
-    assert schedule.makespan < 1.05 * schedule.total / 132
-    assert plan.schedule(131).makespan > schedule.makespan  # not its shares
+    assert schedule.makespan < 1.05 * schedule.total / workers
+    assert plan.schedule(workers - 1).makespan > schedule.makespan  # not its shares
 
 
 def test_workers_beyond_the_units_have_none():

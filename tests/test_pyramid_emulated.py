@@ -14,7 +14,7 @@ from pathlib import Path
 import emulated
 import pytest
 
-SOURCES = ("csrc/plan/*.cpp", "csrc/cuda/work_list.cpp", "csrc/cuda/kernels/*.cu")
+SOURCES = ("csrc/plan/*.cpp", "csrc/cuda/kernels/*.cu")
 PASSES = {"forward": 0, "grad_input": 1, "grad_weight": 2}
 MATHS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3, "float64": 4}
 PROBLEMS = {"plain": 150, "address": 20, "thread": 12}

@@ -4,9 +4,16 @@
 
 #include <cstdint>
 
-#include "work_list.h"
+#include "../plan/plan.h"
 
 namespace aspp::cuda {
+
+// A work list is the planner's, with no pointer and no dtype in it.
+using plan::TileRange;
+using plan::WorkList;
+using plan::WorkRegion;
+using plan::WorkTap;
+using plan::WorkUnit;
 
 // How products are computed and what memory holds.
 //   bfloat16, float16: 2 bytes, tensor cores, float32 sums

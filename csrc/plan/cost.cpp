@@ -19,11 +19,18 @@ Index tap_count(const Problem& problem) {
   return count;
 }
 
+// The 1x1s that follow the taps, in taps.
+Index pointwise_taps(const Problem& problem, Pass pass) {
+  return pass == Pass::separable ? problem.branch_count() * kPointwiseTaps : 0;
+}
+
 double live_pixels(const Problem& problem) {
   Index live = 0;
   for (Index b = 0; b < problem.branch_count(); ++b) live += live_pixel_taps(problem, b);
   return static_cast<double>(live * problem.batch);
 }
+
+double product(Index a, Index b) { return static_cast<double>(a) * static_cast<double>(b); }
 
 double share(Index pixels, Index per_tile) {
   return static_cast<double>(pixels) / static_cast<double>(per_tile);
@@ -33,15 +40,17 @@ double share(Index pixels, Index per_tile) {
 
 Cost cost(const Problem& channelled, Pass pass, Index pixels, Index tail) {
   require(pass != Pass::grad_weight,
-          "cost must be asked for 'forward' or 'grad_input' (see "
-          "weight_cost) but pass is 'grad_weight'");
+          "cost must be asked for 'forward', 'grad_input' or 'separable' (see weight_cost) but "
+          "pass is 'grad_weight'");
   const Tile whole{pixels, 1, 1, pixels};
   const Tile tails{pixels, 1, 1, tail};
   check_tile(tails);
   const Problem problem = without_channels(channelled);
   Cost cost;
-  cost.dense = static_cast<double>(ceil_div(problem.pixels(), pixels) * tap_count(problem));
-  cost.ideal = live_pixels(problem) / static_cast<double>(pixels);
+  const Index products = pointwise_taps(problem, pass);
+  cost.dense = product(ceil_div(problem.pixels(), pixels), tap_count(problem) + products);
+  cost.ideal =
+      (live_pixels(problem) + product(problem.pixels(), products)) / static_cast<double>(pixels);
   for (const Group& group : groups(problem, pass)) {
     const std::vector<Region> exact = exact_regions(problem, group);
     const auto of = [&](const std::vector<Region>& regions, const Tile& tile) {

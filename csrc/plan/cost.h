@@ -6,8 +6,9 @@
 
 namespace aspp::plan {
 
-// In tile-taps: one tile of pixels times one tap, whatever their channels. `tails`: with the last
-// tile of a region cut to a multiple of the tail instead of a whole tile.
+// In tile-taps: one tile of pixels times one tap, whatever their channels; separable's 1x1s count
+// as kPointwiseTaps each. `tails`: with the last tile of a region cut to a multiple of the tail
+// instead of a whole tile.
 struct Cost {
   double dense = 0;    // every tap of every tile, linear order
   double linear = 0;   // without the (tile, tap) pairs that are wholly dead
@@ -18,8 +19,8 @@ struct Cost {
   double ideal = 0;  // live multiply-adds alone
 };
 
-// Of forward (each branch into its own output) or grad_input (all branches into one), in tiles of
-// `pixels`, tails in steps of `tail`. Raises for grad_weight.
+// Of forward and separable (each branch into its own output) or grad_input (all branches into one),
+// in tiles of `pixels`, tails in steps of `tail`. Raises for grad_weight.
 Cost cost(const Problem& problem, Pass pass, Index pixels = 128, Index tail = 64);
 
 // Of grad_weight, in block-taps: one block of `pixels` of the sum times one tap.

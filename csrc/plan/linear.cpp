@@ -86,12 +86,9 @@ Tiling linear_tiling(const Problem& problem, const Group& group, const Tile& til
 
 Index work(const Problem& problem, Pass pass, const Tiling& tiling, const Tile& tile) {
   Index sum = 0;
-  for (const auto& [region, pixels] : tiling.tiles) {
-    const Index own =
-        multiply(paid_pixels(pixels.size(), tile),
-                 k_blocks(problem, pass, tiling.regions[region], tile), "the work of a tile");
-    sum = add(sum, own, "the work of all tiles");
-  }
+  for (const auto& [region, pixels] : tiling.tiles)
+    sum = add(sum, work(problem, pass, tiling.regions[region], pixels.size(), tile),
+              "the work of all tiles");
   return sum;
 }
 

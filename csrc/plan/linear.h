@@ -29,7 +29,7 @@ Tiling region_tiling(const Problem& problem, std::vector<Region> regions, const 
 // block per run of tap rows with the same tap columns.
 Tiling linear_tiling(const Problem& problem, const Group& group, const Tile& tile);
 
-// The cost of a tiling, in paid pixels * k blocks.
+// The cost of a tiling.
 Index work(const Problem& problem, Pass pass, const Tiling& tiling, const Tile& tile);
 
 }  // namespace aspp::plan

@@ -7,3 +7,4 @@
 #include "print.h"
 #include "schedule.h"
 #include "units.h"
+#include "work_list.h"

@@ -4,7 +4,7 @@
 #include <ostream>
 
 #include "cost.h"
-#include "schedule.h"
+#include "work_list.h"
 
 namespace aspp::plan {
 namespace {
@@ -93,6 +93,13 @@ std::ostream& operator<<(std::ostream& out, const Cost& cost) {
 std::ostream& operator<<(std::ostream& out, const WeightCost& cost) {
   return out << "WeightCost(dense=" << cost.dense << ", live=" << cost.live
              << ", ideal=" << cost.ideal << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const WorkList& list) {
+  return out << "WorkList(" << list.units.size() << " units on " << list.workers() << " workers, "
+             << list.regions.size() << " regions, " << list.taps.size()
+             << " taps, tiles=" << list.tiles << ", partials=" << list.partials
+             << ", counters=" << list.counters << ")";
 }
 
 }  // namespace aspp::plan

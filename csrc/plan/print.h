@@ -20,6 +20,7 @@ struct Plan;
 struct Schedule;
 struct Cost;
 struct WeightCost;
+struct WorkList;
 
 std::ostream& operator<<(std::ostream& out, const Interval& interval);
 std::ostream& operator<<(std::ostream& out, const Axis& axis);
@@ -35,5 +36,6 @@ std::ostream& operator<<(std::ostream& out, const Plan& plan);
 std::ostream& operator<<(std::ostream& out, const Schedule& schedule);
 std::ostream& operator<<(std::ostream& out, const Cost& cost);
 std::ostream& operator<<(std::ostream& out, const WeightCost& cost);
+std::ostream& operator<<(std::ostream& out, const WorkList& list);
 
 }  // namespace aspp::plan

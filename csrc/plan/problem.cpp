@@ -6,7 +6,7 @@
 namespace aspp::plan {
 namespace {
 
-constexpr std::string_view kPassNames[] = {"forward", "grad_input", "grad_weight"};
+constexpr std::string_view kPassNames[] = {"forward", "grad_input", "grad_weight", "separable"};
 
 void check_branch(const Branch& branch, Index index, Index height, Index width) {
   const auto& [kernel, rate, out_channels] = branch;
@@ -115,10 +115,11 @@ double live_share(const Problem& problem) {
 std::string_view name(Pass pass) { return kPassNames[static_cast<int>(pass)]; }
 
 Pass pass_named(std::string_view name) {
-  for (const Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight})
+  for (const Pass pass : {Pass::forward, Pass::grad_input, Pass::grad_weight, Pass::separable})
     if (plan::name(pass) == name) return pass;
   throw std::invalid_argument(
-      sentence("plan: pass must be 'forward', 'grad_input' or 'grad_weight' but is '", name, "'"));
+      sentence("plan: pass must be 'forward', 'grad_input', 'grad_weight' or 'separable' but is '",
+               name, "'"));
 }
 
 }  // namespace aspp::plan

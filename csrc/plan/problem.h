@@ -42,10 +42,12 @@ struct Problem {
   Index branch_count() const { return static_cast<Index>(branches.size()); }
 };
 
-// The three faces of the trilinear form.
-enum class Pass { forward, grad_input, grad_weight };
+// The three faces of the trilinear form, and the forward of the depthwise-separable pyramid: there
+// a branch's kernel is depthwise, a 1x1 convolution to its out_channels follows, and a branch
+// without a depthwise kernel has one of 1x1.
+enum class Pass { forward, grad_input, grad_weight, separable };
 
-// Branches that add into one output: each alone in forward, all together in grad_input.
+// Branches that add into one output: all together in grad_input, else each alone.
 struct Group {
   Pass pass = Pass::forward;
   std::vector<Index> branches;

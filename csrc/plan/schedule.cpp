@@ -17,9 +17,13 @@ Index Schedule::total() const {
   return result;
 }
 
-Schedule make_schedule(const Plan& plan, Index workers) {
+void check_workers(Index workers) {
   require(workers >= 1 && workers <= kMaxEntries, "workers must be in [1, ", kMaxEntries,
           "] but is ", workers);
+}
+
+Schedule make_schedule(const Plan& plan, Index workers) {
+  check_workers(workers);
   using Free = std::pair<Index, Index>;  // (from when, worker)
   std::priority_queue<Free, std::vector<Free>, std::greater<>> free;
   for (Index w = 0; w < workers; ++w) free.emplace(0, w);
@@ -33,7 +37,7 @@ Schedule make_schedule(const Plan& plan, Index workers) {
     const Unit& unit = plan.units[u];
     const Index w = shared ? unit.worker : free.top().second;
     worker_of[u] = w;
-    schedule.busy[w] = add(schedule.busy[w], unit_cost(unit, plan.tile), "the cost of a plan");
+    schedule.busy[w] = add(schedule.busy[w], unit_cost(plan, unit), "the cost of a plan");
     ++schedule.begin[w + 1];
     if (shared) continue;
     free.pop();

@@ -18,6 +18,9 @@ struct Schedule {
   Index total() const;
 };
 
+// Throws unless `workers` is in [1, kMaxEntries].
+void check_workers(Index workers);
+
 // The plan's own shares if it has some for so many workers. Otherwise list scheduling: each unit in
 // turn goes to the worker that is free first, the lowest on a tie. Hence makespan <= total /
 // workers + the longest unit, and workers beyond the number of units have none.

@@ -7,8 +7,8 @@ namespace {
 // Fills worker after worker up to `most`, the time of a share.
 class Filling {
  public:
-  Filling(const Tile& tile, Index most, Index shortest_slice)
-      : tile_(tile),
+  Filling(const Plan& plan, Index most, Index shortest_slice)
+      : plan_(plan),
         most_(most),
         shortest_(shortest_slice),
         room_(most) {}
@@ -20,9 +20,10 @@ class Filling {
     const Index end = unit.k.end;
     while (true) {
       unit.k.end = end;
-      if (unit_cost(unit, tile_) > room_) {
-        const Index rows = paid_pixels(unit.m.size(), tile_);
-        const Index fitting = (room_ - kUnitOverhead * tile_.m) / rows;  // <= 0 where none does
+      if (unit_cost(plan_, unit) > room_) {
+        const Index block = paid_pixels(unit.m.size(), plan_.tile) *
+                            block_cost(plan_.pass, plan_.regions[unit.region]);
+        const Index fitting = (room_ - unit_overhead(plan_)) / block;  // <= 0 where none does
         const Index blocks = std::min(fitting, unit.k.size() - shortest_);
         if (blocks < shortest_) {  // nothing of it: the next worker's
           if (room_ == most_) return false;
@@ -32,7 +33,7 @@ class Filling {
         unit.k.end = unit.k.begin + blocks;
       }
       visit(unit, worker_);
-      room_ -= unit_cost(unit, tile_);
+      room_ -= unit_cost(plan_, unit);
       if (unit.k.end == end) return true;
       unit.k.begin = unit.k.end;
       next_worker();
@@ -47,20 +48,20 @@ class Filling {
     room_ = most_;
   }
 
-  const Tile& tile_;
+  const Plan& plan_;
   const Index most_, shortest_;
   Index worker_ = 0, room_;
 };
 
 }  // namespace
 
-std::vector<Unit> cut_into_shares(const std::vector<Unit>& units, const Tile& tile, Index workers,
-                                  Index shortest_slice) {
+std::vector<Unit> cut_into_shares(const Plan& plan, Index workers, Index shortest_slice) {
   Index total = 0;
-  for (const Unit& unit : units) total = add(total, unit_cost(unit, tile), "the cost of a plan");
+  for (const Unit& unit : plan.units)
+    total = add(total, unit_cost(plan, unit), "the cost of a plan");
   const auto suffices = [&](Index most) {
-    Filling filling(tile, most, shortest_slice);
-    for (const Unit& unit : units)
+    Filling filling(plan, most, shortest_slice);
+    for (const Unit& unit : plan.units)
       if (!filling.place(unit, [](const Unit&, Index) {})) return false;
     return filling.workers() <= workers;
   };
@@ -72,8 +73,8 @@ std::vector<Unit> cut_into_shares(const std::vector<Unit>& units, const Tile& ti
   }
 
   std::vector<Unit> result;
-  Filling filling(tile, enough, shortest_slice);
-  for (const Unit& unit : units) {
+  Filling filling(plan, enough, shortest_slice);
+  for (const Unit& unit : plan.units) {
     const auto first = result.size();
     filling.place(unit, [&](Unit slice, Index worker) {
       require(result.size() < static_cast<std::size_t>(kMaxEntries), "a plan must have at most ",

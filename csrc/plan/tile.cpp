@@ -13,31 +13,44 @@ void check_tile(const Tile& tile) {
 }
 
 Index channel_blocks(const Problem& problem, Index branch, Pass pass, const Tile& tile) {
-  const bool sums_inputs = pass == Pass::forward;
-  return ceil_div(sums_inputs ? problem.in_channels : problem.branches[branch].out_channels,
+  const bool sums_outputs = pass == Pass::grad_input;
+  return ceil_div(sums_outputs ? problem.branches[branch].out_channels : problem.in_channels,
                   tile.k);
 }
 
 Index k_blocks(const Problem& problem, Pass pass, const Region& region, const Tile& tile) {
   if (pass == Pass::grad_weight) return ceil_div(problem.batch * region.area(), tile.k);
+  if (pass == Pass::separable)
+    return channel_blocks(problem, region.live.front().branch, pass, tile);
   Index blocks = 0;
   for (const TapBlock& block : region.live)
     blocks += block.size() * channel_blocks(problem, block.branch, pass, tile);
   return blocks;
 }
 
+Index product_cost(Pass pass) { return pass == Pass::separable ? kPointwiseTaps : 1; }
+
+Index block_cost(Pass pass, const Region& region) {
+  return product_cost(pass) + (pass == Pass::separable ? region.tap_count() : 0);
+}
+
 Index paid_pixels(Index pixels, const Tile& tile) {
   return round_up(pixels, tile.tail, "the pixels of a region in whole tiles");
+}
+
+Index work(const Problem& problem, Pass pass, const Region& region, Index pixels,
+           const Tile& tile) {
+  const Index depth = multiply(k_blocks(problem, pass, region, tile), block_cost(pass, region),
+                               "the work of a region");
+  return multiply(paid_pixels(pixels, tile), depth, "the work of a region");
 }
 
 Index work(const Problem& problem, Pass pass, const std::vector<Region>& regions,
            const Tile& tile) {
   Index sum = 0;
-  for (const Region& region : regions) {
-    const Index own = multiply(paid_pixels(problem.batch * region.area(), tile),
-                               k_blocks(problem, pass, region, tile), "the work of a region");
-    sum = add(sum, own, "the work of all regions");
-  }
+  for (const Region& region : regions)
+    sum = add(sum, work(problem, pass, region, problem.batch * region.area(), tile),
+              "the work of all regions");
   return sum;
 }
 

@@ -35,9 +35,9 @@ void add_tiles(Plan& plan, Index region, Interval m, Index n, Index k) {
 void add_group(Plan& plan, const Problem& problem, const Group& group, Order order) {
   Tiling part = tiling(problem, group, order, plan.tile);
   const auto base = static_cast<Index>(plan.regions.size());
-  const Index n = group.pass == Pass::forward
-                      ? problem.branches[group.branches.front()].out_channels
-                      : problem.in_channels;
+  const Index n = group.pass == Pass::grad_input
+                      ? problem.in_channels
+                      : problem.branches[group.branches.front()].out_channels;
   for (const auto& [region, pixels] : part.tiles)
     add_tiles(plan, base + region, pixels, n,
               k_blocks(problem, group.pass, part.regions[region], plan.tile));
@@ -53,10 +53,11 @@ void add_weight_tiles(Plan& plan, const Problem& problem) {
   }
 }
 
-void longest_first(std::vector<Unit>& units, Index first, const Tile& tile) {
-  std::stable_sort(units.begin() + first, units.end(), [&](const Unit& a, const Unit& b) {
-    return unit_cost(a, tile) > unit_cost(b, tile);
-  });
+void longest_first(Plan& plan, Index first) {
+  const auto longer = [&](const Unit& a, const Unit& b) {
+    return unit_cost(plan, a) > unit_cost(plan, b);
+  };
+  std::stable_sort(plan.units.begin() + first, plan.units.end(), longer);
 }
 
 void image_by_image(Plan& plan) {
@@ -71,7 +72,7 @@ void image_by_image(Plan& plan) {
 void order_units(Plan& plan, Index processors) {
   constexpr Index kWaves = 2;  // more would keep too many images in use
   const Index tail = plan.pass == Pass::grad_weight ? count(plan.units) : kWaves * processors;
-  longest_first(plan.units, std::max<Index>(0, count(plan.units) - tail), plan.tile);
+  longest_first(plan, std::max<Index>(0, count(plan.units) - tail));
 }
 
 // Whole units, or equal shares where those take less time. Shares make all images be in use at
@@ -82,10 +83,11 @@ void balance(Plan& plan, const Options& options) {
   Plan cut = plan;
   order_units(plan, processors);
   if (plan.units.empty() || count(plan.units) / kFewWaves >= processors) return;
-  cut.units = cut_into_shares(cut.units, cut.tile, processors, options.shortest_slice);
+  cut.units = cut_into_shares(cut, processors, options.shortest_slice);
   cut.shares = cut.units.back().worker + 1;
   if (cut.units.size() == plan.units.size()) return;  // nothing is in need of a cut
-  const Index penalty = multiply(plan.tile.m, options.cut_overhead, "the cost of a cut");
+  const Index penalty =
+      multiply(plan.tile.m, options.cut_overhead * product_cost(plan.pass), "the cost of a cut");
   if (make_schedule(cut, processors).makespan() <
       make_schedule(plan, processors).makespan() - penalty)
     plan = std::move(cut);
@@ -102,10 +104,15 @@ Order order_named(std::string_view name) {
       "plan: order must be 'regions', 'merged', 'linear' or 'cheapest' but is '", name, "'"));
 }
 
-Index unit_cost(const Unit& unit, const Tile& tile) {
-  const Index work =
-      multiply(paid_pixels(unit.m.size(), tile), unit.k.size(), "the work of a unit");
-  return add(work, multiply(tile.m, kUnitOverhead, "the cost of a unit"), "the cost of a unit");
+Index unit_overhead(const Plan& plan) {
+  return multiply(plan.tile.m, kUnitOverhead * product_cost(plan.pass), "the cost of a unit");
+}
+
+Index unit_cost(const Plan& plan, const Unit& unit) {
+  const Index depth = multiply(unit.k.size(), block_cost(plan.pass, plan.regions[unit.region]),
+                               "the work of a unit");
+  const Index work = multiply(paid_pixels(unit.m.size(), plan.tile), depth, "the work of a unit");
+  return add(work, unit_overhead(plan), "the cost of a unit");
 }
 
 Index Plan::longest() const {

@@ -20,6 +20,7 @@ Order order_named(std::string_view name);
 //   forward     pixels of the region             output channels         taps x input channels
 //   grad_input  pixels of the region             input channels          taps x output channels
 //   grad_weight output channels of the branch    input channels          live pixels of the batch
+//   separable   pixels of the region             output channels         input channels
 // Pixels are in the region's linear order: column, row, image. Units of the same `tile` add up, in
 // the order of `slice`. A unit with an empty k writes zeros.
 struct Unit {
@@ -38,7 +39,7 @@ struct Options {
   Tile tile;
   Index processors = 0;      // SMs to balance for; 0 neither splits K nor reorders the last waves
   Index shortest_slice = 8;  // k blocks below which splitting K does not pay
-  Index cut_overhead = 8;    // k blocks: what a cut costs, whose sums are written, read and added
+  Index cut_overhead = 8;    // products: what a cut costs, whose sums are written, read and added
 };
 
 // Image by image, so that one image and the weights stay in cache; the last waves longest first.
@@ -53,11 +54,14 @@ struct Plan {
   Index total() const;    // k blocks of all units
 };
 
-// What filling the pipeline and writing a tile cost, in k blocks of a whole tile.
+// What filling the pipeline and writing a tile cost, in products of a whole tile with a k block.
 inline constexpr Index kUnitOverhead = 4;
 
-// Time of a unit, in paid rows * k blocks.
-Index unit_cost(const Unit& unit, const Tile& tile);
+// The part of every unit's time that does not grow with it.
+Index unit_overhead(const Plan& plan);
+
+// Time of a unit, in paid rows * k blocks * block_cost.
+Index unit_cost(const Plan& plan, const Unit& unit);
 
 // The regions of one group of branches in the order asked for.
 Tiling tiling(const Problem& problem, const Group& group, Order order, const Tile& tile);

@@ -169,7 +169,7 @@ struct Epilogue {
 
 // Per tile and row of warps, and combined, what batch normalisation needs.
 struct Statistics {
-  Statistics(const Case& c, const cuda::WorkList& list, const cuda::TileShape& shape, int outs)
+  Statistics(const Case& c, const plan::WorkList& list, const cuda::TileShape& shape, int outs)
       : rows(shape.m / shape.warp_m),
         bytes(c.math == Math::float64 ? 8 : 4),
         means(size_t(list.tiles) * rows * shape.n * bytes),
@@ -186,7 +186,7 @@ struct Statistics {
     combine.branches = int(c.branches.size());
     int first = 0;
     for (int b = 0; b < combine.branches; ++b) {
-      const cuda::TileRange tiles = list.branch_tiles[b];
+      const plan::TileRange tiles = list.branch_tiles[b];
       const auto channels = int32_t(c.branches[b].plan.out_channels);
       combine.branch[b] = {tiles.first, tiles.count, first, channels};
       first += channels;
@@ -260,8 +260,8 @@ bool run(Case& c) {
   options.shortest_slice = draw(1, 3);
   options.cut_overhead =
       draw(0, 1) ? -1000 : 0;  // less than nothing: cuts wherever that is possible
-  const cuda::WorkList list =
-      cuda::make_work_list(problem_of(c), c.pass, options, options.processors);
+  const plan::WorkList list =
+      plan::make_work_list(problem_of(c), c.pass, options, options.processors);
   c.text = plan::sentence(problem_of(c), " pass ", int(c.pass), " math ", int(c.math), " shape ",
                           index, " order ", name(options.order), " processors ", options.processors,
                           " units ", list.units.size(), " partials ", list.partials);

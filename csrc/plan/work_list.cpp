@@ -2,61 +2,60 @@
 #include "work_list.h"
 
 #include <limits>
+#include <numeric>
 
-namespace aspp::cuda {
+namespace aspp::plan {
 namespace {
-
-using plan::Index;
 
 int32_t narrow(Index value, const char* what) {
   constexpr Index kLimit = std::numeric_limits<int32_t>::max();
-  plan::require(value >= -kLimit && value <= kLimit, what, " must fit in 32 bits but is ", value);
+  require(value >= -kLimit && value <= kLimit, what, " must fit in 32 bits but is ", value);
   return static_cast<int32_t>(value);
 }
 
 // Numbers that would only turn up after much work, or in products of others.
-void check_sizes(const plan::Problem& problem) {
+void check_sizes(const Problem& problem) {
   narrow(problem.pixels(), "batch * height * width");
   narrow(problem.in_channels, "in_channels");
   Index outputs = 0;
-  for (const plan::Branch& branch : problem.branches)
-    outputs = plan::add(outputs, branch.out_channels, "the output channels of all branches");
+  for (const Branch& branch : problem.branches)
+    outputs = add(outputs, branch.out_channels, "the output channels of all branches");
   narrow(outputs, "the output channels of all branches");
 }
 
 class Translation {
  public:
-  Translation(const plan::Problem& problem, const plan::Plan& plan)
-      : problem_(problem),
-        plan_(plan) {}
+  Translation(const Problem& problem, const Plan& plan) : problem_(problem), plan_(plan) {}
 
   WorkList run(Index workers) {
     Index taps = 0;
-    for (const plan::Region& region : plan_.regions) taps += region.tap_count();
-    plan::require(taps <= plan::kMaxEntries, "a work list must have at most ", plan::kMaxEntries,
-                  " taps of regions but has ", taps);
-    for (const plan::Region& region : plan_.regions) add_region(region);
+    for (const Region& region : plan_.regions) taps += region.tap_count();
+    require(taps <= kMaxEntries, "a work list must have at most ", kMaxEntries,
+            " taps of regions but has ", taps);
+    for (const Region& region : plan_.regions) add_region(region);
     number_tiles();
     number_slices();
     const auto units = static_cast<Index>(plan_.units.size());
     list_.worker_begin.push_back(0);
     if (units == 0) return std::move(list_);
-    const plan::Schedule schedule = plan::make_schedule(plan_, busy_workers(workers, units));
+    const Schedule schedule = make_schedule(plan_, busy_workers(workers, units));
     for (const Index unit : schedule.units) add_unit(plan_.units[unit]);
+    order_launch(schedule);
     for (Index w = 1; w <= schedule.workers(); ++w)
       list_.worker_begin.push_back(narrow(schedule.begin[w], "the units of a plan"));
     return std::move(list_);
   }
 
  private:
-  void add_region(const plan::Region& region) {
-    const bool joint = plan_.pass == plan::Pass::grad_input;
+  void add_region(const Region& region) {
+    const bool joint = plan_.pass == Pass::grad_input;
+    const bool side_by_side = plan_.pass == Pass::separable;
     const auto begin = static_cast<int32_t>(list_.taps.size());
     Index block = 0;
-    for (const plan::Tap& tap : plan::taps(region)) {
-      const Index blocks = plan_.pass == plan::Pass::grad_weight
-                               ? plan::k_blocks(problem_, plan_.pass, region, plan_.tile)
-                               : plan::channel_blocks(problem_, tap.branch, plan_.pass, plan_.tile);
+    for (const Tap& tap : taps(region)) {
+      const Index blocks = plan_.pass == Pass::grad_weight
+                               ? k_blocks(problem_, plan_.pass, region, plan_.tile)
+                               : channel_blocks(problem_, tap.branch, plan_.pass, plan_.tile);
       // A tap that is dead everywhere keeps an empty region; what it would read may be far away.
       const bool dead = region.area() == 0;
       list_.taps.push_back(
@@ -65,14 +64,45 @@ class Translation {
            narrow(dead ? 0 : tap.dy, "the offset of a tap"),
            narrow(dead ? 0 : tap.dx, "the offset of a tap"), narrow(block, "the k blocks"),
            narrow(blocks, "the k blocks")});
-      block += blocks;
+      if (!side_by_side) block += blocks;
     }
     narrow(block, "the k blocks");
+    const auto first_run = static_cast<int32_t>(list_.runs.size());
+    const WorkTap* next = list_.taps.data() + begin;
+    for (const TapBlock& taps : region.live) add_run(region, taps, next);
     list_.regions.push_back(
         {narrow(region.rows.begin, "height"), narrow(region.cols.begin, "width"),
          narrow(region.rows.size(), "height"), narrow(region.cols.size(), "width"), begin,
          static_cast<int32_t>(list_.taps.size()), region.padded ? 1 : 0,
-         joint ? 0 : narrow(region.live.front().branch, "the branches")});
+         joint ? 0 : narrow(region.live.front().branch, "the branches"), first_run,
+         static_cast<int32_t>(list_.runs.size())});
+  }
+
+  // The next of the region's runs; `next` moves on to the first of the taps behind it.
+  void add_run(const Region& region, const TapBlock& taps, const WorkTap*& next) {
+    const bool dead = region.area() == 0;
+    const auto step = [&](Index value, Index steps) {
+      return narrow(dead || steps == 1 ? 0 : value, "the offset of a tap");
+    };
+    list_.runs.push_back({next->branch, next->index, next->dy, next->dx,
+                          narrow(taps.cols.size(), "the taps"),
+                          narrow(problem_.branches[taps.branch].kernel.w, "the taps"),
+                          step(taps.step.h, taps.rows.size()), step(taps.step.w, taps.cols.size()),
+                          next->first_block, next->blocks, narrow(taps.size(), "the taps")});
+    next += taps.size();
+  }
+
+  void order_launch(const Schedule& schedule) {
+    std::vector<Index> place(plan_.units.size());  // of the plan's units in the list
+    for (std::size_t i = 0; i < place.size(); ++i) place[schedule.units[i]] = static_cast<Index>(i);
+    std::vector<Index> order(place.size());
+    std::iota(order.begin(), order.end(), Index{0});
+    if (plan_.shares > 0)
+      std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) {
+        return unit_cost(plan_, plan_.units[a]) > unit_cost(plan_, plan_.units[b]);
+      });
+    for (const Index unit : order)
+      list_.launch_order.push_back(narrow(place[unit], "the units of a plan"));
   }
 
   // Without those that would have nothing to do.
@@ -84,7 +114,7 @@ class Translation {
   // A branch's tiles are neighbours, so that their range grows by one at a time.
   void number_tiles() {
     list_.branch_tiles.resize(problem_.branches.size());
-    for (const plan::Unit& unit : plan_.units) {
+    for (const Unit& unit : plan_.units) {
       const int32_t tile = narrow(unit.tile, "the tiles");
       list_.tiles = std::max(list_.tiles, tile + 1);
       TileRange& range = list_.branch_tiles[list_.regions[unit.region].branch];
@@ -98,7 +128,7 @@ class Translation {
   // Tiles in order of their number: the slices of one are neighbours.
   void number_slices() {
     std::vector<int32_t> slices(list_.tiles, 1);
-    for (const plan::Unit& unit : plan_.units) slices[unit.tile] = narrow(unit.slices, "slices");
+    for (const Unit& unit : plan_.units) slices[unit.tile] = narrow(unit.slices, "slices");
     partial_.resize(list_.tiles);
     counter_.resize(list_.tiles);
     Index partials = 0;
@@ -111,14 +141,14 @@ class Translation {
     list_.partials = narrow(partials, "the slices");
   }
 
-  void add_unit(const plan::Unit& unit) {
+  void add_unit(const Unit& unit) {
     const WorkRegion& region = list_.regions[unit.region];
     const int32_t k_begin = narrow(unit.k.begin, "the k blocks");
-    const auto first = list_.taps.begin() + region.tap_begin;
-    const auto behind =
-        std::upper_bound(first + 1, list_.taps.begin() + region.tap_end, k_begin,
-                         [](int32_t k, const WorkTap& each) { return k < each.first_block; });
-    const auto tap = static_cast<int32_t>(behind - list_.taps.begin()) - 1;
+    const auto taps = list_.taps.begin();
+    const auto at = std::partition_point(
+        taps + region.tap_begin, taps + region.tap_end - 1,
+        [&](const WorkTap& each) { return each.first_block + each.blocks <= k_begin; });
+    const auto tap = static_cast<int32_t>(at - taps);
     list_.units.push_back({narrow(unit.region, "the regions"), narrow(unit.m.begin, "m"),
                            narrow(unit.m.size(), "m"), narrow(unit.n.begin, "n"),
                            narrow(unit.n.size(), "n"), k_begin, narrow(unit.k.end, "the k blocks"),
@@ -127,18 +157,18 @@ class Translation {
                            narrow(unit.tile, "the tiles")});
   }
 
-  const plan::Problem& problem_;
-  const plan::Plan& plan_;
+  const Problem& problem_;
+  const Plan& plan_;
   WorkList list_;
   std::vector<int32_t> partial_, counter_;  // per tile
 };
 
 }  // namespace
 
-WorkList make_work_list(const plan::Problem& problem, plan::Pass pass, const plan::Options& options,
-                        plan::Index workers) {
+WorkList make_work_list(const Problem& problem, Pass pass, const Options& options, Index workers) {
+  check_workers(workers);
   check_sizes(problem);
-  return Translation(problem, plan::make_plan(problem, pass, options)).run(workers);
+  return Translation(problem, make_plan(problem, pass, options)).run(workers);
 }
 
-}  // namespace aspp::cuda
+}  // namespace aspp::plan
