@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, _native, dispatch
+from . import __version__, _gpu, _native, _triton, dispatch
 from ._native import read_build_info
 from .verified import VERIFIED
 
@@ -23,8 +22,7 @@ def describe_versions() -> Iterator[Row]:
     yield "aspp_ext", f"{__version__} in {Path(__file__).parent}"
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
-    found = importlib.util.find_spec("triton") is not None
-    yield "triton", importlib.metadata.version("triton") if found else "not installed"
+    yield "triton", _triton.version or "not installed"
 
 
 def describe_build() -> Iterator[Row]:
@@ -53,6 +51,8 @@ def describe_libraries() -> Iterator[Row]:
         yield "_plan", "loaded"
     except ImportError as error:
         yield "_plan", f"not loaded: {error}"
+    how = "interprets its kernels" if _triton.interpreted else "compiles its kernels"
+    yield "triton", _triton.missing or how
 
 
 def describe_devices() -> Iterator[Row]:
@@ -60,7 +60,8 @@ def describe_devices() -> Iterator[Row]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         size = f"{gpu.multi_processor_count} SMs, {gpu.total_memory / 2**30:.0f} GiB"
-        yield f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {size}"
+        architecture = _gpu.architecture(torch.device("cuda", index))
+        yield f"cuda:{index}", f"{gpu.name}, {architecture}, {size}"
     if not torch.cuda.device_count():
         yield "cuda", "no device"
 
@@ -74,8 +75,9 @@ def describe_environment() -> Iterator[Row]:
 def describe_verified() -> Iterator[Row]:
     for (implementation, architecture), result in sorted(VERIFIED.items()):
         yield f"{implementation} on {architecture}", f"{result.path}, commit {result.commit}"
-    if not VERIFIED:
-        yield "cuda", "on no architecture yet: the reference runs there"
+    for implementation in ("cuda", "triton"):
+        if not any(verified == implementation for verified, _ in VERIFIED):
+            yield implementation, "on no architecture yet: it runs where it is asked for by name"
 
 
 def describe_implementations(device: str) -> Iterator[Row]:

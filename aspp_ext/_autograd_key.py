@@ -50,7 +50,7 @@ def tensors_in(arguments: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _single_level(function: Any) -> Any:
+def _single_level(function: Any, family: Any) -> Any:
     """The same formulas as ``function``, in the form the Autograd key can apply."""
 
     class SingleLevel(_SingleLevelFunction):
@@ -61,6 +61,7 @@ def _single_level(function: Any) -> Any:
                 outputs = function.call(
                     lambda *a: op.redispatch(keyset & _after_autograd, *a), *inputs
                 )
+            ctx.family = family
             function.setup_context(ctx, inputs, outputs)
             return outputs
 
@@ -80,6 +81,7 @@ def register(
     library: torch.library.Library,
     op: Any,
     function: Any,
+    family: Any,
     check: Callable[..., Any],
     unpack: Callable[..., Any] = lambda outputs, *_: outputs,
     before: Callable[..., Any] | None = None,
@@ -87,6 +89,7 @@ def register(
     """Registers ``function`` as the gradient of ``op``.
 
     Args:
+        family: the operators to differentiate with, which the formulas find as ``ctx.family``.
         check: ``(*op_arguments)``, refuses what the operator refuses.
         unpack: ``(flat outputs, *op_arguments) -> what op returns``.
         before: ``(*op_arguments) -> result | None``, asked first when a gradient is needed; a
@@ -94,7 +97,7 @@ def register(
     """
     if unavailable is not None:
         return
-    single = _single_level(function)
+    single = _single_level(function, family)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if needs_gradient(tensors_in(arguments)):

@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cuda, _native, reference
+from . import _cuda, _native, _triton, reference
 from ._autograd_key import unavailable as autograd_unavailable
+
+# The rest of `ops` is built on this module.
+from .ops import head_composed
+from .ops.family import NATIVE, TRITON, Family
+from .ops.formats import like
 
 MAX_CPU_KERNEL = 63
 """Largest kernel size of the CPU kernels (csrc/cpu/branches.h)."""
@@ -85,8 +90,16 @@ def _cuda_unproven(problem: Problem) -> str | None:
     return _cuda.unproven(problem.x.device)
 
 
-def _native_op(name: str) -> Callable[..., Any]:
-    return lambda *arguments: getattr(torch.ops.aspp_ext, name)(*arguments)
+def _triton_why_not(problem: Problem) -> str | None:
+    return _triton.why_not(problem.x, len(problem.weights))
+
+
+def _triton_unproven(problem: Problem) -> str | None:
+    return _triton.unproven(problem.x.device)
+
+
+def _operator(family: Family, name: str) -> Callable[..., Any]:
+    return lambda *arguments: family.op(name)(*arguments)
 
 
 def pairs(rates: Sequence[int]) -> list[tuple[int, int]]:
@@ -135,15 +148,7 @@ def _reference_separable(
 
 
 def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
-    from .ops.formats import like  # this module is what `ops` is built on
-
     return like(x, reference.aspp_inference(x, _or_none(depthwise), weights, pairs(rates), *rest))
-
-
-def _composed_head(*arguments: Any) -> Tensor:
-    from .ops.head_composed import aspp_inference
-
-    return aspp_inference(*arguments)
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {
@@ -153,25 +158,32 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
-def _by_cuda(op: str) -> Callable[..., Any]:
-    return _composed_head if op == "aspp_inference" else _native_op(op)
+def _pyramids(family: Family, op: str) -> Callable[..., Any]:
+    """``op`` by kernels of pyramids, of which the head is composed."""
+    if op == "aspp_inference":
+        return lambda *arguments: head_composed.aspp_inference(*arguments, family=family)
+    return _operator(family, op)
 
 
-def _statistics(op: str, has_kernel: bool) -> Callable[..., Any] | None:
-    if op != "atrous_pyramid" or not has_kernel:
-        return None
-    return _native_op("atrous_pyramid_statistics")
+def _statistics(family: Family, op: str) -> Callable[..., Any] | None:
+    return _operator(family, "atrous_pyramid_statistics") if op == "atrous_pyramid" else None
+
+
+def _implementations(op: str, by_reference: Callable[..., Any]) -> tuple[Implementation, ...]:
+    statistics, native = _statistics(NATIVE, op), _operator(NATIVE, op)
+    by_triton = (_triton_unproven, _statistics(TRITON, op))
+    return (
+        Implementation("cuda", _cuda_why_not, _pyramids(NATIVE, op), _cuda_unproven, statistics),
+        Implementation("triton", _triton_why_not, _pyramids(TRITON, op), *by_triton),
+        Implementation(
+            "cpu", _cpu_why_not, native, statistics=statistics if _native.emulated else None
+        ),
+        Implementation("reference", _nothing, by_reference),
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    op: (
-        Implementation("cuda", _cuda_why_not, _by_cuda(op), _cuda_unproven, _statistics(op, True)),
-        Implementation(
-            "cpu", _cpu_why_not, _native_op(op), statistics=_statistics(op, _native.emulated)
-        ),
-        Implementation("reference", _nothing, call),
-    )
-    for op, call in _REFERENCE.items()
+    op: _implementations(op, by_reference) for op, by_reference in _REFERENCE.items()
 }
 """Per operator, every implementation in the order of preference."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cuda, _native
+from . import _gpu, _native, _triton
 from .dispatch import IMPLEMENTATIONS, Problem, select
 from .ops import checks
 from .ops.precision import allows_tf32
@@ -19,12 +19,15 @@ def _kernels(name: str, problem: Problem) -> str:
     """Which of an implementation's kernels run, in brackets; empty where there is no choice."""
     if name == "cpu" and _native.cpu_missing is None:
         return f" ({torch.ops.aspp_ext.cpu_isa()})"
-    if name != "cuda":
+    if name not in ("cuda", "triton"):
         return ""
-    architecture = _cuda.architecture(problem.x.device)
+    if name == "triton" and _triton.interpreted:
+        return " (interpreted)"
+    architecture = _gpu.architecture(problem.x.device)
     result = VERIFIED.get((name, architecture))
     proof = f"verified by {result.path}" if result else "not verified, but asked for by name"
-    products = ["in TF32"] if allows_tf32(problem.x) else []
+    dense = problem.op != "atrous_separable_pyramid"
+    products = ["in TF32"] if dense and allows_tf32(problem.x) else []
     return f" ({', '.join([architecture, *products, proof])})"
 
 

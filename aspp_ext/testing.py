@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _triton, reference
 from .dispatch import IMPLEMENTATIONS
+from .ops.family import NATIVE, TRITON, Family
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Pair = tuple[int, int]
@@ -224,6 +225,11 @@ def converted(arguments: Any, dtype: torch.dtype, device: str | torch.device | N
     return arguments
 
 
+def has_triton(device: str) -> bool:
+    """Whether Triton's kernels can run on "cpu" or "cuda"."""
+    return _triton.why_not(torch.empty(1, 1, 1, 1, device=device), 1) is None
+
+
 def _by_reference(name: str) -> Callable[..., Any]:
     return next(i.call for i in IMPLEMENTATIONS[name] if i.name == "reference")
 
@@ -292,14 +298,21 @@ class Op:
 
     @property
     def native(self) -> Any:
-        return getattr(torch.ops.aspp_ext, self.name)
+        return self.operator(NATIVE)
+
+    def operator(self, family: Family) -> Any:
+        return family.op(self.name)
 
     def implementations(self, device: str = "cpu") -> dict[str, Callable[..., Any]]:
-        """What computes this operator on a device. Gradients have one implementation there."""
-        if self.name not in IMPLEMENTATIONS:
-            return {device: self.native}
-        names = (device, "reference")
-        return {i.name: i.call for i in IMPLEMENTATIONS[self.name] if i.name in names}
+        """What computes this operator on a device: for gradients the families' operators.
+
+        Triton's are there where they can run: on a GPU, and under the interpreter on the CPU.
+        """
+        names = [device, *(["triton"] if has_triton(device) else []), "reference"]
+        if self.name in IMPLEMENTATIONS:
+            return {i.name: i.call for i in IMPLEMENTATIONS[self.name] if i.name in names}
+        families = {device: NATIVE, "triton": TRITON}
+        return {n: self.operator(family) for n, family in families.items() if n in names}
 
     def make(
         self,

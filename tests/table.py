@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import aspp_ext
-from aspp_ext import _native
+from aspp_ext import _native, _triton
+from aspp_ext.ops.family import NATIVE, TRITON
 from aspp_ext.testing import (
     DTYPES,
     OPS,
@@ -30,6 +31,16 @@ LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
 EMULATED = _native.emulated
 """Whether the CPU's dense pyramid is the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
+
+INTERPRETED = _triton.interpreted
+"""Whether Triton's operators are tested, and no others, interpreted: test_interpreted.py."""
+PLANNED = EMULATED or INTERPRETED
+"""Whether the tested dense pyramid goes by the planner's work lists."""
+FAMILY = TRITON if INTERPRETED else NATIVE
+"""The operators that are tested."""
+WIDEST = torch.float32 if INTERPRETED else torch.float64
+"""The most exact dtype that they compute in."""
+BACKENDS = ["triton"] if INTERPRETED else [None, "cpu", "reference"]
 
 CASES = [
     pytest.param(op, problem, id=f"{op_name}-{name}")
@@ -48,6 +59,23 @@ FORMAT_SHAPES = (
 )
 FORMATS = ("contiguous", "channels_last", "sliced", "transposed", "expanded_batch")
 WEIGHT_FORMATS = ("contiguous", "channels_last", "outputs_last")
+
+
+def has_dtype(implementation: str, dtype: torch.dtype) -> bool:
+    """Whether it computes in that dtype: of DTYPES, only Triton's kernels lack one, float64."""
+    return implementation != "triton" or dtype in _triton.DTYPES
+
+
+def implementations(op: Op) -> dict[str, Callable[..., Any]]:
+    """What computes it on the CPU, as far as it is tested in this process."""
+    found = op.implementations()
+    return {"triton": found["triton"]} if INTERPRETED else found
+
+
+def tested(op: Op) -> Callable[..., Any]:
+    """The operator; of the head, which Triton has none for, what composes it."""
+    return implementations(op)["triton"] if INTERPRETED else op.native
+
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
@@ -114,6 +142,8 @@ def draws_for(op: Op, dtype: torch.dtype) -> int:
     """The gradients of small weights are few numbers, so that several draws are judged together."""
     if not is_gradient(op):
         return 1
+    if INTERPRETED:
+        return 3
     return 20 if dtype == torch.float32 else 5
 
 

@@ -8,18 +8,28 @@ from typing import Any
 import pytest
 import torch
 from bad_inputs import BAD, FLOATS, VALID, Bad, T
-from table import EMULATED
+from table import BACKENDS, EMULATED
 from torch.utils._pytree import tree_leaves, tree_map
 
 import aspp_ext
+from aspp_ext import _triton
+from aspp_ext.ops.family import FAMILIES, NATIVE, TRITON, Family
 
-BACKENDS = [None, "cpu", "reference"]
 PUBLIC = ("atrous_pyramid", "atrous_separable_pyramid", "aspp_inference")
-each_bad = pytest.mark.parametrize("bad", BAD, ids=lambda b: f"{b.op}-{b.why}".replace(" ", "_"))
 each_public = pytest.mark.parametrize(
     "bad",
     [b for b in BAD if b.op in PUBLIC],
     ids=lambda b: f"{b.op}-{b.why}".replace(" ", "_"),
+)
+# Triton's operators; of the head there is none.
+each_direct = pytest.mark.parametrize(
+    ("bad", "family"),
+    [
+        pytest.param(b, f, id=f"{b.op}{f.suffix}-{b.why}".replace(" ", "_"))
+        for b in BAD
+        for f in FAMILIES
+        if f is NATIVE or b.op != "aspp_inference"
+    ],
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
@@ -31,8 +41,8 @@ def made(arguments: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def call_direct(op: str, arguments: dict[str, Any]) -> Any:
-    return getattr(torch.ops.aspp_ext, op)(*arguments.values())
+def call_direct(op: str, arguments: dict[str, Any], family: Family = NATIVE) -> Any:
+    return family.op(op)(*arguments.values())
 
 
 def call_public(op: str, arguments: dict[str, Any], backend: str | None) -> Any:
@@ -67,6 +77,44 @@ def test_the_valid_arguments_are_valid(op, device) -> None:
             assert call_public(op, arguments, backend).shape == direct.shape
 
 
+REFUSED = {
+    "missing": "Triton is not installed",
+    "cpu": "Triton computes on GPUs; on the CPU only its interpreter does (TRITON_INTERPRET=1)",
+    "float64": "dtypes are float32, bfloat16 and float16, got float64",
+    "branches": "branches go up to 64, got 65",
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+@pytest.mark.parametrize("op", [op for op in VALID if op != "aspp_inference"])
+def test_what_triton_cannot_run(op, why, monkeypatch) -> None:
+    """Of what is valid, before a kernel is loaded."""
+    monkeypatch.setattr(_triton, "missing", REFUSED[why] if why == "missing" else None)
+    monkeypatch.setattr(_triton, "interpreted", why not in ("missing", "cpu"))
+    arguments = made(VALID[op])
+    if why == "float64":
+        arguments = tree_map(lambda v: v.double() if torch.is_tensor(v) else v, arguments)
+    if why == "branches":
+        arguments = repeated(arguments, 65)
+    with pytest.raises(RuntimeError) as refusal:
+        call_direct(op, arguments, TRITON)
+    assert str(refusal.value) == f"{op}: {REFUSED[why]}"
+
+
+def repeated(arguments: dict[str, Any], times: int) -> dict[str, Any]:
+    """The same with as many branches, each of them the first."""
+    per_branch = {"rates": 2, "kernels": 2}
+    many = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            many[name] = value[: per_branch.get(name, 1)] * times
+        elif name in ("grad", "scale", "shift"):  # of the outputs, four in a branch
+            size = [*value.shape]
+            size[1 if value.dim() == 4 else 0] = 4 * times
+            many[name] = value.new_zeros(size)
+    return many
+
+
 @each_backend
 @each_public
 def test_public_functions(bad, backend) -> None:
@@ -80,18 +128,18 @@ def test_public_functions(bad, backend) -> None:
             assert torch.equal(a, b)
 
 
-@each_bad
-def test_direct_operators(bad) -> None:
+@each_direct
+def test_direct_operators(bad, family) -> None:
     """A fake kernel answers where devices are mixed, hence the other kinds of exception."""
     with pytest.raises((RuntimeError, ValueError, TypeError)) as refusal:
-        call_direct(bad.op, made(bad.arguments))
+        call_direct(bad.op, made(bad.arguments), family)
     assert str(refusal.value).partition("\n")[0] == bad.message()
 
 
-@each_bad
-def test_fakes(bad) -> None:
+@each_direct
+def test_fakes(bad, family) -> None:
     with pytest.raises((RuntimeError, ValueError, TypeError)) as refusal:
-        call_direct(bad.op, made(bad.arguments, "meta"))
+        call_direct(bad.op, made(bad.arguments, "meta"), family)
     assert str(refusal.value).partition("\n")[0] == bad.message("meta")
 
 
@@ -110,7 +158,8 @@ def test_with_gradients(bad) -> None:
         lambda v: v.requires_grad_() if isinstance(v, torch.Tensor) and v.numel() else v,
         made(bad.arguments),
     )
-    for call in (call_direct, lambda op, a: call_public(op, a, None)):
+    calls = [lambda op, a, f=family: call_direct(op, a, f) for family in FAMILIES]
+    for call in (*calls, lambda op, a: call_public(op, a, None)):
         with pytest.raises((RuntimeError, ValueError)) as refusal:
             call(bad.op, arguments)
         assert str(refusal.value).partition("\n")[0] == bad.message()
@@ -183,7 +232,7 @@ PYTHON_ONLY = {
     "between too long, none": (separable(between=[None, None]), ValueError,
         S + "between must have one entry per branch, got 2 for 1 branches"),
     "backend": (pyramid(backend="tpu"), ValueError,
-        A + "backend must be one of cuda, cpu, reference, got 'tpu'"),
+        A + "backend must be one of cuda, triton, cpu, reference, got 'tpu'"),
     "backend cannot": (pyramid(weights=[zeros(4, 6, 65, 1)], backend="cpu"), RuntimeError,
         A + "backend 'cpu' cannot run this: kernel sizes go up to 63, got 65x1"),
     "head weights": (head(weights=W), TypeError, H + f"weights {LIST} Tensor"),
@@ -218,7 +267,9 @@ def test_a_kernel_too_large_for_the_cpu_goes_to_the_reference() -> None:
 
 def test_backend_by_environment(monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="must be one of cuda, cpu, reference, got 'nonsense'"):
+    with pytest.raises(
+        ValueError, match="must be one of cuda, triton, cpu, reference, got 'nonsense'"
+    ):
         pyramid()()
     pyramid(backend="cpu")()  # an argument wins
     monkeypatch.setenv("ASPP_EXT_BACKEND", "")

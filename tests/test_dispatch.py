@@ -13,34 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretending import LAST, RESULT, Calls, on_cuda, pretend, pretend_a_gpu, problem, reasons
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import aspp_ext
-from aspp_ext import _cuda, _native, dispatch, verified
+from aspp_ext import _gpu, _native, verified
 from aspp_ext.__main__ import describe_implementations, describe_verified
 from aspp_ext.dispatch import Problem, select
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = verified.Result("benchmarks/results/a-correctness.csv", "abc1234", "0" * 16)
-COLUMNS = ["check", "result", "detail", "date"]
+COLUMNS = ["implementation", "check", "result", "detail", "date"]
 COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
-
-
-def pretend(monkeypatch, major: int, minor: int) -> None:
-    """That every device has this compute capability."""
-    monkeypatch.setattr(_cuda, "capability", lambda device: (major, minor))
 
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """A CUDA device of compute capability 9.0 and a loaded library, as far as Python can see."""
-    monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
-    monkeypatch.setattr(_native, "cuda_missing", None)
-    monkeypatch.setattr(_cuda, "has_device", lambda: True)
-    pretend(monkeypatch, 9, 0)
-    for key in list(verified.VERIFIED):
-        monkeypatch.delitem(verified.VERIFIED, key)
+    pretend_a_gpu(monkeypatch)
     return monkeypatch
 
 
@@ -55,18 +43,6 @@ def device(pretended):
 def proven(device):
     device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
     return device
-
-
-def on_cuda(*shape: int, **keywords) -> torch.Tensor:
-    return torch.empty(shape, device="cuda", **keywords)
-
-
-def problem(op: str = "atrous_pyramid", shape=(2, 8, 9, 9), branches: int = 1) -> Problem:
-    return Problem(op, on_cuda(*shape), (on_cuda(8, shape[1], 3, 3),) * branches)
-
-
-def reasons(p: Problem) -> dict[str, str | None]:
-    return {i.name: i.reason(p) for i in dispatch.IMPLEMENTATIONS[p.op]}
 
 
 OPS = ["atrous_pyramid", "aspp_inference"]
@@ -114,7 +90,7 @@ def test_what_they_cannot_run_is_refused_in_words(op, why, proven) -> None:
     if why == "library":
         proven.setattr(_native, "cuda_missing", sentence)
     if why == "no device":
-        proven.setattr(_cuda, "has_device", lambda: False)
+        proven.setattr(_gpu, "has_device", lambda: False)
     if why == "capability":
         pretend(proven, 7, 5)
     if why == "device":
@@ -143,24 +119,6 @@ def test_separable_branches_stay_with_the_reference(proven) -> None:
     assert (y.shape, y.device.type) == ((1, 4, 9, 9), "cuda")
 
 
-class Calls(TorchDispatchMode):
-    """Arguments of the operators of ours that run, with those that have their default left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "aspp_ext":
-            assert function._schema.name == "aspp_ext::atrous_pyramid"
-            self.seen.append(args)
-        return function(*args, **(kwargs or {}))
-
-
-# Copies of fake CUDA tensors need a PyTorch with CUDA, hence tensors that are read in place.
-LAST = {"memory_format": torch.channels_last}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pyramid_runs_as_itself(dtype, proven) -> None:
     x, w, shift = (on_cuda(*s, dtype=dtype) for s in ((2, 8, 9, 9), (4, 8, 3, 3), (4,)))
@@ -168,7 +126,9 @@ def test_the_pyramid_runs_as_itself(dtype, proven) -> None:
         y = aspp_ext.atrous_pyramid(x, [w], [2], shift=shift, activation="relu")
     assert (y.shape, y.dtype, y.device.type) == ((2, 4, 9, 9), dtype, "cuda")
     tf32 = [True] if dtype == torch.float32 else []  # PyTorch's default for convolutions
-    assert [list(c[3:]) for c in calls.seen] == [[None, shift, True, *tf32]]
+    ((name, arguments),) = calls
+    assert name == "atrous_pyramid"
+    assert arguments[3:] == (None, shift, True, *tf32)
 
 
 def test_the_head_runs_as_two_pyramids(proven) -> None:
@@ -178,9 +138,9 @@ def test_the_head_runs_as_two_pyramids(proven) -> None:
         y = aspp_ext.aspp_inference(x, [None], [w], [2], *rest)
     assert y.shape == (2, 5, 9, 9)
     assert y.is_contiguous(**LAST)
-    assert len(calls.seen) == 2
-    assert [w.shape for c in calls.seen for w in c[1]] == [(4, 8, 3, 3), (5, 4, 1, 1)]
-    assert all(t.is_contiguous(**LAST) for c in calls.seen for t in (c[0], *c[1]))
+    assert calls.names == ["atrous_pyramid"] * 2
+    assert [w.shape for _, c in calls for w in c[1]] == [(4, 8, 3, 3), (5, 4, 1, 1)]
+    assert all(t.is_contiguous(**LAST) for _, c in calls for t in (c[0], *c[1]))
 
 
 class Layer(torch.nn.Module):
@@ -236,25 +196,35 @@ def test_the_report_lists_it(device) -> None:
     rows = dict(describe_implementations("cuda"))
     assert rows["atrous_pyramid: cuda"] == UNPROVEN
     assert rows["atrous_pyramid: reference"] == "can run"
-    assert dict(describe_verified()) == {"cuda": "on no architecture yet: the reference runs there"}
+    nowhere = "on no architecture yet: it runs where it is asked for by name"
+    assert dict(describe_verified()) == {"cuda": nowhere, "triton": nowhere}
     device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
     assert dict(describe_implementations("cuda"))["aspp_inference: cuda"] == "can run"
-    (row,) = describe_verified()
-    assert row == ("cuda on sm_90", f"{RESULT.path}, commit {RESULT.commit}")
+    result = f"{RESULT.path}, commit {RESULT.commit}"
+    assert dict(describe_verified()) == {"cuda on sm_90": result, "triton": nowhere}
 
 
-def digest_of_sources(root: Path = ROOT) -> str:
+DECIDING = {
+    "cuda": ("csrc/cuda", "csrc/cuda/kernels", "csrc/cuda/ptx", "csrc/plan"),
+    "triton": ("aspp_ext/triton", "csrc/plan", "csrc/plan_bindings.cpp"),
+}
+
+
+def digest_of_sources(implementation: str, root: Path = ROOT) -> str:
     """Of all that decides what runs on the device: kernels, bindings and planner."""
     digest = hashlib.sha256()
-    for folder in ("csrc/cuda", "csrc/cuda/kernels", "csrc/cuda/ptx", "csrc/plan"):
-        for path in sorted((root / folder).iterdir()):
+    for name in DECIDING[implementation]:
+        place = root / name
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
             if path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def why_no_proof(result: verified.Result, architecture: str, root: Path = ROOT) -> str | None:
-    """What a record's file lacks, or None."""
+def why_no_proof(
+    result: verified.Result, implementation: str, architecture: str, root: Path = ROOT
+) -> str | None:
+    """What a record's file lacks, or None. Another implementation may have failed in the same."""
     if not re.fullmatch(r"benchmarks/results/[a-z0-9-]+-correctness\.csv", result.path):
         return "is not benchmarks/results/<device>-correctness.csv"
     if not (root / result.path).exists():
@@ -264,8 +234,9 @@ def why_no_proof(result: verified.Result, architecture: str, root: Path = ROOT) 
         rows = list(reader)
     if reader.fieldnames != COLUMNS:
         return f"has the columns {reader.fieldnames}"
-    if not rows:
-        return "has no checks"
+    rows = [row for row in rows if row["implementation"] == implementation]
+    if (checks := [row["check"] for row in rows]) != list(verified.PROOFS[implementation]):
+        return f"has the checks {checks} of {implementation}"
     for row in rows:
         if row["result"] != "passed":
             return f"has {row['check']}: {row['result']}"
@@ -276,49 +247,79 @@ def why_no_proof(result: verified.Result, architecture: str, root: Path = ROOT) 
 
 def test_every_record_is_a_committed_file_in_which_all_passed() -> None:
     for (implementation, architecture), result in verified.VERIFIED.items():
-        assert implementation == "cuda"
-        assert why_no_proof(result, architecture) is None, result.path
+        assert implementation in DECIDING
+        assert why_no_proof(result, implementation, architecture) is None, result.path
         # Kernels that have changed since were not verified: run the checks again or drop the line.
-        assert result.sources == digest_of_sources(), result.path
+        assert result.sources == digest_of_sources(implementation), result.path
         if (ROOT / ".git").exists():
             git = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", result.path]
             assert subprocess.run(git, capture_output=True).returncode == 0, result.path
 
 
-def test_digest_follows_every_source(tmp_path) -> None:
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    before = digest_of_sources(tmp_path)
-    assert before == digest_of_sources()
-    for name in ("cuda/kernels/loaders.cuh", "cuda/ptx/mma.cuh", "cuda/params.h", "plan/units.cpp"):
-        path = tmp_path / "csrc" / name
-        path.write_bytes(path.read_bytes() + b" ")
-        assert digest_of_sources(tmp_path) != before, name
-        before = digest_of_sources(tmp_path)
-
-
-GOOD = dict.fromkeys(COLUMNS, "") | {"check": "forward", "result": "passed"}
-GOOD |= {"architecture": "sm_90", "commit": "abc1234"}
-WRONG = {
-    "none": ([GOOD], None),
-    "failed": ([GOOD, GOOD | {"check": "gradients", "result": "failed"}], "has gradients: failed"),
-    "skipped": ([GOOD | {"result": "skipped"}], "has forward: skipped"),
-    "device": ([GOOD | {"architecture": "sm_80"}], "has forward on sm_80 at abc1234"),
-    "commit": ([GOOD | {"commit": "abc1234-dirty"}], "has forward on sm_90 at abc1234-dirty"),
-    "empty": ([], "has no checks"),
-    "columns": ([{"check": "forward", "result": "passed"}], "has the columns ['check', 'result']"),
+CUDA_SOURCES = ("kernels/loaders.cuh", "ptx/mma.cuh", "params.h")
+SOURCES = {
+    "cuda": (*(f"csrc/cuda/{name}" for name in CUDA_SOURCES), "csrc/plan/units.cpp"),
+    "triton": ("aspp_ext/triton/operators.py", "csrc/plan/units.cpp", "csrc/plan_bindings.cpp"),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("implementation", SOURCES)
+def test_digest_follows_every_source(implementation, tmp_path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("csrc", "aspp_ext/triton"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    before = digest_of_sources(implementation, tmp_path)
+    assert before == digest_of_sources(implementation)
+    for name in SOURCES[implementation]:
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes() + b" ")
+        assert digest_of_sources(implementation, tmp_path) != before, name
+        before = digest_of_sources(implementation, tmp_path)
+
+
+def proofs(implementation: str, **changed: str) -> list[dict[str, str]]:
+    """Its rows of a file in which all passed, or the last one with something else."""
+    common = dict.fromkeys(COLUMNS, "") | {"implementation": implementation, "result": "passed"}
+    common |= {"architecture": "sm_90", "commit": "abc1234"}
+    rows = [common | {"check": check} for check in verified.PROOFS[implementation]]
+    return [*rows[:-1], rows[-1] | changed]
+
+
+CUDA, TRITON = proofs("cuda"), proofs("triton")
+FAILED = proofs("triton", result="failed")
+LAST_CHECK = TRITON[-1]["check"]
+RECORDS = {
+    "both": ([*CUDA, *TRITON], None),
+    "alone": (TRITON, None),
+    "the other failed": ([*proofs("cuda", result="failed"), *TRITON], None),
+    "failed": ([*CUDA, *FAILED], f"has {LAST_CHECK}: failed"),
+    "skipped": (proofs("triton", result="skipped"), f"has {LAST_CHECK}: skipped"),
+    "device": (proofs("triton", architecture="sm_80"), f"has {LAST_CHECK} on sm_80 at abc1234"),
+    "commit": (proofs("triton", commit="abc1234-dirty"),
+        f"has {LAST_CHECK} on sm_90 at abc1234-dirty"),
+    "one less": ([*CUDA, *TRITON[1:]],
+        f"has the checks {[row['check'] for row in TRITON[1:]]} of triton"),
+    "the other's alone": (CUDA, "has the checks [] of triton"),
+    "empty": ([], "has the checks [] of triton"),
+    "columns": ([{"check": "build", "result": "passed"}], "has the columns ['check', 'result']"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
 def test_a_bad_record_is_found(name, tmp_path) -> None:
-    rows, expected = WRONG[name]
-    assert why_no_proof(RESULT, "sm_90", tmp_path) == "does not exist"
+    rows, expected = RECORDS[name]
+    record = (RESULT, "triton", "sm_90", tmp_path)
+    assert why_no_proof(*record) == "does not exist"
     path = tmp_path / RESULT.path
     path.parent.mkdir(parents=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    assert why_no_proof(RESULT, "sm_90", tmp_path) == expected
+    assert why_no_proof(*record) == expected
     elsewhere = RESULT._replace(path="results.csv")
-    assert str(why_no_proof(elsewhere, "sm_90", tmp_path)).startswith("is not")
+    assert str(why_no_proof(elsewhere, *record[1:])).startswith("is not")
+
+
+def test_every_implementation_with_kernels_of_its_own_has_proofs() -> None:
+    assert set(verified.PROOFS) == set(DECIDING) == set(SOURCES)

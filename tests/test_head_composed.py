@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The head as two dense pyramids, as it runs on CUDA: here by the CPU's operator."""
+"""The head as pyramids, as it runs on GPUs: here by the CPU's operators."""
 
 from __future__ import annotations
 
@@ -25,73 +25,97 @@ import aspp_ext
 from aspp_ext import dispatch
 from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.ops.head_composed import aspp_inference
-from aspp_ext.testing import OPS, PROBLEMS
+from aspp_ext.testing import OPS, PROBLEMS, Op
 
 HEAD = OPS["head"]
+HEADS = {name: OPS[name] for name in ("head", "head_separable")}
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
 STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
 
 
 @each_dtype
 @each_problem
-def test_integers_are_exact(problem, dtype) -> None:
-    if HEAD.exact(problem):
-        check_integers(aspp_inference, HEAD, HEAD.make(problem, dtype, integer=True))
+@each_head
+def test_integers_are_exact(head, problem, dtype) -> None:
+    if head.exact(problem):
+        check_integers(aspp_inference, head, head.make(problem, dtype, integer=True))
+
+
+@each_dtype
+def test_integers_of_both_kinds_of_branches_are_exact(dtype) -> None:
+    """A dense 3x3 among separable branches, which no pyramid has together."""
+    problem = next(p for p in PROBLEMS.values() if HEAD.exact(p) and len(p.branches) > 1)
+    x, depthwise, weights, *rest = HEADS["head_separable"].make(problem, dtype, integer=True)
+    for at in range(len(weights)):
+        given, mixed = list(depthwise), list(weights)
+        given[at] = x.new_empty(0)
+        mixed[at] = torch.randint(-1, 2, (*weights[at].shape[:2], 3, 3)).to(dtype)
+        check_integers(aspp_inference, HEADS["head_separable"], (x, given, mixed, *rest))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=dtype_id)
 @pytest.mark.parametrize("problem", STATISTICS, ids=lambda p: p.name)
-def test_error_law(problem, dtype) -> None:
-    check_error_law(aspp_inference, HEAD, problem, dtype, "cpu")
+@each_head
+def test_error_law(head, problem, dtype) -> None:
+    check_error_law(aspp_inference, head, problem, dtype, "cpu")
 
 
 @each_problem
-def test_float64(problem) -> None:
-    check_float64(aspp_inference, HEAD, problem, "cpu")
+@each_head
+def test_float64(head, problem) -> None:
+    check_float64(aspp_inference, head, problem, "cpu")
 
 
 @pytest.mark.skipif(EMULATED, reason="a NaN among the weights reaches more: see check_nan")
 @pytest.mark.parametrize("name", SEEN)
-def test_nan_reaches_exactly_what_sees_it(name) -> None:
-    check_nan(aspp_inference, HEAD, PROBLEMS[name], torch.float32, "cpu")
+@each_head
+def test_nan_reaches_exactly_what_sees_it(head, name) -> None:
+    check_nan(aspp_inference, head, PROBLEMS[name], torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "outputs_last"])
-def test_memory_format_is_the_input_s(layout, weight_layout) -> None:
+@each_head
+def test_memory_format_is_the_input_s(head, layout, weight_layout) -> None:
     problem = replace(PROBLEMS["aspp"], layout=layout, weight_layout=weight_layout)
-    arguments = HEAD.make(problem, torch.float32)
+    arguments = head.make(problem, torch.float32)
     got = aspp_inference(*arguments)
     assert is_channels_last(got) == is_channels_last(arguments[0])
-    assert got.stride() == HEAD.native(*arguments).stride()
+    assert got.stride() == head.native(*arguments).stride()
 
 
 @pytest.fixture
 def chosen(monkeypatch) -> None:
     """The composition takes the native head's place."""
     own = dispatch.IMPLEMENTATIONS["aspp_inference"]
-    dense = [replace(i, call=aspp_inference) if i.name == "cpu" else i for i in own]
-    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "aspp_inference", tuple(dense))
+    composed = [replace(i, call=aspp_inference) if i.name == "cpu" else i for i in own]
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "aspp_inference", tuple(composed))
 
 
 class Layer(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, head: Op = HEAD) -> None:
         super().__init__()
-        _, _, weights, self.rates, *rest = HEAD.make(PROBLEMS["aspp"], torch.float32)
+        _, depthwise, weights, self.rates, *rest = head.make(PROBLEMS["aspp"], torch.float32)
+        self.depthwise = torch.nn.ParameterList(depthwise).requires_grad_(False)
         self.weights = torch.nn.ParameterList(weights).requires_grad_(False)
         self.rest = torch.nn.ParameterList(rest).requires_grad_(False)
 
     def forward(self, x):
-        none, pairs = [None] * len(self.weights), dispatch.pairs(self.rates)
-        return aspp_ext.aspp_inference(x, none, list(self.weights), pairs, *self.rest)
+        given, pairs = (
+            [d if d.numel() else None for d in self.depthwise],
+            dispatch.pairs(self.rates),
+        )
+        return aspp_ext.aspp_inference(x, given, list(self.weights), pairs, *self.rest)
 
 
 SIZES = [(2, 17, 19), (3, 8, 12), (4, 31, 5)]
 
 
-def test_compile_once_for_all_sizes(chosen, fresh_compiler) -> None:
-    layer = Layer()
+@each_head
+def test_compile_once_for_all_sizes(head, chosen, fresh_compiler) -> None:
+    layer = Layer(head)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, (n, h, w) in enumerate(SIZES):
         x = torch.randn(n, 16, h, w)
@@ -100,14 +124,15 @@ def test_compile_once_for_all_sizes(chosen, fresh_compiler) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_export(strict, chosen, fresh_compiler) -> None:
-    layer = Layer()
+@each_head
+def test_export(head, strict, chosen, fresh_compiler) -> None:
+    layer = Layer(head)
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
     with torch.no_grad():
         x = torch.randn(2, 16, 17, 17)
         program = torch.export.export(layer, (x,), dynamic_shapes=(dims,), strict=strict)
         targets = [str(n.target) for n in program.graph.nodes]
-        assert targets.count("aspp_ext.atrous_pyramid.default") == 2
+        assert sum("aspp_ext.atrous_" in target for target in targets) == 2
         for n, h, w in SIZES:
             x = torch.randn(n, 16, h, w)
             torch.testing.assert_close(program.module()(x), layer(x))
@@ -122,7 +147,7 @@ def test_autocast(chosen) -> None:
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name in PAIRS if "separable" not in name])
+@pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("last", [False, True])
 def test_modules(name, last, chosen) -> None:
     layout = torch.channels_last if last else torch.contiguous_format

@@ -38,9 +38,14 @@ SCHEMAS = {
     "-> Tensor",
     "cpu_isa": "() -> str",
 }
+TRITON = "_triton"
+WITHOUT_SIBLING = ["aspp_inference", "cpu_isa"]
+SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
+SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]
 ON_CUDA_ALONE = ["atrous_pyramid_statistics"]
 CALLED_BY_USERS = ["atrous_pyramid", "atrous_separable_pyramid", "aspp_inference"]
+CALLED_BY_USERS += [f"{name}{TRITON}" for name in (*CALLED_BY_USERS[:2], *ON_CUDA_ALONE)]
 each_op = pytest.mark.parametrize("name", TENSOR_OPS)
 
 
@@ -64,6 +69,18 @@ def test_schema_accepts_every_old_call(name) -> None:
     old = torch._C.parse_schema(f"aspp_ext::{name}{SCHEMAS[name]}")
     new = getattr(torch.ops.aspp_ext, name).default._schema
     assert new.is_backward_compatible_with(old), f"{new}"
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_a_sibling_is_the_native_operator_by_another_name(name) -> None:
+    native, own = (getattr(torch.ops.aspp_ext, n).default for n in (name[: -len(TRITON)], name))
+    assert str(own._schema) == str(native._schema).replace("(", f"{TRITON}(", 1)
+    assert own.tags == native.tags
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_a_sibling_has_a_kernel_on_gpus(name) -> None:
+    assert has_kernel(name, "CUDA")
 
 
 @each_op

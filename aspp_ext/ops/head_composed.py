@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``aspp_inference`` of dense branches as two dense pyramids, where no kernel does all of it."""
+"""``aspp_inference`` as pyramids behind one another, where no kernel does all of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .family import NATIVE, Family
 from .formats import like, pointwise_as_channels_last
 from .precision import allows_tf32
 
@@ -23,18 +24,54 @@ def aspp_inference(
     pool_shift: Tensor | None,
     project_weight: Tensor,
     project_shift: Tensor,
+    *,
+    family: Family = NATIVE,
 ) -> Tensor:
-    """The operator's arguments, all depthwise weights empty; [N, P, H, W] in x's memory format."""
-    pyramid, tf32 = torch.ops.aspp_ext.atrous_pyramid, allows_tf32(x)
-    # The projection reads channels_last in place; a weight's format asks the branches for it.
-    first, *others = weights
-    y = pyramid(x, [_channels_last(first), *others], rates, None, shift, True, tf32)
+    """The operator's arguments; [N, P, H, W] in x's memory format."""
+    y = _branches(family, x, depthwise, weights, rates, shift)
     if pool_weight is not None and pool_shift is not None:
         widths = [y.size(1), pool_weight.size(0)]
         project_weight, of_pooled = project_weight.split(widths, 1)
         project_shift = _pooled_shift(x, pool_weight, pool_shift, of_pooled, project_shift)
     project = _channels_last(project_weight.unsqueeze(2).unsqueeze(3))
-    return like(x, pyramid(y, [project], [1, 1], None, project_shift, True, tf32))
+    pyramid = family.op("atrous_pyramid")
+    return like(x, pyramid(y, [project], [1, 1], None, project_shift, True, allows_tf32(x)))
+
+
+def _branches(
+    family: Family,
+    x: Tensor,
+    depthwise: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    rates: list[int],
+    shift: Tensor,
+) -> Tensor:
+    """[N, sum O, H, W]: the branches side by side, before the projection.
+
+    The projection reads channels_last in place; a weight's format asks a pyramid for it.
+    """
+    if not any(d.numel() for d in depthwise):
+        first, *others = weights
+        pyramid, tf32 = family.op("atrous_pyramid"), allows_tf32(x)
+        return pyramid(x, [_channels_last(first), *others], rates, None, shift, True, tf32)
+    # A plain 1x1 is a branch of a separable pyramid, too.
+    separable = [
+        d.numel() > 0 or tuple(w.shape[2:]) == (1, 1)
+        for d, w in zip(depthwise, weights, strict=True)
+    ]
+    if all(separable):
+        first, *others = weights
+        pyramid, pointwise = family.op("atrous_separable_pyramid"), [_channels_last(first), *others]
+        none = [x.new_empty(0)] * len(weights)  # no empty list: AOTInductor would make it None
+        return pyramid(x, depthwise, pointwise, rates, none, none, False, None, shift, True)
+    # No pyramid has both kinds: each is computed with its own, one branch beside the other.
+    parts = [
+        _branches(family, x, [d], [w], rates[2 * b : 2 * b + 2], s)
+        for b, (d, w, s) in enumerate(
+            zip(depthwise, weights, shift.split([w.size(0) for w in weights]), strict=True)
+        )
+    ]
+    return torch.cat(parts, 1)
 
 
 def _channels_last(weight: Tensor) -> Tensor:

@@ -19,15 +19,18 @@ from .._autograd_key import register
 from ..dispatch import Problem, pairs, select
 from . import checks
 from .checks import Rate
+from .family import FAMILIES, NATIVE, Family, family_of
 from .formats import empty_image
 from .precision import allows_tf32
 from .registration import (
     fold_image,
     library,
     register_autocast,
+    register_fake,
     register_vmap,
     under_autocast,
 )
+from .sibling import define_sibling
 
 _OP = "atrous_pyramid"
 
@@ -112,26 +115,25 @@ def add(*terms: Any) -> Any:
     return None if not present else sum(present[1:], start=present[0])
 
 
-def _ops() -> Any:
-    return torch.ops.aspp_ext
-
-
 def _sizes(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     kernels = [int(s) for w in weights for s in w.shape[2:]]
     return kernels, [int(w.shape[0]) for w in weights]
 
 
-# The three faces, at the rates and in the precision of a recorded call.
+# The three faces, in the family, at the rates and in the precision of a recorded call.
 def _forward(ctx: Any, x: Tensor, weights: list[Tensor]) -> Tensor:
-    return _ops().atrous_pyramid(x, weights, ctx.rates, None, None, False, ctx.tf32)
+    op = family_of(ctx).op("atrous_pyramid")
+    return op(x, weights, ctx.rates, None, None, False, ctx.tf32)
 
 
 def _grad_input(ctx: Any, grad: Tensor, weights: list[Tensor]) -> Tensor:
-    return _ops().atrous_pyramid_grad_input(grad, weights, ctx.rates, ctx.tf32)
+    op = family_of(ctx).op("atrous_pyramid_grad_input")
+    return op(grad, weights, ctx.rates, ctx.tf32)
 
 
 def _grad_weight(ctx: Any, grad: Tensor, x: Tensor, kernels: list[int], outs: list[int]) -> Any:
-    return _ops().atrous_pyramid_grad_weight(grad, x, kernels, outs, ctx.rates, ctx.tf32)
+    op = family_of(ctx).op("atrous_pyramid_grad_weight")
+    return op(grad, x, kernels, outs, ctx.rates, ctx.tf32)
 
 
 class AtrousPyramid(torch.autograd.Function):
@@ -158,7 +160,7 @@ class AtrousPyramid(torch.autograd.Function):
 
     @staticmethod
     def forward(rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Tensor:
-        return AtrousPyramid.call(_ops().atrous_pyramid, rates, tf32, x, *weights)
+        return AtrousPyramid.call(NATIVE.op("atrous_pyramid"), rates, tf32, x, *weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -201,7 +203,8 @@ class AtrousPyramidGradInput(torch.autograd.Function):
 
     @staticmethod
     def forward(rates: list[int], tf32: bool, grad: Tensor, *weights: Tensor) -> Tensor:
-        return _ops().atrous_pyramid_grad_input(grad, list(weights), rates, tf32)
+        op = NATIVE.op("atrous_pyramid_grad_input")
+        return AtrousPyramidGradInput.call(op, rates, tf32, grad, *weights)
 
     setup_context = staticmethod(AtrousPyramid.setup_context)
 
@@ -241,7 +244,8 @@ class AtrousPyramidGradWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(rates: Any, tf32: bool, kernels: Any, outs: Any, *tensors: Tensor) -> Any:
-        return tuple(_ops().atrous_pyramid_grad_weight(*tensors, kernels, outs, rates, tf32))
+        op = NATIVE.op("atrous_pyramid_grad_weight")
+        return AtrousPyramidGradWeight.call(op, rates, tf32, kernels, outs, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -266,6 +270,7 @@ class AtrousPyramidGradWeight(torch.autograd.Function):
 
 
 def _with_epilogue(
+    family: Family,
     x: Tensor,
     weights: Sequence[Tensor],
     rates: list[int],
@@ -277,7 +282,7 @@ def _with_epilogue(
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
         return None
-    y = _ops().atrous_pyramid(x, weights, rates, None, None, False, tf32)
+    y = family.op("atrous_pyramid")(x, weights, rates, None, None, False, tf32)
     return epilogue(y, scale, shift, relu)
 
 
@@ -311,45 +316,46 @@ def _check_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
     ]
 
 
-if _native.cpu_missing is None:
+def _fake(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
+    return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
 
-    @torch.library.register_fake("aspp_ext::atrous_pyramid")
-    def _(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
-        return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
 
-    @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_input")
-    def _(grad, weights, rates, tf32=False):
-        return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
+def _fake_grad_input(grad, weights, rates, tf32=False):
+    return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
 
-    @torch.library.register_fake("aspp_ext::atrous_pyramid_grad_weight")
-    def _(grad, x, kernels, out_channels, rates, tf32=False):
-        sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
-        return [x.new_empty(size) for size in sizes]
 
+def _fake_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
+    sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
+    return [x.new_empty(size) for size in sizes]
+
+
+def _register(family: Family) -> None:
+    forward, grad_input, grad_weight = (
+        family.op(f"atrous_pyramid{face}").default for face in ("", "_grad_input", "_grad_weight")
+    )
+    register_fake(forward, _fake)
+    register_fake(grad_input, _fake_grad_input)
+    register_fake(grad_weight, _fake_grad_weight)
     register(
-        library,
-        _ops().atrous_pyramid.default,
-        AtrousPyramid,
+        *(library, forward, AtrousPyramid, family),
         check=_check,
-        before=_with_epilogue,
+        before=lambda *arguments: _with_epilogue(family, *arguments),
     )
+    register(library, grad_input, AtrousPyramidGradInput, family, check=_check_grad_input)
     register(
-        library,
-        _ops().atrous_pyramid_grad_input.default,
-        AtrousPyramidGradInput,
-        check=_check_grad_input,
-    )
-    register(
-        library,
-        _ops().atrous_pyramid_grad_weight.default,
-        AtrousPyramidGradWeight,
+        *(library, grad_weight, AtrousPyramidGradWeight, family),
         check=_check_grad_weight,
         unpack=lambda outputs, *_: list(outputs),
     )
-    register_autocast(_ops().atrous_pyramid.default)
-    register_vmap(_ops().atrous_pyramid.default, fold_image(_ops().atrous_pyramid.default))
-    register_vmap(
-        _ops().atrous_pyramid_grad_input.default,
-        fold_image(_ops().atrous_pyramid_grad_input.default),
-    )
-    register_vmap(_ops().atrous_pyramid_grad_weight.default)
+    register_autocast(forward)
+    register_vmap(forward, fold_image(forward))
+    register_vmap(grad_input, fold_image(grad_input))
+    register_vmap(grad_weight)
+
+
+if _native.cpu_missing is None:
+    define_sibling("atrous_pyramid", _check)
+    define_sibling("atrous_pyramid_grad_input", _check_grad_input)
+    define_sibling("atrous_pyramid_grad_weight", _check_grad_weight)
+    for _family in FAMILIES:
+        _register(_family)

@@ -18,10 +18,18 @@ from .._autograd_key import register
 from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
+from .family import FAMILIES, Family
 from .formats import empty_image
 from .precision import allows_tf32
 from .pyramid import AtrousPyramid
-from .registration import library, register_autocast, register_vmap, under_autocast
+from .registration import (
+    library,
+    register_autocast,
+    register_fake,
+    register_vmap,
+    under_autocast,
+)
+from .sibling import define_sibling
 
 _OP = "atrous_pyramid"
 
@@ -93,16 +101,22 @@ def _check(x, weights, rates, tf32=False):
     return channels
 
 
+def _fake(x, weights, rates, tf32=False):
+    channels = _check(x, weights, rates)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, squares = (x.new_empty(channels, dtype=wide) for _ in range(2))
+    return empty_image(x, channels, [x, *weights]), mean, squares
+
+
+def _register(family: Family) -> None:
+    op = family.op("atrous_pyramid_statistics").default
+    register_fake(op, _fake)
+    register(library, op, AtrousPyramidStatistics, family, check=_check)
+    register_autocast(op)
+    register_vmap(op)
+
+
 if _native.cpu_missing is None:
-    _op = torch.ops.aspp_ext.atrous_pyramid_statistics.default
-
-    @torch.library.register_fake("aspp_ext::atrous_pyramid_statistics")
-    def _(x, weights, rates, tf32=False):
-        channels = _check(x, weights, rates)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, squares = (x.new_empty(channels, dtype=wide) for _ in range(2))
-        return empty_image(x, channels, [x, *weights]), mean, squares
-
-    register(library, _op, AtrousPyramidStatistics, check=_check)
-    register_autocast(_op)
-    register_vmap(_op)
+    define_sibling("atrous_pyramid_statistics", _check)
+    for _family in FAMILIES:
+        _register(_family)

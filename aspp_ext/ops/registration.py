@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Autocast and batching rules that every operator shares."""
+"""Autocast and batching rules that every operator shares, and the library of all registrations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-library = torch.library.Library("aspp_ext", "IMPL")
+library = torch.library.Library("aspp_ext", "FRAGMENT")
 
 
 def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
@@ -44,6 +44,11 @@ def under_autocast(x: Tensor, *arguments: Any) -> Any:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(a, dtype, device) for a in (x, *arguments))
+
+
+def register_fake(op: Any, fake: Callable[..., Any]) -> None:
+    """``fake(*op_arguments)`` checks them and returns results without values."""
+    torch.library.register_fake(op._schema.name, fake, lib=library)
 
 
 def register_autocast(op: Any) -> None:

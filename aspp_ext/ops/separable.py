@@ -14,12 +14,14 @@ from .._autograd_key import register
 from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
+from .family import FAMILIES, Family
 from .formats import empty_image
 from .pyramid import epilogue
 from .registration import (
     fold_image,
     library,
     register_autocast,
+    register_fake,
     register_vmap,
     under_autocast,
 )
@@ -28,6 +30,7 @@ from .separable_autograd import (
     AtrousSeparablePyramidBackward,
     unpack_backward,
 )
+from .sibling import define_sibling
 
 _OP = "atrous_separable_pyramid"
 Affine = tuple[Tensor, Tensor]
@@ -180,11 +183,8 @@ def _fold_affine(
     return folded, torch.cat(constants)
 
 
-def _ops() -> Any:
-    return torch.ops.aspp_ext
-
-
 def _with_epilogue(
+    family: Family,
     x: Tensor,
     depthwise: Sequence[Tensor],
     pointwise: Sequence[Tensor],
@@ -199,9 +199,7 @@ def _with_epilogue(
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
         return None
-    y = _ops().atrous_separable_pyramid(
-        x, depthwise, pointwise, rates, between_scale, between_shift, between_relu
-    )
+    y = family.op(_OP)(x, depthwise, pointwise, rates, between_scale, between_shift, between_relu)
     return epilogue(y, scale, shift, relu)
 
 
@@ -231,73 +229,75 @@ def _check_backward(
     checks.check_grad(_OP, grad, x, channels)
 
 
-if _native.cpu_missing is None:
+def _fake(
+    x,
+    depthwise,
+    pointwise,
+    rates,
+    between_scale,
+    between_shift,
+    between_relu=False,
+    scale=None,
+    shift=None,
+    relu=False,
+):
+    channels = _check(
+        x, depthwise, pointwise, rates, between_scale, between_shift, scale=scale, shift=shift
+    )
+    return empty_image(x, channels, [x, *pointwise])
 
-    @torch.library.register_fake("aspp_ext::atrous_separable_pyramid")
-    def _(
-        x,
-        depthwise,
-        pointwise,
-        rates,
-        between_scale,
-        between_shift,
-        between_relu=False,
-        scale=None,
-        shift=None,
-        relu=False,
-    ):
-        channels = _check(
-            x, depthwise, pointwise, rates, between_scale, between_shift, scale=scale, shift=shift
-        )
-        return empty_image(x, channels, [x, *pointwise])
 
-    @torch.library.register_fake("aspp_ext::atrous_separable_pyramid_backward")
-    def _(
-        grad,
-        x,
-        depthwise,
-        pointwise,
-        rates,
-        between_scale,
-        between_shift,
-        between_relu,
-        need_x,
-        need_depthwise,
-        need_pointwise,
-        need_between,
-    ):
-        _check_backward(
-            grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu
-        )
+def _fake_backward(
+    grad,
+    x,
+    depthwise,
+    pointwise,
+    rates,
+    between_scale,
+    between_shift,
+    between_relu,
+    need_x,
+    need_depthwise,
+    need_pointwise,
+    need_between,
+):
+    _check_backward(
+        grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu
+    )
 
-        def like(tensors, needed):
-            return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
+    def like(tensors, needed):
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
 
-        return (
-            empty_image(x, x.size(1), [x]) if need_x else x.new_empty(0),
-            like(depthwise, need_depthwise),
-            like(pointwise, need_pointwise),
-            like(between_scale, need_between),
-            like(between_shift, need_between),
-        )
+    return (
+        empty_image(x, x.size(1), [x]) if need_x else x.new_empty(0),
+        like(depthwise, need_depthwise),
+        like(pointwise, need_pointwise),
+        like(between_scale, need_between),
+        like(between_shift, need_between),
+    )
 
+
+def _register(family: Family) -> None:
+    forward, backward = (family.op(name).default for name in (_OP, f"{_OP}_backward"))
+    register_fake(forward, _fake)
+    register_fake(backward, _fake_backward)
     register(
-        library,
-        _ops().atrous_separable_pyramid.default,
-        AtrousSeparablePyramid,
+        *(library, forward, AtrousSeparablePyramid, family),
         check=_check,
-        before=_with_epilogue,
+        before=lambda *arguments: _with_epilogue(family, *arguments),
     )
     register(
-        library,
-        _ops().atrous_separable_pyramid_backward.default,
-        AtrousSeparablePyramidBackward,
+        *(library, backward, AtrousSeparablePyramidBackward, family),
         check=_check_backward,
         unpack=unpack_backward,
     )
-    register_autocast(_ops().atrous_separable_pyramid.default)
-    register_vmap(
-        _ops().atrous_separable_pyramid.default,
-        fold_image(_ops().atrous_separable_pyramid.default),
-    )
-    register_vmap(_ops().atrous_separable_pyramid_backward.default)
+    register_autocast(forward)
+    register_vmap(forward, fold_image(forward))
+    register_vmap(backward)
+
+
+if _native.cpu_missing is None:
+    define_sibling(_OP, _check)
+    define_sibling(f"{_OP}_backward", _check_backward)
+    for _family in FAMILIES:
+        _register(_family)

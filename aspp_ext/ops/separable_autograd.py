@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .family import NATIVE, family_of
 from .pyramid import add, zeros_for
 
-_OP = "atrous_separable_pyramid"
-
-
-def _ops() -> Any:
-    return torch.ops.aspp_ext
+_OP, _BACKWARD = "atrous_separable_pyramid", "atrous_separable_pyramid_backward"
 
 
 class AtrousSeparablePyramid(torch.autograd.Function):
@@ -51,8 +48,7 @@ class AtrousSeparablePyramid(torch.autograd.Function):
 
     @staticmethod
     def forward(branches: int, rates: list[int], relu: bool, x: Tensor, *rest: Tensor) -> Tensor:
-        op = _ops().atrous_separable_pyramid
-        return AtrousSeparablePyramid.call(op, branches, rates, relu, x, *rest)
+        return AtrousSeparablePyramid.call(NATIVE.op(_OP), branches, rates, relu, x, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -67,9 +63,8 @@ class AtrousSeparablePyramid(torch.autograd.Function):
         of_x, *of_rest = ctx.needs_input_grad[-len(rest) - 1 :]
         of_d, of_p, of_s, of_t = AtrousSeparablePyramid.lists(ctx.branches, of_rest)
         needs = (of_x, any(of_d), any(of_p), any(of_s) or any(of_t))
-        grad_x, *grads = _ops().atrous_separable_pyramid_backward(
-            grad, x, d, p, ctx.rates, s, t, ctx.relu, *needs
-        )
+        op = family_of(ctx).op(_BACKWARD)
+        grad_x, *grads = op(grad, x, d, p, ctx.rates, s, t, ctx.relu, *needs)
         filled = [_gradients(g, kind) for g, kind in zip(grads, (d, p, s, t), strict=True)]
         return (None, None, None, grad_x if of_x else None, *[g for kind in filled for g in kind])
 
@@ -82,7 +77,7 @@ class AtrousSeparablePyramid(torch.autograd.Function):
                 f"{_OP}: forward-mode derivatives need between_activation=None, got 'relu'"
             )
         t_d, t_p, _, _ = AtrousSeparablePyramid.lists(ctx.branches, t_rest)
-        return _variation(ctx.rates, x, d, p, t_x, t_d, t_p)
+        return _variation(ctx, x, d, p, t_x, t_d, t_p)
 
 
 def _gradients(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -97,11 +92,9 @@ def _only_separable(d: Sequence[Tensor], p: Sequence[Tensor]) -> list[Tensor]:
     return [q if w.numel() else torch.zeros_like(q) for w, q in zip(d, p, strict=True)]
 
 
-def _variation(
-    rates: list[int], x: Tensor, d: Any, p: Any, v_x: Any, v_d: Any, v_p: Any
-) -> Tensor | None:
+def _variation(ctx: Any, x: Tensor, d: Any, p: Any, v_x: Any, v_d: Any, v_p: Any) -> Tensor | None:
     """S(v_x, d, p) + S(x, v_d, p) + S(x, d, v_p) of what is given."""
-    op = _ops().atrous_separable_pyramid
+    op, rates = family_of(ctx).op(_OP), ctx.rates
     parts = [None if v_x is None else op(v_x, d, p, rates, [], [])]
     if any(v is not None for v in v_d):
         parts.append(op(x, zeros_for(v_d, d), _only_separable(d, p), rates, [], []))
@@ -139,7 +132,7 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(branches: int, rates: Any, relu: bool, needs: Any, *tensors: Tensor) -> Any:
-        op = _ops().atrous_separable_pyramid_backward
+        op = NATIVE.op(_BACKWARD)
         return AtrousSeparablePyramidBackward.call(op, branches, rates, relu, needs, *tensors)
 
     @staticmethod
@@ -169,8 +162,8 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
                 "use backend='reference'"
             )
         v_x, v_d, v_p = AtrousSeparablePyramidBackward.outputs(ctx, v, d)
-        op = _ops().atrous_separable_pyramid_backward
-        by_grad = _variation(ctx.rates, x, d, p, v_x, v_d, v_p)
+        op = family_of(ctx).op(_BACKWARD)
+        by_grad = _variation(ctx, x, d, p, v_x, v_d, v_p)
         none: list[Any] = [None] * ctx.branches
         by_x, by_d, by_p = None, none, none
 

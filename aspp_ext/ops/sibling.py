@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Triton's operators: schemas after the native ones, kernels that load Triton when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .. import _triton
+from .family import NATIVE, TRITON
+from .registration import library
+
+
+def define_sibling(name: str, check: Callable[..., Any]) -> None:
+    """Defines the Triton operator beside the native ``name``, with its kernel on CUDA and the CPU.
+
+    Args:
+        check: ``(*op_arguments)``, refuses in the native kernel's words what that refuses.
+    """
+    native = NATIVE.op(name).default
+    own = name + TRITON.suffix
+    head, _, rest = str(native._schema).partition("(")
+    library.define(f"{head.removeprefix('aspp_ext::')}{TRITON.suffix}({rest}", tags=native.tags)
+    rates = [a.name for a in native._schema.arguments].index("rates")
+
+    def kernel(first: Tensor, *rest: Any) -> Any:
+        check(first, *rest)
+        # The first is x or the gradient of the result: as many pixels, of the same dtype.
+        if (reason := _triton.refusal(first, len(rest[rates - 1]) // 2)) is not None:
+            raise RuntimeError(f"{name}: {reason}")
+        from ..triton import operators
+
+        return getattr(operators, name)(first, *rest)
+
+    for key in ("CPU", "CUDA"):
+        library.impl(own, kernel, key)
