@@ -24,6 +24,12 @@ SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib
 
 EMULATED := $(CURDIR)/build/emulated
 EMULATE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py layouts.py opcheck.py)
+INTERPRET_TESTS = $(addprefix tests/test_,forward.py backward.py layouts.py contract.py opcheck.py \
+	autocast.py interpreted_kernels.py interpreted_faults.py interpreted_modules.py)
+# Of Triton's kernels there are none in float64, and what a test asks of the CPU's alone.
+NOT_INTERPRETED = float64 or gradcheck or python or by_environment or any_number_of_channels \
+	or cuda_autocast or depend_on_the_batch or kernel_too_large or other_kinds \
+	or reaches_exactly and backward
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
@@ -34,7 +40,7 @@ SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name
 RUN_SANITIZED = LD_PRELOAD='$(SANITIZE_PRELOAD)' UBSAN_OPTIONS=print_stacktrace=1 \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
 
-.PHONY: help build test bench lint format emulate sanitize sanitize-emulated clean
+.PHONY: help build test bench lint format emulate interpret sanitize sanitize-emulated clean
 
 help:
 	@echo "make build     compile the native libraries into aspp_ext/ (incremental)"
@@ -43,6 +49,7 @@ help:
 	@echo "make lint      ruff, clang-format and mypy, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make emulate   run the tests of the dense pyramid on the CUDA kernels, on the CPU"
+	@echo "make interpret run the operators' tests on Triton's kernels, interpreted: an hour"
 	@echo "make sanitize  run the quick CPU tests under AddressSanitizer and UBSan"
 	@echo "make sanitize-emulated  the same with the CUDA kernels on the CPU"
 	@echo "make clean     remove what was built (.venv stays)"
@@ -93,6 +100,10 @@ emulate: build
 	ASPP_EXT_CUDA=emulate ASPP_EXT_LIBRARY_DIR=$(EMULATED) $(PY) setup.py build_ext --inplace
 	ASPP_EXT_LIBRARY_DIR=$(EMULATED) \
 	  $(PY) -m pytest -k 'pyramid and not separable or layout' $(EMULATE_TESTS) $(ARGS)
+
+interpret: build
+	TRITON_INTERPRET=1 ASPP_EXT_BACKEND=triton OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -k 'not ($(NOT_INTERPRETED))' $(INTERPRET_TESTS) $(ARGS)
 
 sanitize: build
 	ASPP_EXT_CUDA=0 ASPP_EXT_LIBRARY_DIR=$(SANITIZED) CXXFLAGS='$(SANITIZE_FLAGS)' \

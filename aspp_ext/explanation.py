@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ def _candidates(problem: Problem) -> list[str]:
     return lines
 
 
+def _branches(
+    kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int]
+) -> list[Any]:
+    from . import _plan
+
+    return [
+        _plan.Branch(kernel=k, rate=(rates[2 * b], rates[2 * b + 1]), out_channels=outs[b])
+        for b, k in enumerate(kernels)
+    ]
+
+
 def _plan_lines(
     x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int]
 ) -> list[str]:
@@ -54,11 +66,7 @@ def _plan_lines(
     except ImportError as error:
         return [f"  no plan: the planner was not built ({error})"]
     n, c, h, w = (int(s) for s in x.shape)
-    branches = [
-        _plan.Branch(kernel=k, rate=(rates[2 * b], rates[2 * b + 1]), out_channels=outs[b])
-        for b, k in enumerate(kernels)
-    ]
-    problem = _plan.Problem(n, h, w, branches, in_channels=c)
+    problem = _plan.Problem(n, h, w, _branches(kernels, rates, outs), in_channels=c)
     lines = ["  branch  kernel  rate      regions  live taps"]
     for b, kernel in enumerate(kernels):
         rate = f"{rates[2 * b]}x{rates[2 * b + 1]}"
@@ -68,6 +76,41 @@ def _plan_lines(
             f"  {b:<6}  {size:<6}  {rate:<8}  {len(regions):<7}  {problem.live_share(b):6.1%}"
         )
     return lines
+
+
+def _tile_lines(
+    x: Tensor,
+    separable: bool,
+    kernels: Sequence[tuple[int, int]],
+    rates: Sequence[int],
+    outs: Sequence[int],
+) -> list[str]:
+    """What Triton's forward kernel runs with: its tile, and the units of the plan for it."""
+    from . import _plan
+    from .triton import target as targets
+    from .triton import tuning
+    from .triton.configurations import gather_candidates
+    from .triton.separable_configurations import separable_candidates
+
+    target = targets.target_of(x.device)
+    if separable:
+        candidates = separable_candidates(target, x.dtype, max(outs), False)
+    else:
+        products = "tf32" if allows_tf32(x) else "ieee"
+        candidates = gather_candidates(target, "forward", x.dtype, products, max(outs))
+    tile = candidates[0]
+    n, c, h, w = (int(s) for s in x.shape)
+    problem = _plan.Problem(n, h, w, _branches(kernels, rates, outs), in_channels=c)
+    planned = _plan.work_list(
+        problem,
+        "separable" if separable else "forward",
+        tile=_plan.Tile(*tile.tile, tail=max(tile.m // 2, 1)),
+        workers=target.processors,
+    )
+    units = len(planned.launch_order) // 4
+    cut = f", {planned.partials} of them slices of a sum" if planned.partials else ""
+    tuned = ", unless a record names another tile" if tuning.mode() and candidates[1:] else ""
+    return [f"  tile    {tile}: {units} units on {target.processors} processors{cut}{tuned}"]
 
 
 def _work(
@@ -115,12 +158,16 @@ def explain_pyramid(
     held = sum(t.numel() for t in (*given, *weights))
     moved = x.element_size() * (x.numel() + n * channels * h * w + held)
     dtype = checks.dtype_name(x.dtype)
+    problem = Problem(op, x, tuple(weights), given)
+    by_triton = select(problem).name == "triton"
+    tile = _tile_lines(x, separable, kernels, rates, outs) if by_triton and n else []
     lines = [
         f"{op}  {list(x.shape)} -> {channels} channels, {dtype}, {x.device}",
         "implementations",
-        *_candidates(Problem(op, x, tuple(weights), given)),
+        *_candidates(problem),
         "plan",
         *_plan_lines(x, kernels, rates, outs),
+        *tile,
         "work",
         f"  spatial    {useful / 1e9:.2f} GFLOP useful of {dense / 1e9:.2f} dense: "
         f"{1 - useful / dense:.1%} skipped",

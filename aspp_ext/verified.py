@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
 PROOFS: dict[str, tuple[str, ...]] = {
     "cuda": (
         *("build", "instructions", "tests"),

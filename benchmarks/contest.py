@@ -129,9 +129,12 @@ class Contest:
         truth = oracle(module, example)
         calls: dict[str, peers.Call] = {}
         results: dict[str, Results] = {}
+        absent: list[str] = []
         for contender in self.contenders:
             ours = contender.group == "ours"
             reason = contender.why_not(problem)
+            if reason is not None and ours:
+                absent.append(f"{contender.name}: {reason}")
             if reason is None:
                 on_step(f"building {contender.name} for {problem.title}")
                 try:
@@ -140,10 +143,13 @@ class Contest:
                 except Exception as error:  # a broken contender is named, the others still run
                     calls.pop(contender.name, None)
                     reason = f"failed: {one_line(error)}"
+                    if ours:
+                        self.failures.append(f"{contender.name}: {reason}")
             if reason is not None:
                 self.notes[contender.name] = reason
-                if ours:
-                    self.failures.append(f"{contender.name}: {reason}")
+        # One implementation may lack a problem; that none of them can run it is a failure.
+        if len(absent) == sum(contender.group == "ours" for contender in self.contenders):
+            self.failures += absent
 
         baselines = [values for name, values in results.items() if name.startswith("eager")]
         gate = Gate(truth, baselines, example.dtype, factor_of(problem))

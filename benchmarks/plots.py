@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import MACHINE, Row, best, by_problem
+from benchmarks.report import MACHINE, Row, best, by_problem, of_contender
 
 INK, MUTED, GRID = "#22272e", "#6b7280", "#e5e7eb"
 COLOURS = {
     "aspp_ext": "#d9480f",
+    "aspp_ext cuda": "#d9480f",
+    "aspp_ext triton": "#e8930c",
+    "aspp_ext cpu": "#d9480f",
     "eager NCHW": "#b6c6d8",
     "eager NCHW, search": "#a3a8cf",
     "eager NHWC": "#8ba6c4",
@@ -23,10 +26,14 @@ COLOURS = {
     "TensorRT": "#5c8a55",
 }
 GROUPS = {
-    "ours": ("aspp_ext", "#d9480f", "o"),
+    "aspp_ext": ("aspp_ext", "#d9480f", "o"),
+    "aspp_ext cuda": ("aspp_ext cuda", "#d9480f", "o"),
+    "aspp_ext triton": ("aspp_ext triton", "#e8930c", "D"),
+    "aspp_ext cpu": ("aspp_ext cpu", "#d9480f", "o"),
     "pytorch": ("best of PyTorch", "#3a6698", "s"),
     "other": ("best of the other runtimes", "#5c8a55", "^"),
 }
+OURS = tuple(name for name in COLOURS if name.startswith("aspp_ext"))
 
 
 def pyplot() -> Any:
@@ -58,11 +65,19 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def contestants(group: Sequence[Row]) -> dict[str, Row]:
-    """Timed rows by the name in the legend; aspp_ext's two memory formats become its faster one."""
+    """Timed rows by the name in the legend; of each aspp_ext that of its faster memory format."""
     timed = {row.contender: row for row in group if row.group != "ours" and row.p50_ms is not None}
-    ours = best(group, "ours")
-    ordered = {"aspp_ext": ours} if ours else {}
-    return {**ordered, **{name: timed[name] for name in COLOURS if name in timed}}
+    timed |= {name: row for name in OURS if (row := best(of_contender(group, name), "ours"))}
+    return {name: timed[name] for name in COLOURS if name in timed}
+
+
+def fastest(group: Sequence[Row]) -> dict[str, Row]:
+    """The fastest timed row of each of `GROUPS`, of aspp_ext by implementation."""
+    found = {
+        key: best(of_contender(group, key), "ours") if key in OURS else best(group, key)
+        for key in GROUPS
+    }
+    return {key: row for key, row in found.items() if row}
 
 
 def in_columns(groups: Sequence[list[Row]]) -> list[list[list[Row]]]:
@@ -96,7 +111,7 @@ def draw_bars(axes: Any, groups: Sequence[list[Row]]) -> float:
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
-                weight="bold" if name == "aspp_ext" else "normal",
+                weight="bold" if name in OURS else "normal",
                 zorder=4,
                 bbox=box,
             )
@@ -176,8 +191,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
     points = [
         (group, 1e3 * group[0].useful_gflop / group[0].compulsory_mb, timed)
         for group in by_problem(rows).values()
-        if group[0].useful_gflop
-        and (timed := {key: row for key in GROUPS if (row := best(group, key))})
+        if group[0].useful_gflop and (timed := fastest(group))
     ]
     bandwidth = copy_bandwidth(rows)
     peaks = [row.gflop_per_s for row in rows if row.level == MACHINE and row.gflop_per_s]
@@ -196,7 +210,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
                 row.gflop_per_s,
                 marker,
                 color=colour,
-                markersize=7 if key == "ours" else 5.5,
+                markersize=7 if key in OURS else 5.5,
                 markerfacecolor=colour if row.dtype == "float32" else "white",
                 markeredgewidth=1.3,
                 zorder=3,
@@ -222,7 +236,8 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("useful GFLOP/s")
     handles = [
         plt.Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
-        for label, colour, marker in GROUPS.values()
+        for key, (label, colour, marker) in GROUPS.items()
+        if any(key in timed for _, _, timed in points)
     ]
     axes.legend(handles=handles, loc="lower left", frameon=False, fontsize=8)
     lines = [

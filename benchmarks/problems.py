@@ -118,14 +118,16 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Target:
-    """How many times as fast as the best of a group the problem has to run.
+    """How many times as fast as the best of a group `contender` has to run the problem.
 
-    With "memory": at most `ratio` times the smallest peak memory of PyTorch's contenders.
+    `against` is a group, or the beginning of contenders' names. With "memory": at most `ratio`
+    times the smallest peak memory of PyTorch's contenders.
     """
 
     problem: Problem
-    against: str  # "pytorch" | "other" | "memory"
+    against: str  # "pytorch" | "other" | "memory" | a name
     ratio: float
+    contender: str = "aspp_ext"  # a name without its memory format
 
 
 def targets_of(problem: Problem, pytorch: float, other: float | None) -> list[Target]:

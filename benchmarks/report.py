@@ -25,6 +25,7 @@ AGAINST = {
     "other": "ONNX Runtime, OpenVINO",
     "memory": "PyTorch, peak memory (at most)",
 }
+FORMATS = (" NCHW", " NHWC")
 MACHINE = "machine"  # the level of the rows that hold the measured ceilings
 
 
@@ -115,6 +116,16 @@ def best(rows: Iterable[Row], group: str) -> Row | None:
     return min(timed, key=lambda row: row.p50_ms or 0.0) if timed else None
 
 
+def without_format(contender: str) -> str:
+    """A contender's name without the memory format that ends it."""
+    return contender[:-5] if contender.endswith(FORMATS) else contender
+
+
+def of_contender(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows of one contender, in whichever memory format."""
+    return [row for row in rows if without_format(row.contender) == name]
+
+
 def number(value: float | None, pattern: str = "{:.3g}") -> str:
     if value is None:
         return "—"
@@ -173,15 +184,22 @@ def least_peak(rows: Iterable[Row], group: str) -> float | None:
 
 def measured(target: Target, rows: Sequence[Row]) -> float | None:
     """The ratio that a target is about, from the rows of its problem."""
+    own = of_contender(rows, target.contender)
     if target.against == "memory":
-        ours, pytorch = least_peak(rows, "ours"), least_peak(rows, "pytorch")
-        return ours / pytorch if ours and pytorch else None
-    ours = best(rows, "ours")
-    return ours and (ours.vs_best_pytorch if target.against == "pytorch" else ours.vs_best_other)
+        least, pytorch = least_peak(own, "ours"), least_peak(rows, "pytorch")
+        return least / pytorch if least and pytorch else None
+    ours = best(own, "ours")
+    if ours is None or target.against in ("pytorch", "other"):
+        return ours and (
+            ours.vs_best_pytorch if target.against == "pytorch" else ours.vs_best_other
+        )
+    named = [row for row in rows if row.contender.startswith(target.against)]
+    rival = best(named, "pytorch")
+    return rival and rival.p50_ms / ours.p50_ms
 
 
 def verdicts(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[Verdict]:
-    """Every target with the ratio of our faster format to the best of the other side."""
+    """Every target with the ratio of its contender's faster format to the best of the rest."""
     groups = by_problem(rows)
     return [
         Verdict(target, measured(target, groups.get(target.problem.key, []))) for target in targets
@@ -191,6 +209,7 @@ def verdicts(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> list[V
 def target_table(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> Table:
     table = Table(title="Speed to reach (for information)", title_justify="left")
     table.add_column("problem")
+    table.add_column("contender")
     table.add_column("against the best of")
     for text in ("target", "got"):
         table.add_column(text, justify="right")
@@ -198,7 +217,8 @@ def target_table(rows: Iterable[Row], targets: Iterable[Target] = TARGETS) -> Ta
     styles = {"met": "green", "short": "red", "above": "red", "not measured": "yellow"}
     for verdict in verdicts(rows, targets):
         target = verdict.target
-        words = [target.problem.title, AGAINST[target.against]]
+        against = AGAINST.get(target.against, target.against)
+        words = [target.problem.title, target.contender, against]
         ratios = [ratio(target.ratio), ratio(verdict.got)]
         table.add_row(*words, *ratios, f"[{styles[verdict.text]}]{verdict.text}")
     return table

@@ -5,7 +5,7 @@
 #
 #   scripts/gpu_check.sh [--quick] [--dry-run] [--only STEP,STEP...] [--limit SECONDS] [OUT]
 #
-#   --quick    the proofs alone, under four minutes
+#   --quick    the proofs alone, under six minutes
 #   --dry-run  the same steps without a GPU: on the CPU, with tiny problems
 #   --only     these steps alone, with the build of an earlier run
 #   --limit    seconds for all of it
@@ -14,15 +14,21 @@
 # Each step has a time limit of its own, and one that fails does not keep the next from running. The
 # exit status is 1 when a proof failed or did not run, or a measurement refused a wrong result.
 # PYTHON names the Python; ASPP_EXT_COMMIT the commit, where the sources lie without their history.
+# What Triton compiles is kept from step to step and gone with the run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-# Proofs decide the exit status, measurements do not. In the order in which they run.
-readonly PROOFS=(environment build instructions tests memcheck racecheck synccheck initcheck)
+# Proofs decide the exit status, measurements do not. In the order in which they run. Which
+# implementation needs which proofs: aspp_ext/verified.py.
+readonly PROOFS=(
+  environment build instructions tests memcheck racecheck synccheck initcheck
+  triton triton_memcheck triton_initcheck
+)
 readonly MEASUREMENTS=(benchmark kernels cudnn)
 declare -rA MOST_SECONDS=(
   [environment]=40 [build]=180 [instructions]=60 [tests]=150 [memcheck]=60 [racecheck]=60
-  [synccheck]=40 [initcheck]=40 [benchmark]=190 [kernels]=70 [cudnn]=90
+  [synccheck]=40 [initcheck]=40 [triton]=150 [triton_memcheck]=50 [triton_initcheck]=50
+  [benchmark]=190 [kernels]=80 [cudnn]=90
 )
 readonly WRONG=3 # a measurement's exit status when it refused a result
 
@@ -37,7 +43,7 @@ steps=("${PROOFS[@]}" "${MEASUREMENTS[@]}")
 limit='' most=530 only='' kind=cuda out=build/gpu_check
 while (($#)); do
   case $1 in
-    --quick) steps=("${PROOFS[@]}") most=235 ;;
+    --quick) steps=("${PROOFS[@]}") most=350 ;;
     --dry-run) kind=cpu ;;
     --only | --limit)
       (($# > 1)) || refuse "$1 needs a value"
@@ -45,7 +51,7 @@ while (($#)); do
       shift
       ;;
     -h | --help)
-      sed -n '3,18s/^# \{0,1\}//p' scripts/gpu_check.sh
+      sed -n '3,19s/^# \{0,1\}//p' scripts/gpu_check.sh
       exit
       ;;
     -*) refuse "unknown option $1; --help lists them" ;;
@@ -62,8 +68,8 @@ mkdir -p "$out" || exit 2
 OUT=$(cd "$out" && pwd) WORK=$(mktemp -d) DEVICE=$kind PYTHON=${PYTHON:-python3}
 trap 'rm -rf "$WORK"' EXIT
 export OUT WORK DEVICE PYTHON PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=6 MPLCONFIGDIR=$WORK/matplotlib
-export LC_ALL=C.UTF-8
-unset ASPP_EXT_BACKEND
+export LC_ALL=C.UTF-8 TRITON_CACHE_DIR=$WORK/triton TORCHINDUCTOR_CACHE_DIR=$WORK/inductor
+unset ASPP_EXT_BACKEND ASPP_EXT_TRITON_TUNE TRITON_INTERPRET
 command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set PYTHON"
 readonly LOG=$OUT/gpu_check.log TABLE=$WORK/steps.tsv
 : >"$LOG" && : >"$TABLE" || exit 2
@@ -122,11 +128,13 @@ done
 
 # A file that names every proof, so that a part of them is never taken for all.
 timeout --kill-after=5 60 "$PYTHON" -m scripts.record_correctness "$TABLE" "$OUT" \
-  --device "$DEVICE" --proofs "${PROOFS[@]:1}" || failed=1
+  --device "$DEVICE" >"$WORK/record.log" 2>&1 || failed=1
 {
-  printf '\n%-14s %-8s %7s  %s\n' step result seconds detail
+  printf '\n'
+  cat "$WORK/record.log"
+  printf '\n%-16s %-8s %7s  %s\n' step result seconds detail
   while IFS=$'\t' read -r name result seconds detail; do
-    printf '%-14s %-8s %7s  %s\n' "$name" "$result" "$seconds" "$detail"
+    printf '%-16s %-8s %7s  %s\n' "$name" "$result" "$seconds" "$detail"
   done <"$TABLE"
   ((failed)) && say "FAILED, $SECONDS s" || say "every proof that ran passed, $SECONDS s"
 } | tee -a "$LOG"

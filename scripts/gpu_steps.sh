@@ -104,8 +104,11 @@ instructions() {
   "$PYTHON" scripts/compare_instructions.py "$WORK/hardware.txt" "$WORK/emulated.txt"
 }
 
-tests() {
-  local status files options=(-m gpu -p no:cacheprovider --color=no --continue-on-collection-errors)
+# The tests for a GPU that an expression selects, by so many processes.
+run_tests() {
+  local selected=$1 processes=$2 status files
+  local options=(-m gpu -k "$selected" -p no:cacheprovider --color=no)
+  options+=(--continue-on-collection-errors)
   # Where there is no plugin for it, the time limit in pyproject.toml is an unknown option.
   has_module pytest_timeout || options+=(-o addopts=)
   # Other files may import what is not installed here.
@@ -115,7 +118,7 @@ tests() {
     "$PYTHON" -m pytest "${options[@]}" --collect-only -q "${files[@]}"
     return
   fi
-  has_module xdist && options+=(-n 6)
+  has_module xdist && options+=(-n "$processes")
   "$PYTHON" -m pytest "${options[@]}" -q --durations=8 "${files[@]}" | tee "$WORK/tests.txt"
   status=${PIPESTATUS[0]}
   # Tests that were all skipped prove nothing.
@@ -123,28 +126,43 @@ tests() {
   return 1
 }
 
+# Every test of Triton's kernels has the word in its name or its file's, and no other test has.
+tests() { run_tests 'not triton' 6; }
+# Most of its time goes into compiling, on as many processors.
+triton() { run_tests triton "$(($(nproc) > 12 ? 12 : $(nproc)))"; }
+
 sanitize() {
-  local tool=$1 status
-  shift
+  local implementation=$1 tool=$2 status
+  shift 2
   if ! on_gpu; then
-    say "dry run: without $tool, on the CPU"
-    "$PYTHON" -m scripts.exercise_kernels --device cpu
+    say "dry run: without $tool, a few calls on the CPU"
+    [[ $implementation != triton ]] || export TRITON_INTERPRET=1
+    "$PYTHON" -m scripts.exercise_kernels --device cpu --quick --implementation "$implementation"
     return
   fi
   # Every tensor in an allocation of its own, so that the tool knows where it ends.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "$@" --error-exitcode 9 \
     --print-limit 20 --report-api-errors no --target-processes all \
-    "$PYTHON" -m scripts.exercise_kernels 2>&1 | tee "$WORK/$tool.txt"
+    "$PYTHON" -m scripts.exercise_kernels --implementation "$implementation" 2>&1 |
+    tee "$WORK/$tool.txt"
   status=${PIPESTATUS[0]}
   # Without a summary the tool did not see the end.
   grep -E '(ERROR|RACECHECK) SUMMARY' "$WORK/$tool.txt" | tail -n 1 | grep . || return 1
   return "$status"
 }
 
-memcheck() { sanitize memcheck --padding 32; }
-racecheck() { sanitize racecheck; }
-synccheck() { sanitize synccheck; }
-initcheck() { sanitize initcheck; }
+memcheck() { sanitize cuda memcheck --padding 32; }
+racecheck() { sanitize cuda racecheck; }
+synccheck() { sanitize cuda synccheck; }
+initcheck() { sanitize cuda initcheck; }
+
+# Addresses and what is read of memory are our kernels' doing. Shared memory and barriers are
+# Triton's, and its programs share nothing else: what other tools say would be about its compiler.
+triton_memcheck() { sanitize triton memcheck --padding 32; }
+triton_initcheck() {
+  on_gpu || { say "dry run: the calls are triton_memcheck's" && return; }
+  sanitize triton initcheck
+}
 
 benchmark() {
   local options=(--limit "$((LIMIT - 25))" --compile-limit 50)
@@ -153,7 +171,10 @@ benchmark() {
 }
 
 kernels() {
-  on_gpu && "$PYTHON" -m scripts.exercise_kernels --names
+  local name
+  for name in cuda triton; do
+    on_gpu && "$PYTHON" -m scripts.exercise_kernels --names --implementation "$name"
+  done
   "$PYTHON" -m benchmarks.gpu.kernels --device "$DEVICE" --out "$OUT" --limit "$((LIMIT / 2))"
 }
 

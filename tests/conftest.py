@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import interpreting
 import pytest
 import torch
 
+from aspp_ext import _triton
 from aspp_ext.testing import nan_poison
 
 LARGE_GIB = 12
@@ -19,6 +21,11 @@ def available_gib() -> float:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) / 2**20
     return 0.0
+
+
+def pytest_configure() -> None:
+    if _triton.interpreted:
+        interpreting.quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from table import LOW, dtype_id
+from table import FAMILY, LOW, dtype_id
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -29,7 +29,7 @@ CHECKED = ("one_branch", "x_channels_last", "x_sliced", "weights_channels_last",
 
 
 def operator() -> Any:
-    return torch.ops.aspp_ext.atrous_pyramid_statistics
+    return FAMILY.op("atrous_pyramid_statistics")
 
 
 def arguments(problem: Problem, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ def check_statistics(problem: Problem, dtype: torch.dtype, tf32: bool, device: s
     """The result has the bits it has without statistics, which are its own."""
     made = arguments(problem, dtype, device)
     y, mean, squares = operator()(*made, tf32)
-    plain = torch.ops.aspp_ext.atrous_pyramid(*made, None, None, False, tf32)
+    plain = FAMILY.op("atrous_pyramid")(*made, None, None, False, tf32)
     assert torch.equal(y, plain)
     assert y.stride() == plain.stride()
     assert_statistics(y, mean, squares)

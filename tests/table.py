@@ -19,6 +19,7 @@ from aspp_ext.testing import (
     DTYPES,
     OPS,
     PROBLEMS,
+    Branch,
     Op,
     Problem,
     assert_no_worse_than_torch,
@@ -34,8 +35,6 @@ EMULATED = _native.emulated
 
 INTERPRETED = _triton.interpreted
 """Whether Triton's operators are tested, and no others, interpreted: test_interpreted.py."""
-PLANNED = EMULATED or INTERPRETED
-"""Whether the tested dense pyramid goes by the planner's work lists."""
 FAMILY = TRITON if INTERPRETED else NATIVE
 """The operators that are tested."""
 WIDEST = torch.float32 if INTERPRETED else torch.float64
@@ -66,13 +65,27 @@ def has_dtype(implementation: str, dtype: torch.dtype) -> bool:
     return implementation != "triton" or dtype in _triton.DTYPES
 
 
+_JOINT = Problem(
+    "joint", (1, 20, 5, 7), (Branch(12, (5, 5)), Branch(20, (1, 1)), Branch(12, (3, 3), (2, 3)))
+)
+_PIXELS = Problem("pixels", (1, 20, 19, 23), (Branch(40, (1, 1)), Branch(12, (1, 3), (2, 3))))
+_CHANNELS = Problem("channels", (1, 520, 4, 4), (Branch(12, (3, 3), (2, 3)), Branch(20, (1, 1))))
+CUT = {
+    **dict.fromkeys(("pyramid", "pyramid_epilogue", "pyramid_grad_input"), _JOINT),
+    "pyramid_grad_weight": _PIXELS,
+    **dict.fromkeys(("separable", "separable_between_epilogue"), _CHANNELS),
+    **dict.fromkeys(("separable_backward", "separable_backward_between"), _JOINT),
+}
+"""Of each operator a problem with sums that are cut into slices on the interpreter's device."""
+
+
 def implementations(op: Op) -> dict[str, Callable[..., Any]]:
     """What computes it on the CPU, as far as it is tested in this process."""
     found = op.implementations()
     return {"triton": found["triton"]} if INTERPRETED else found
 
 
-def tested(op: Op) -> Callable[..., Any]:
+def call_of(op: Op) -> Callable[..., Any]:
     """The operator; of the head, which Triton has none for, what composes it."""
     return implementations(op)["triton"] if INTERPRETED else op.native
 
@@ -203,7 +216,7 @@ def check_nan(
     """
     made = op.make(problem, dtype, device=device)
     for leaf in tensors_in(made):
-        weight = merged and 1 <= leaf <= len(problem.branches)
+        weight = merged and 1 <= leaf <= 2 * len(problem.branches)  # depthwise, and dense or 1x1
         for nan, seen in nan_and_seen(call, op, made, leaf):
             most = seen.any(3, True).any(2, True).any(0, True) if weight else seen
             assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"

@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from table import BACKENDS, FAMILY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
 
 LOW = [torch.bfloat16, torch.float16]
-BACKENDS = [None, "cpu", "reference"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 each_low = pytest.mark.parametrize("low", LOW, ids=["bfloat16", "float16"])
 
@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_cast(separable) -> None:
 def test_direct_operator() -> None:
     x, w = torch.randn(1, 3, 5, 6), torch.randn(4, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        y = torch.ops.aspp_ext.atrous_pyramid(x, [w.bfloat16()], [2, 2])
+        y = FAMILY.op("atrous_pyramid")(x, [w.bfloat16()], [2, 2])
     assert y.dtype == torch.bfloat16
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -255,7 +256,48 @@ def test_the_refusal_of_float64_is_traced(interpreter, fresh_compiler) -> None:
     assert torch.equal(compiled(x, w), call(x, w))
 
 
-def test_explain_says_which_kernels_and_why(device) -> None:
+@pytest.fixture
+def described(device):
+    """The pretended device as the kernels' host code sees it."""
+    from aspp_ext.triton import target
+
+    h200 = target.Target(torch.device("cuda"), "sm_90", 132, 232448)
+    device.setattr(target, "target_of", lambda _: h200)
+    return device
+
+
+def tile_of(text: str) -> str:
+    (line,) = (line for line in text.splitlines() if line.startswith("  tile"))
+    return line.split(maxsplit=1)[1]
+
+
+def test_explain_names_the_tile(described) -> None:
+    """The first of those that the launch would choose among, and what the plan makes of it."""
+    described.setenv("ASPP_EXT_BACKEND", "triton")
+    rates = [1, 12, 24, 36]
+
+    def tile(n=8, side=65, out=256, dtype=torch.bfloat16, separable=False) -> str:
+        x = on_cuda(n, 2048, side, side, dtype=dtype)
+        w = [on_cuda(out, 2048, k, k, dtype=dtype) for k in (1, *[1 if separable else 3] * 3)]
+        d = [None, *(on_cuda(2048, 1, 3, 3, dtype=dtype) for _ in range(3))]
+        return tile_of(aspp_ext.explain(x, w, rates, depthwise_weights=d if separable else None))
+
+    assert re.fullmatch(
+        r"128x256x64, 8 warps, \d stages: \d+ units on 132 processors(, \d+ of them .*)?", tile()
+    )
+    assert tile(n=1, side=17).endswith("of them slices of a sum")
+    assert "x64x32" in tile(out=40, dtype=torch.float32)
+    assert "units on 132 processors" in tile(separable=True)
+    described.setenv("ASPP_EXT_TRITON_TUNE", "read")
+    assert tile().endswith("another tile")
+
+
+def test_explain_names_no_tile_of_what_does_not_run(device) -> None:
+    assert "  tile" not in aspp_ext.explain(on_cuda(1, 8, 9, 9), [on_cuda(8, 8, 3, 3)], [2])
+
+
+def test_explain_says_which_kernels_and_why(described) -> None:
+    device = described
     x, w = on_cuda(1, 8, 9, 9), on_cuda(8, 8, 3, 3)
     assert f"triton     not unasked: {UNPROVEN}" in aspp_ext.explain(x, [w], [2])
     device.setenv("ASPP_EXT_BACKEND", "triton")

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from table import (
     BACKENDS,
     CASES,
+    EMULATED,
+    INTERPRETED,
     LOW,
-    PLANNED,
     PYRAMIDS,
     SEEN,
+    call_of,
     check_error_law,
     check_float64,
     check_integers,
@@ -28,7 +30,6 @@ from table import (
     is_representative,
     nan_and_seen,
     tensors_in,
-    tested,
 )
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -54,12 +55,12 @@ def test_integers_are_exact(op, problem, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=dtype_id)
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_error_law(op, problem, dtype) -> None:
-    check_error_law(tested(op), op, problem, dtype, "cpu")
+    check_error_law(call_of(op), op, problem, dtype, "cpu")
 
 
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_float64(op, problem) -> None:
-    check_float64(tested(op), op, problem, "cpu")
+    check_float64(call_of(op), op, problem, "cpu")
 
 
 OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
@@ -70,8 +71,8 @@ OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
 @pytest.mark.parametrize("op_name", OURS)
 def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
     op = OPS[op_name]
-    merged = PLANNED and op_name in PYRAMIDS
-    check_nan(tested(op), op, PROBLEMS[name], dtype, "cpu", merged)
+    merged = INTERPRETED or (EMULATED and op_name in PYRAMIDS)
+    check_nan(call_of(op), op, PROBLEMS[name], dtype, "cpu", merged)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -79,12 +80,12 @@ def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
 def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
     """oneDNN multiplies the zero padding, so that a NaN may reach more gradients than it has to."""
     op, problem = OPS[op_name], PROBLEMS[name]
-    if PLANNED:
-        check_nan(tested(op), op, problem, torch.float32, "cpu", op_name == "pyramid_grad_input")
+    if EMULATED or INTERPRETED:
+        check_nan(call_of(op), op, problem, torch.float32, "cpu", op_name == "pyramid_grad_input")
         return
     made = op.make(problem, torch.float32)
     for leaf in tensors_in(made):
-        for nan, seen in nan_and_seen(tested(op), op, made, leaf):
+        for nan, seen in nan_and_seen(call_of(op), op, made, leaf):
             assert nan[seen].all(), f"argument {leaf}"
 
 
@@ -183,7 +184,7 @@ def test_arguments_are_not_written() -> None:
     for op in OPS.values():
         arguments = op.make(PROBLEMS["x_sliced"], torch.float32)
         before = tree_map_only(torch.Tensor, torch.clone, arguments)
-        tested(op)(*arguments)
+        call_of(op)(*arguments)
         for got, expected in zip(outputs_of(arguments), outputs_of(before), strict=True):
             assert torch.equal(got, expected)
 
@@ -196,6 +197,6 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     """A sample's bits are the same alone and among others."""
     for op in (OPS["pyramid"], OPS["separable_between_epilogue"], OPS["head"]):
         x, *rest = op.make(PROBLEMS["prime_sizes"], torch.float32)
-        whole = tested(op)(x, *rest)
-        alone = [tested(op)(sample[None], *rest) for sample in x]
+        whole = call_of(op)(x, *rest)
+        alone = [call_of(op)(sample[None], *rest) for sample in x]
         assert torch.equal(whole, torch.cat(alone))

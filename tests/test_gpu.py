@@ -1,28 +1,38 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense pyramid on CUDA: the table ``OPS`` x ``PROBLEMS``, real sizes, and bad input.
+"""The pyramids on CUDA: the table ``OPS`` x ``PROBLEMS``, real sizes, and bad input.
 
 ``test_gpu_runtime.py`` has streams, graphs and compilers, ``test_gpu_modules.py`` whole heads.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from bad_inputs import BAD, VALID
+from gpu_cases import (
+    BY_CUDA,
+    BY_TRITON,
+    DEVICE,
+    IMPLEMENTATIONS,
+    REAL,
+    RUNS,
+    each_case,
+    each_implementation,
+    each_operator,
+    each_run,
+    real,
+)
 from table import (
-    LOW,
-    PYRAMIDS,
     SEEN,
     check_error_law,
     check_float64,
     check_integers,
     check_memory_format,
     check_nan,
-    dtype_id,
     each_format,
     is_representative,
+    nan_and_seen,
+    tensors_in,
 )
 from test_contract import call_direct, call_public, kind_of, made
 from torch.autograd import gradcheck, gradgradcheck
@@ -32,8 +42,6 @@ from aspp_ext import reference
 from aspp_ext.testing import (
     OPS,
     PROBLEMS,
-    Branch,
-    Problem,
     assert_no_worse_than_torch,
     converted,
     laid_out,
@@ -41,32 +49,6 @@ from aspp_ext.testing import (
 )
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
-NAMES = [*PYRAMIDS, "head"]
-# dtype, and whether float32 products may be TF32
-PRECISIONS = [(d, False) for d in (torch.float32, torch.float64, *LOW)] + [(torch.float32, True)]
-each_precision = pytest.mark.parametrize(
-    ("dtype", "tf32"), PRECISIONS, ids=[f"{dtype_id(d)}{'-tf32' * t}" for d, t in PRECISIONS]
-)
-each_name = pytest.mark.parametrize("name", NAMES)
-CASES = [pytest.param(n, p, id=f"{n}-{p.name}") for n in NAMES for p in PROBLEMS.values()]
-
-
-def is_exact(name: str, problem: Problem) -> bool:
-    return OPS[name].exact(problem)
-
-
-STATISTICS = [c for c in CASES if is_representative(c.values[1])]
-
-
-def ours(name: str, tf32: bool) -> Any:
-    """The operator on DEVICE; the switch is set for PyTorch's own convolutions, too."""
-    torch.backends.cudnn.allow_tf32 = tf32
-    op = OPS[name]
-    call = op.implementations(DEVICE)[DEVICE]
-    if name == "head":
-        return call
-    return lambda *arguments: call(*arguments, tf32)
 
 
 @pytest.fixture(autouse=True)
@@ -75,72 +57,60 @@ def switch_put_back():
     torch.backends.cudnn.allow_tf32 = True
 
 
-@each_precision
-@pytest.mark.parametrize(("name", "problem"), [c for c in CASES if is_exact(*c.values)])
-def test_integers_are_exact(name, problem, dtype, tf32) -> None:
-    op = OPS[name]
-    check_integers(ours(name, tf32), op, op.make(problem, dtype, integer=True, device=DEVICE))
+@each_case(lambda run, problem: OPS[run.name].exact(problem), PROBLEMS.values())
+def test_integers_are_exact(run, problem) -> None:
+    op = OPS[run.name]
+    check_integers(run, op, op.make(problem, run.dtype, integer=True, device=DEVICE))
 
 
-FLOATS = [case for case in PRECISIONS if case[0] != torch.float64]
+STATISTICS = [problem for problem in PROBLEMS.values() if is_representative(problem)]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tf32"), FLOATS, ids=[f"{dtype_id(d)}{'-tf32' * t}" for d, t in FLOATS]
-)
-@pytest.mark.parametrize(("name", "problem"), STATISTICS)
-def test_error_law(name, problem, dtype, tf32) -> None:
-    check_error_law(ours(name, tf32), OPS[name], problem, dtype, DEVICE)
+@each_case(lambda run, _: run.dtype != torch.float64, STATISTICS)
+def test_error_law(run, problem) -> None:
+    # The switch comes first: it decides what the baseline multiplies, too.
+    check_error_law(run.by.call(run.name, run.tf32), OPS[run.name], problem, run.dtype, DEVICE)
 
 
-@pytest.mark.parametrize(("name", "problem"), STATISTICS)
-def test_float64(name, problem) -> None:
-    check_float64(ours(name, False), OPS[name], problem, DEVICE)
+@each_case(lambda run, _: run.dtype == torch.float64, STATISTICS)
+def test_float64(run, problem) -> None:
+    check_float64(run, OPS[run.name], problem, DEVICE)
 
 
-@each_precision
-@pytest.mark.parametrize("problem", SEEN)
-@pytest.mark.parametrize("name", PYRAMIDS)
-def test_nan_reaches_everything_that_sees_it(name, problem, dtype, tf32) -> None:
-    """And nothing else, but for the channel of a weight."""
-    merged = name != "pyramid_grad_weight"
-    check_nan(ours(name, tf32), OPS[name], PROBLEMS[problem], dtype, DEVICE, merged)
+@each_case(lambda run, _: run.name in run.by.operators, [PROBLEMS[name] for name in SEEN])
+def test_nan_reaches_everything_that_sees_it(run, problem) -> None:
+    """And nothing else, but for the channel of a weight where rectangles are merged."""
+    op = OPS[run.name]
+    if run.name.startswith("separable_backward"):  # like PyTorch's, it may reach more taps
+        arguments = op.make(problem, run.dtype, device=DEVICE)
+        for leaf in tensors_in(arguments):
+            for nan, seen in nan_and_seen(run, op, arguments, leaf):
+                assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"
+        return
+    check_nan(run, op, problem, run.dtype, DEVICE, run.name != "pyramid_grad_weight")
 
 
-@each_precision
-def test_infinity_reaches_everything_that_sees_it(dtype, tf32) -> None:
+@each_run(run for run in RUNS if run.name == "pyramid")
+def test_infinity_reaches_everything_that_sees_it(run) -> None:
     """Where the reference's result is not finite, ours is not."""
     x = torch.randn(1, 5, 7, 9)
     x[0, 2, 3, 4], x[0, 1, 6, 0] = torch.inf, -torch.inf
     weights = [torch.randn(20, 5, 3, 3), torch.randn(3, 5, 1, 1)]
-    arguments = [t.to(DEVICE, dtype) for t in (x, *weights)]
-    got = ours("pyramid", tf32)(arguments[0], arguments[1:], [2, 2, 1, 1], None, None, False)
+    arguments = [t.to(DEVICE, run.dtype) for t in (x, *weights)]
+    got = run(arguments[0], arguments[1:], [2, 2, 1, 1], None, None, False)
     expected = reference.atrous_pyramid(x, weights, [2, 1])
     assert not got.cpu()[~expected.isfinite()].isfinite().any()
 
 
-REAL = {
-    "2048 channels, 33x33": ((1, 2048, 33, 33), (6, 12, 18)),
-    "2048 channels, 65x65": ((2, 2048, 65, 65), (12, 24, 36)),
-    "512 channels, 64x128": ((2, 512, 64, 128), (6, 12, 18)),
-    "odd, 97x97": ((1, 203, 97, 97), (12, 24, 36)),
-}
-
-
-def real(shape, rates) -> Problem:
-    branches = (Branch(256, (1, 1)), *(Branch(256, (3, 3), (r, r)) for r in rates))
-    return Problem(f"real {shape}", shape, branches)
-
-
 @pytest.mark.parametrize("problem", REAL)
-@pytest.mark.parametrize("name", PYRAMIDS)
-def test_real_sizes_are_exact(name, problem) -> None:
+@each_operator()
+def test_real_sizes_are_exact(by, name, problem) -> None:
     """Sums of small integers are exact in float32, whatever the order, and are rounded once."""
     op = OPS[name]
-    wide = op.make(real(*REAL[problem]), torch.float64, integer=True, device=DEVICE)
+    wide = op.make(real(problem), torch.float64, integer=True, device=DEVICE)
     got = {
-        (dtype, tf32): outputs(ours(name, tf32)(*converted(wide, dtype)))
-        for dtype, tf32 in PRECISIONS
+        (dtype, tf32): outputs(by.call(name, tf32)(*converted(wide, dtype)))
+        for dtype, tf32 in by.precisions(name)
     }
     torch.use_deterministic_algorithms(False)  # cuDNN's are slow, and here all are exact
     expected = outputs(op.expected(*wide))
@@ -149,23 +119,22 @@ def test_real_sizes_are_exact(name, problem) -> None:
             assert torch.equal(g, e.to(dtype)), f"{dtype}, TF32 {tf32}: {(g != e).nonzero()[:5]}"
 
 
-@each_precision
-@each_name
-def test_same_bits_every_time(name, dtype, tf32) -> None:
+@each_run(RUNS)
+def test_same_bits_every_time(run) -> None:
     """Also between other calls, and where a sum is sliced over several blocks."""
-    op, call = OPS[name], ours(name, tf32)
-    problems = [*PROBLEMS.values(), real(*REAL["2048 channels, 33x33"])]
-    arguments = [op.make(p, dtype, device=DEVICE) for p in problems]
-    first = [outputs(call(*a)) for a in arguments]
+    problems = [*PROBLEMS.values(), real("2048 channels, 33x33")]
+    arguments = [OPS[run.name].make(p, run.dtype, device=DEVICE) for p in problems]
+    first = [outputs(run(*a)) for a in arguments]
     for _ in range(3):
         for a, expected in zip(arguments, first, strict=True):
-            assert all(map(torch.equal, outputs(call(*a)), expected))
+            assert all(map(torch.equal, outputs(run(*a)), expected))
 
 
-def test_many_repetitions_give_the_same_bits() -> None:
+@each_implementation
+def test_many_repetitions_give_the_same_bits(by) -> None:
     """A race shows once in a while."""
-    call = ours("pyramid_grad_weight", False)
-    problem = real(*REAL["2048 channels, 33x33"])
+    call = by.call("pyramid_grad_weight")
+    problem = real("2048 channels, 33x33")
     arguments = OPS["pyramid_grad_weight"].make(problem, torch.bfloat16, device=DEVICE)
     first = call(*arguments)
     for _ in range(300):
@@ -173,15 +142,16 @@ def test_many_repetitions_give_the_same_bits() -> None:
 
 
 @each_format
-def test_memory_format_is_that_of_convolution(shape, layout, weight_layout) -> None:
-    check_memory_format(shape, layout, weight_layout, DEVICE, DEVICE)
+@each_implementation
+def test_memory_format_is_that_of_convolution(by, shape, layout, weight_layout) -> None:
+    check_memory_format(shape, layout, weight_layout, DEVICE, by.backend)
 
 
-def leaf(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, device=DEVICE).requires_grad_()
+def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
 
 
-def small(x, w0, w1, bias, scale, shift, backend=DEVICE, relu=True):
+def small(x, w0, w1, bias, scale, shift, backend="cuda", relu=True):
     keywords = {"bias": bias, "scale": scale, "shift": shift, "backend": backend}
     activation = "relu" if relu else None
     return aspp_ext.atrous_pyramid(x, [w0, w1], [1, (2, 3)], **keywords, activation=activation)
@@ -196,82 +166,112 @@ def test_gradcheck() -> None:
     assert gradgradcheck(small, leaves, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tf32"), FLOATS, ids=[f"{dtype_id(d)}{'-tf32' * t}" for d, t in FLOATS]
-)
-def test_gradients_of_a_training_step(dtype, tf32) -> None:
-    """The whole path, epilogue included, as a user trains with it."""
-    torch.backends.cudnn.allow_tf32 = tf32
-    shapes = [(2, 48, 24, 25), (7, 48, 1, 1), (70, 48, 3, 3)]
-    tensors = [torch.randn(s) / (s[1] * s[2]) ** 0.5 for s in shapes]
-    shift, grad = 0.1 * torch.randn(2, 77), torch.randn(2, 77, 24, 25).to(dtype)
+def dense_step(module, x, w0, w1, **keywords):
+    return module.atrous_pyramid(x, [w0, w1], [1, 6], **keywords)
 
-    def run(module, device, to, **keywords):
-        leaves = [t.to(dtype).to(device, to).requires_grad_() for t in tensors]
-        moved = shift.to(dtype).to(device, to)
-        y = module.atrous_pyramid(leaves[0], leaves[1:], [1, 6], shift=moved, **keywords)
+
+def separable_step(module, x, p0, d1, p1, **keywords):
+    return module.atrous_separable_pyramid(x, [None, d1], [p0, p1], [1, 6], **keywords)
+
+
+STEPS = {
+    "pyramid": (dense_step, [(2, 48, 24, 25), (7, 48, 1, 1), (70, 48, 3, 3)]),
+    "separable": (
+        separable_step,
+        [(2, 48, 24, 25), (7, 48, 1, 1), (48, 1, 3, 3), (70, 48, 1, 1)],
+    ),
+}
+
+
+@each_run(run for run in RUNS if run.name in STEPS and run.dtype != torch.float64)
+def test_gradients_of_a_training_step(run) -> None:
+    """The whole path, epilogue included, as a user trains with it."""
+    torch.backends.cudnn.allow_tf32 = run.tf32
+    forward, shapes = STEPS[run.name]
+    tensors = [torch.randn(s) / (s[1] * s[2]) ** 0.5 for s in shapes]
+    shift, grad = 0.1 * torch.randn(2, 77), torch.randn(2, 77, 24, 25).to(run.dtype)
+
+    def step(module, device, to, **keywords):
+        leaves = [t.to(run.dtype).to(device, to).requires_grad_() for t in tensors]
+        y = forward(module, *leaves, shift=shift.to(run.dtype).to(device, to), **keywords)
         found = torch.autograd.grad(y, leaves, grad.to(device, to))
         return [t.cpu() for t in (y.detach(), *found)]
 
-    runs = (
-        run(aspp_ext, DEVICE, dtype, backend=DEVICE),
-        run(reference, DEVICE, dtype),
-        run(reference, "cpu", torch.float64),
+    steps = (
+        step(aspp_ext, DEVICE, run.dtype, backend=run.by.backend),
+        step(reference, DEVICE, run.dtype),
+        step(reference, "cpu", torch.float64),
     )
-    for got, baseline, oracle in zip(*runs, strict=True):
+    for got, baseline, oracle in zip(*steps, strict=True):
         assert_no_worse_than_torch(got, baseline, oracle, factor=3)
 
 
 @pytest.mark.parametrize("layout", ["expanded_batch", "expanded_plane", "channels_last", "sliced"])
-def test_gradient_of_any_layout(layout) -> None:
-    leaves = [leaf(*s) for s in LEAVES]
-    y = small(*leaves)
+@each_implementation
+def test_gradient_of_any_layout(by, layout) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    leaves = [leaf(*s, dtype=by.widest) for s in LEAVES]
+    y = small(*leaves, backend=by.backend)
     grad = laid_out(torch.randn_like(y), layout)
     got = torch.autograd.grad(y, leaves, grad, retain_graph=True)
     expected = torch.autograd.grad(y, leaves, grad.contiguous())
-    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    eps = torch.finfo(by.widest).eps
+    torch.testing.assert_close(got, expected, rtol=500 * eps, atol=500 * eps)
 
 
-DENSE = [b for b in BAD if b.op.startswith("atrous_pyramid")]
-each_bad = pytest.mark.parametrize("bad", DENSE, ids=lambda b: f"{b.op}-{b.why}".replace(" ", "_"))
+BAD_OF = {
+    by: [b for b in BAD if b.op in {OPS[name].name for name in by.operators}]
+    for by in IMPLEMENTATIONS
+}
+each_bad = pytest.mark.parametrize(
+    ("by", "bad"),
+    [
+        pytest.param(by, b, id=f"{by}-{b.op}-{b.why}".replace(" ", "_"))
+        for by, listed in BAD_OF.items()
+        for b in listed
+    ],
+)
 HERE = f"{DEVICE}:0" if DEVICE == "cuda" else DEVICE
 
 
 @each_bad
-def test_bad_input_is_refused_in_the_same_words(bad) -> None:
+def test_bad_input_is_refused_in_the_same_words(by, bad) -> None:
     with pytest.raises((RuntimeError, ValueError, TypeError)) as refusal:
-        call_direct(bad.op, made(bad.arguments, HERE))
+        call_direct(bad.op, made(bad.arguments, HERE), by.family)
     assert str(refusal.value).partition("\n")[0] == bad.message(HERE)
-    if bad.op == "atrous_pyramid":
+    if bad.op in ("atrous_pyramid", "atrous_separable_pyramid"):
         with pytest.raises(kind_of(bad)) as refusal:
-            call_public(bad.op, made(bad.arguments, HERE), DEVICE)
+            call_public(bad.op, made(bad.arguments, HERE), by.backend)
         assert str(refusal.value) == bad.message(HERE)
 
 
-@pytest.mark.parametrize("op", [op for op in VALID if op.startswith("atrous_pyramid")])
-def test_the_device_is_well_after_a_refusal(op) -> None:
+@each_implementation
+def test_the_device_is_well_after_a_refusal(by) -> None:
     """No launch came before it: an error would stick to the device."""
-    for bad in DENSE:
+    for bad in BAD_OF[by]:
         with pytest.raises((RuntimeError, ValueError, TypeError)):
-            call_direct(bad.op, made(bad.arguments, HERE))
-    got = outputs(call_direct(op, made(VALID[op], HERE)))
-    assert all((t == 0).all() for t in got)
+            call_direct(bad.op, made(bad.arguments, HERE), by.family)
+    for op in dict.fromkeys(OPS[name].name for name in by.operators):
+        got = outputs(call_direct(op, made(VALID[op], HERE), by.family))
+        assert all((t == 0).all() for t in got)
 
 
-def test_what_the_kernels_cannot_count_is_refused() -> None:
+@each_implementation
+def test_what_the_kernels_cannot_count_is_refused(by) -> None:
     one = torch.zeros(1, device=DEVICE)
     x, w = one.expand(2**11, 1, 2**10, 2**10), one.expand(1, 1, 1, 1)
     with pytest.raises(RuntimeError, match="pixels of the batch go up to 2147483647"):
-        aspp_ext.atrous_pyramid(x, [w], [1], backend="cuda")
+        aspp_ext.atrous_pyramid(x, [w], [1], backend=by.backend)
     with pytest.raises(RuntimeError, match="branches go up to 64, got 65"):
-        aspp_ext.atrous_pyramid(one.expand(1, 1, 3, 3), [w] * 65, [1] * 65, backend="cuda")
+        aspp_ext.atrous_pyramid(one.expand(1, 1, 3, 3), [w] * 65, [1] * 65, backend=by.backend)
 
 
-def test_sixty_four_branches() -> None:
+@each_implementation
+def test_sixty_four_branches(by) -> None:
     x = torch.randint(-2, 3, (1, 9, 11, 12)).to(DEVICE, torch.float32)
     weights = [torch.randint(-1, 2, (3, 9, 3, 3)).to(x) for _ in range(64)]
     rates = list(range(1, 65))
-    got = aspp_ext.atrous_pyramid(x, weights, rates, backend=DEVICE)
+    got = aspp_ext.atrous_pyramid(x, weights, rates, backend=by.backend)
     expected = reference.atrous_pyramid(x.double(), [w.double() for w in weights], rates)
     assert torch.equal(got.double(), expected)
 
@@ -279,21 +279,33 @@ def test_sixty_four_branches() -> None:
 @pytest.mark.large
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_more_than_2_to_31_elements(last) -> None:
+@pytest.mark.parametrize(
+    ("by", "separable"),
+    [
+        pytest.param(BY_CUDA, False, id="cuda"),
+        pytest.param(BY_TRITON, False, id="triton"),
+        pytest.param(BY_TRITON, True, id="triton-separable"),
+    ],
+)
+def test_more_than_2_to_31_elements(by, separable, last) -> None:
     """Of the input and of the output: an offset of 32 bits would wrap."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("less than 40 GiB on the device")
     torch.utils.deterministic.fill_uninitialized_memory = False
     sample = torch.randint(-2, 3, (1, 32, 256, 256), device=DEVICE).bfloat16()
-    w = torch.randint(-1, 2, (34, 32, 1, 3), device=DEVICE).bfloat16()
+    sizes = [(32, 1, 1, 3), (34, 32, 1, 1)] if separable else [(34, 32, 1, 3)]
+    weights = [[torch.randint(-1, 2, s, device=DEVICE).bfloat16()] for s in sizes]
+    name = "atrous_separable_pyramid" if separable else "atrous_pyramid"
     x = sample.repeat(1030, 1, 1, 1)
     if last:
         x = x.contiguous(memory_format=torch.channels_last)
-    y = aspp_ext.atrous_pyramid(x, [w], [100], backend=DEVICE)
+    y = getattr(aspp_ext, name)(x, *weights, [100], backend=by.backend)
     assert min(x.numel(), y.numel()) > 2**31
-    expected = aspp_ext.atrous_pyramid(sample, [w], [100], backend=DEVICE)[0]
-    assert torch.equal(expected, reference.atrous_pyramid(sample, [w], [100])[0])
+    expected = getattr(aspp_ext, name)(sample, *weights, [100], backend=by.backend)[0]
+    assert torch.equal(expected, getattr(reference, name)(sample, *weights, [100])[0])
     assert all(torch.equal(image, expected) for image in y)
-    grad_input = torch.ops.aspp_ext.atrous_pyramid_grad_input
-    expected = grad_input(y[:1], [w], [100, 100])[0]
-    assert all(torch.equal(image, expected) for image in grad_input(y, [w], [100, 100]))
+    if separable:
+        return
+    grad_input = by.family.op("atrous_pyramid_grad_input")
+    expected = grad_input(y[:1], *weights, [100, 100])[0]
+    assert all(torch.equal(image, expected) for image in grad_input(y, *weights, [100, 100]))

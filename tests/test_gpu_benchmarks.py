@@ -140,6 +140,8 @@ def test_each_contender_sets_the_search(monkeypatch):
     problem = problems.for_a_dry_run(problems.PROBLEMS[0])
     module, x = problem.build()
     for contender in gpu_peers.contenders(device.Host()):
+        if contender.why_not(problem) is not None:
+            continue
         torch.backends.cudnn.benchmark = seen = not getattr(contender, "benchmark", True)
         contender.build(module, x)()
         assert torch.backends.cudnn.benchmark is not seen, contender.name
@@ -154,6 +156,25 @@ def test_one_implementation_is_forced_and_no_other(monkeypatch):
     monkeypatch.delenv(gpu_peers.BACKEND)
     gpu_peers.Ours("NHWC", "cpu").build(module, x)()
     assert gpu_peers.BACKEND not in os.environ
+
+
+@pytest.mark.parametrize("head", ["dense", "separable"])
+def test_what_an_implementation_cannot_run_is_said(head, monkeypatch):
+    problem = problems.for_a_dry_run(problems.on_gpu("module", "large", head=head))
+    reasons = {
+        contender.name: contender.why_not(problem)
+        for contender in gpu_peers.contenders(device.Host())
+        if contender.group == "ours"
+    }
+    assert list(reasons) == [
+        f"aspp_ext {backend} {layout}"
+        for backend in ("cpu", "triton")
+        for layout in ("NCHW", "NHWC")
+    ]
+    assert reasons["aspp_ext cpu NHWC"] is None
+    assert reasons["aspp_ext triton NHWC"]
+    reason = gpu_peers.Ours("NHWC", "cuda").why_not(problem)
+    assert ("separable" in str(reason)) is (head == "separable")
 
 
 def test_float32_is_rounded_only_where_it_is_said():
@@ -172,6 +193,8 @@ def test_every_target_is_among_the_problems():
     assert {target.problem for target in problems.TARGETS} <= set(problems.PROBLEMS)
     keys = {problem.key for problem in problems.PROBLEMS}
     small = {problems.for_a_dry_run(problem).key for problem in problems.PROBLEMS}
+    timed = {f"aspp_ext {backend}" for backend in device.Cuda.backends}
+    assert {target.contender for target in problems.TARGETS} == timed
     assert len(keys) == len(small) == len(problems.PROBLEMS)
 
 
@@ -197,12 +220,13 @@ def test_memory_has_to_stay_below_its_target():
     facts |= {"dtype": dtype, "mode": mode}
 
     def rows(ours: float) -> list[report.Row]:
-        peaks = {"aspp_ext": ours, "eager NCHW": 120.0, "eager NHWC": 100.0}
+        own = {"aspp_ext cuda NCHW": 999.0, "aspp_ext cuda NHWC": ours, "aspp_ext triton NHWC": 1.0}
+        peaks = {**own, "eager NCHW": 120.0, "eager NHWC": 100.0}
         return [
             report.Row(
                 **facts,
                 contender=name,
-                group="ours" if name == "aspp_ext" else "pytorch",
+                group="ours" if name in own else "pytorch",
                 peak_mib=peak,
             )
             for name, peak in peaks.items()
@@ -214,3 +238,33 @@ def test_memory_has_to_stay_below_its_target():
         assert verdict.text == text
     (verdict,) = report.verdicts([], [target])
     assert verdict.text == "not measured"
+
+
+def test_a_target_is_about_one_contender_and_may_name_its_rival():
+    problem = problems.separable("operator", "large")
+    level, name, dtype, mode = problem.key
+    facts = {**device.Host().facts(), "level": level, "problem": name, "dtype": dtype, "mode": mode}
+    times = {
+        "aspp_ext cuda NHWC": 1.0,
+        "aspp_ext triton NCHW": 6.0,
+        "aspp_ext triton NHWC": 4.0,
+        "eager NCHW": 12.0,
+        "eager NCHW, search": 10.0,
+        "eager NHWC": 5.0,
+    }
+    rows = [
+        report.Row(
+            **facts,
+            contender=contender,
+            group="ours" if contender.startswith("aspp_ext") else "pytorch",
+            p50_ms=time_ms,
+            vs_best_pytorch=5.0 / time_ms,
+        )
+        for contender, time_ms in times.items()
+    ]
+    targets = [target for target in problems.TARGETS if target.problem == problem]
+    got = [(v.target.against, v.got, v.text) for v in report.verdicts(rows, targets)]
+    assert got == [("pytorch", 1.25, "short"), ("eager NCHW", 2.5, "met")]
+    without = [row for row in rows if not row.contender.startswith("eager NCHW")]
+    assert [v.got for v in report.verdicts(without, targets)] == [1.25, None]
+    assert report.target_table(rows, targets).row_count == len(targets)

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import compare_instructions, exercise_kernels, record_correctness
+from aspp_ext.verified import PROOFS as NEEDED
+from scripts import compare_instructions, exercise_kernels, kernel_calls, record_correctness
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK, STEPS = ROOT / "scripts/gpu_check.sh", ROOT / "scripts/gpu_steps.sh"
-PROOFS = ["build", "instructions", "tests", "memcheck", "racecheck", "synccheck", "initcheck"]
-COLUMNS = ["check", "result", "detail", "date"]
+PROOFS = [*NEEDED["cuda"], *(proof for proof in NEEDED["triton"] if proof not in NEEDED["cuda"])]
+ROWS = [(name, proof) for name, proofs in NEEDED.items() for proof in proofs]
+COLUMNS = ["implementation", "check", "result", "detail", "date"]
 COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
 
 
@@ -59,8 +61,8 @@ def summary(text: str) -> dict[str, tuple[str, str]]:
     lines = text.partition("detail\n")[2].splitlines()[:-1]
     found = {}
     for line in lines:
-        words = line[:32].split()
-        found[words[0]] = (" ".join(words[1:-1]), line[32:].strip())
+        words = line[:34].split()
+        found[words[0]] = (" ".join(words[1:-1]), line[34:].strip())
     return found
 
 
@@ -79,9 +81,30 @@ def test_a_dry_run_walks_through_every_step(tmp_path):
         + ["gpu_check.log"]
     )
     rows = read(tmp_path / "dry-run-correctness.csv")
-    assert [row["check"] for row in rows] == PROOFS
+    assert [(row["implementation"], row["check"]) for row in rows] == ROWS
     assert {row["result"] for row in rows} == {"passed"}
+    assert "cuda: every proof passed\ntriton: every proof passed\n" in text
     assert {(row["device"], row["architecture"]) for row in rows} == {("dry run", "none")}
+
+
+def test_nothing_that_triton_compiled_is_left(tmp_path):
+    """It goes where the run keeps its own files, whatever the environment says."""
+    python = script(
+        tmp_path / "python",
+        f'[[ "$*" == *exercise_kernels* ]] || exec {sys.executable} "$@"',
+        'echo "$TRITON_CACHE_DIR ${TRITON_INTERPRET:-unset} ${ASPP_EXT_TRITON_TUNE:-unset}"',
+    )
+    for name, value in (("TRITON_INTERPRET", "1"), ("ASPP_EXT_TRITON_TUNE", "read")):
+        os.environ[name] = value
+    try:
+        _, text = check(tmp_path / "out", "--only", "memcheck,racecheck", python=python)
+    finally:
+        del os.environ["TRITON_INTERPRET"], os.environ["ASPP_EXT_TRITON_TUNE"]
+    details = [detail.split() for _, detail in summary(text).values()]
+    (first, *states), second = details
+    assert second == [first, *states], "the steps of a run share it"
+    assert states == ["unset", "unset"]
+    assert not Path(first).parent.exists()
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
@@ -105,8 +128,10 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
     assert steps["kernels"][1].startswith("stopped after")
     assert steps["cudnn"] == ("not run", "no time was left for it")
     assert status == 1
-    rows = {row["check"]: row for row in read(tmp_path / "out/dry-run-correctness.csv")}
+    written = read(tmp_path / "out/dry-run-correctness.csv")
+    rows = {row["check"]: row for row in written}
     assert list(rows["build"]) == COLUMNS
+    assert [(row["implementation"], row["check"]) for row in written] == ROWS
     assert (rows["memcheck"]["result"], rows["memcheck"]["detail"]) == ("failed", "broken")
     assert rows["build"]["result"] == "failed", "a proof that was not asked for is none"
 
@@ -177,22 +202,61 @@ def test_a_sanitizer_passes_only_with_its_summary(lines, status, tmp_path):
 def test_the_tests_pass_only_where_some_ran(closing, code, status, tmp_path):
     lines = ['[[ "$*" == *pytest* ]] || exit 1', f"echo '{closing}'", f"exit {code}"]
     assert step("tests", tmp_path, fake_python=lines) == status
+    assert step("triton", tmp_path, fake_python=lines) == status
 
 
-def test_the_record_has_a_row_for_every_proof(tmp_path, monkeypatch):
+def collected(*options: str) -> set[str]:
+    argv = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", *options]
+    files = sorted(map(str, (ROOT / "tests").glob("test_gpu*.py")))
+    done = subprocess.run([*argv, *files], cwd=ROOT, capture_output=True, text=True)
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+@pytest.mark.slow
+def test_every_test_is_in_the_step_of_its_implementation():
+    """By its name: what "triton" is in proves the Triton kernels, what it is not in the others."""
+    pytest.importorskip("triton")
+    every, of_triton = collected(), collected("-k", "triton")
+    assert of_triton == {name for name in every if "triton" in name}
+    for of_one in (of_triton, every - of_triton):
+        files = {name.partition("::")[0] for name in of_one}
+        assert {
+            f"tests/test_gpu{end}.py" for end in ("", "_runtime", "_statistics", "_modules")
+        } <= files
+
+
+STEPS_TABLE = (
+    "build\tpassed\t3\tbuilt for 9.0",
+    "memcheck\tnot run\t0\tno time",
+    *(f"{proof}\tpassed\t1\tfine" for proof in NEEDED["triton"] if proof != "build"),
+)
+
+
+def test_the_record_has_a_row_for_every_proof(tmp_path, monkeypatch, capsys):
+    """One implementation's proofs may be whole where another's are not."""
     monkeypatch.setenv("ASPP_EXT_COMMIT", "abc1234")
     table = tmp_path / "steps.tsv"
-    table.write_text("build\tpassed\t3\tbuilt for 9.0\nmemcheck\tnot run\t0\tno time\n")
-    proofs = ["--proofs", "build", "memcheck", "tests"]
-    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu", *proofs]) == 0
+    table.write_text("\n".join(STEPS_TABLE) + "\n")
+    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu"]) == 0
     rows = read(tmp_path / "dry-run-correctness.csv")
     assert list(rows[0]) == COLUMNS
-    assert [(row["check"], row["result"], row["detail"]) for row in rows] == [
-        ("build", "passed", "built for 9.0"),
-        ("memcheck", "failed", "not run: no time"),
-        ("tests", "failed", "not run: it was not asked for"),
-    ]
+    assert [(row["implementation"], row["check"]) for row in rows] == ROWS
+    of_cuda = {
+        r["check"]: (r["result"], r["detail"]) for r in rows if r["implementation"] == "cuda"
+    }
+    assert of_cuda["build"] == ("passed", "built for 9.0")
+    assert of_cuda["memcheck"] == ("failed", "not run: no time")
+    assert of_cuda["tests"] == ("failed", "not run: it was not asked for")
+    assert {row["result"] for row in rows if row["implementation"] == "triton"} == {"passed"}
     assert {row["commit"] for row in rows} == {"abc1234"}
+    path = tmp_path / "dry-run-correctness.csv"
+    written = path.read_text()
+    table.write_text("environment\tpassed\t3\tfine\nbenchmark\tpassed\t9\tfine\n")
+    said = capsys.readouterr().out
+    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu"]) == 0
+    assert path.read_text() == written, "measurements alone leave what an earlier run has proven"
+    assert "cuda: no proof by instructions, tests, memcheck" in said
+    assert "triton: every proof passed" in said
 
 
 # Instructions
@@ -245,12 +309,18 @@ def test_kernels_are_found_by_their_stubs():
 @pytest.mark.slow
 def test_the_calls_for_the_sanitizers_are_right(capsys):
     assert exercise_kernels.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out.endswith("40 of 40 calls agree\n")
+    assert capsys.readouterr().out.endswith("72 of 72 calls agree\n")
+
+
+def test_without_the_interpreter_the_calls_say_so(capsys):
+    options = ["--device", "cpu", "--implementation", "triton"]
+    assert exercise_kernels.main(options) == 1
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_wrong_call_is_named():
     ones = torch.ones(2, 3, dtype=torch.float64)
-    call = exercise_kernels.Call("", list, [ones, ones], rounded=(1,))
+    call = kernel_calls.Call("", list, [ones, ones], rounded=(1,))
     for first, second, text in (
         (torch.ones(2, 3), torch.full((2, 3), 1.000001), None),
         (torch.zeros(2, 3), torch.ones(2, 3), "result 0: 6 of 6 elements differ"),
@@ -258,6 +328,6 @@ def test_a_wrong_call_is_named():
         (torch.full((2, 3), torch.nan), torch.ones(2, 3), "result 0: 6 of 6 elements differ"),
         (torch.ones(3), torch.ones(2, 3), "result 0: expected [2, 3], got [3]"),
     ):
-        assert exercise_kernels.difference([first, second], call, torch.float32) == text
-    text = exercise_kernels.difference([], call, torch.float32)
+        assert kernel_calls.difference([first, second], call, torch.float32) == text
+    text = kernel_calls.difference([], call, torch.float32)
     assert text == "expected 2 results, got 0"

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from aspp_pairs import PAIRS, Pair, assert_all_close, features, randomise, train_step
+from gpu_cases import BY_TRITON, DEVICE, IMPLEMENTATIONS, Kernels
 from torch import nn
 
 import aspp_ext
@@ -14,7 +17,6 @@ from aspp_ext.modules import ASPP, fused
 from aspp_ext.testing import OPS, PROBLEMS, assert_no_worse_than_torch
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 DENSE = [name for name in PAIRS if "separable" not in name]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -27,9 +29,20 @@ def pair(request) -> Pair:
 
 
 @pytest.fixture(autouse=True)
-def forced(monkeypatch, request) -> None:
+def forced(monkeypatch) -> None:
     """Our kernels, whether or not a committed result has verified them here."""
-    monkeypatch.setenv("ASPP_EXT_BACKEND", DEVICE)
+    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+
+
+# Whose kernels run which kind of head.
+HEADS = [(by, separable) for by in IMPLEMENTATIONS for separable in (False, True)[: len(by.heads)]]
+each_head = pytest.mark.parametrize(
+    ("by", "separable"), HEADS, ids=[f"{by}-{'separable' if s else 'dense'}" for by, s in HEADS]
+)
+
+
+def force(by: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
 
 
 def on_device(pair: Pair) -> tuple[nn.Module, nn.Module]:
@@ -63,9 +76,12 @@ def test_training(pair, layout) -> None:
 
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_eval_in_low_precision(dtype, layout) -> None:
+@each_head
+def test_eval_in_low_precision(by, separable, dtype, layout, monkeypatch) -> None:
     """At a real width, where the sums are long."""
-    original = randomise(ASPP(512, [6, 12, 18], 64)).double().eval().to(DEVICE)
+    force(by, monkeypatch)
+    original = randomise(ASPP(512, [6, 12, 18], 64, separable=separable)).double().eval()
+    original = original.to(DEVICE)
     x = torch.randn(2, 512, 33, 33).to(DEVICE, dtype)
     with torch.no_grad():
         plain = super(fused.FusedForward, original)
@@ -77,9 +93,18 @@ def test_eval_in_low_precision(dtype, layout) -> None:
     assert_no_worse_than_torch(got.cpu(), low.cpu(), oracle.cpu())
 
 
+OF_TRITON = [name for name in PAIRS if name.startswith("fused")]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(pair, dtype) -> None:
-    original, ours = (m.float().eval() for m in on_device(pair))
+@pytest.mark.parametrize(
+    ("by", "name"),
+    [(by, name) for by in IMPLEMENTATIONS for name in (OF_TRITON if by is BY_TRITON else DENSE)],
+    ids=str,
+)
+def test_autocast(by, name, dtype, monkeypatch) -> None:
+    force(by, monkeypatch)
+    original, ours = (m.float().eval() for m in on_device(PAIRS[name]))
     x = features().to(DEVICE, torch.float32)
     with torch.no_grad():
         oracle = original.double()(x.double())
@@ -102,6 +127,22 @@ def test_folded_weights_are_read_in_place(monkeypatch) -> None:
     _, _, weights, _, _, pool, _, project, _ = calls[0]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     assert all(w.stride(1) == 1 for w in (*weights, pool, project))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_training_by_triton(name, monkeypatch) -> None:
+    """In float32, with products in float32: at most so many times as far off as PyTorch."""
+    force(BY_TRITON, monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    original, ours = (m.float() for m in on_device(PAIRS[name]))
+    exact = copy.deepcopy(original).double()
+    x = features().to(DEVICE, torch.float32)
+    got, low, oracle = (train_step(m, x.to(next(m.parameters()))) for m in (ours, original, exact))
+    for key, want in oracle.items():
+        if want.is_floating_point():
+            error, own = ((t[key] - want).abs().max() for t in (got, low))
+            # Gradients before a batch norm cancel: small ones are as far off as large ones.
+            assert error <= 8 * own + 1e-4 * max(1.0, want.abs().max()), key
 
 
 def test_the_cache_follows_changes_and_streams(pair) -> None:
@@ -154,6 +195,7 @@ def test_compile(training, fresh_compiler) -> None:
 
 @pytest.mark.parametrize("name", ["ours separable", "fused smp separable"])
 def test_separable_heads_run_by_the_reference(name, monkeypatch) -> None:
+    """In float64, which no kernel on CUDA has for them."""
     monkeypatch.delenv("ASPP_EXT_BACKEND")
     original, ours = (m.eval() for m in on_device(PAIRS[name]))
     x = features().to(DEVICE)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import cudnn_baselines, machine, peers, report
-from benchmarks.gpu import device, kernels, problems, run
+from benchmarks.gpu import calls, counters, device, kernels, problems, run
 from benchmarks.gpu import peers as gpu_peers
 
 CPU = ["--device", "cpu"]
@@ -54,6 +54,34 @@ def test_a_wrong_result_is_refused_and_fails_the_run(tmp_path, monkeypatch):
     assert rows["eager NCHW"].p50_ms > 0
 
 
+class Broken(gpu_peers.Ours):
+    def build(self, module, example):
+        raise RuntimeError("no registers left")
+
+
+@pytest.mark.parametrize(
+    ("ours", "status"),
+    [
+        ([gpu_peers.Ours("NHWC", "cuda"), gpu_peers.Ours("NHWC", "cpu")], 0),
+        ([gpu_peers.Ours("NHWC", "cuda")], run.WRONG),
+        ([Broken("NHWC", "cpu"), gpu_peers.Ours("NCHW", "cpu")], run.WRONG),
+    ],
+    ids=["one cannot", "none can", "one fails"],
+)
+def test_what_one_implementation_cannot_run_another_may(ours, status, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "contenders", lambda device: [*ours, gpu_peers.Eager("NCHW", False)])
+    monkeypatch.setattr(run, "slow_contenders", lambda limit: [])
+    options = [*CPU, "--out", str(tmp_path), "--budget", "0", "--only", "separable 2048->256 33x33"]
+    assert run.main(options) == 2, "titles are those of the tiny problems"
+    options[-1] = "operator: separable 32->32 4x4"
+    assert run.main(options) == status
+    rows = {row.contender: row for row in report.read_csv(tmp_path / "dry-run.csv") if row.group}
+    assert len(rows) == len(ours) + 1
+    first = rows[ours[0].name]
+    assert first.p50_ms is None
+    assert first.note
+
+
 def test_what_no_time_is_left_for_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "slow_contenders", lambda limit: [gpu_peers.TensorRT(limit)])
     options = [*CPU, "--out", str(tmp_path), "--budget", "0", "--limit", "0"]
@@ -84,29 +112,62 @@ COUNTERS = """==PROF== Connected to process 7
 "0","7","pyramid<1>","1,000","24"
 "1","7","transpose","10","0"
 "2","7","pyramid<1>","500","1"
+"3","7","at::cuda::spin_kernel(long)","7","7"
+"4","7","gather_kernel","80","2"
+"5","7","at::cuda::spin_kernel(long)","7","7"
 ==PROF== Disconnected
 """
 
 
 def test_dram_bytes_are_read_from_the_counters():
-    assert kernels.parse_counters(COUNTERS) == {"pyramid<1>": 1525.0, "transpose": 10.0}
+    first, second = counters.parse_counters(COUNTERS)
+    assert first == {"pyramid<1>": 1525.0, "transpose": 10.0}
+    assert second == {"gather_kernel": 82.0}
     with pytest.raises(ValueError, match=r"no counters .* ERR_NVGPUCTRPERM"):
-        kernels.parse_counters("==ERROR== ERR_NVGPUCTRPERM")
+        counters.parse_counters("==ERROR== ERR_NVGPUCTRPERM")
 
 
-def test_traffic_is_compared_with_the_compulsory_bytes(monkeypatch):
-    problem = problems.for_a_dry_run(problems.on_gpu("operator", "large"))
-    compulsory = kernels.work_of(problem).bytes
+def test_counted_calls_are_the_marked_ones(tmp_path, monkeypatch):
+    """The profiler's own process runs them in order, a mark behind each."""
+    profiler = tmp_path / "ncu"
+    log = '"$(while [[ $1 != --log-file ]]; do shift; done; echo "$2")"'
+    text = COUNTERS.replace("1,000", '"1000"').replace('""', '"')
+    (tmp_path / "text").write_text(text)
+    profiler.write_text(f'#!/usr/bin/env bash\ncp "{tmp_path}/text" {log}\n')
+    profiler.chmod(0o755)
+    monkeypatch.setattr(counters.shutil, "which", lambda name: str(profiler))
+    named, _ = calls.calls(device.Host(), [problems.for_a_dry_run(problems.PROBLEMS[0])])
+    moved = counters.count_traffic(named[:2], 60.0)
+    assert list(moved) == named[:2]
+    with pytest.raises(ValueError, match="2 of 3 calls were counted"):
+        counters.count_traffic(named[:3], 60.0)
+
+
+def test_traffic_is_compared_with_the_compulsory_bytes():
+    large = problems.for_a_dry_run(problems.on_gpu("operator", "large"))
+    forward, _, gradient, *_ = calls.calls(device.Host(), [large])[0]
+    compulsory = forward.compulsory_bytes
     for share, verdict in ((1.25, "met"), (1.35, "above")):
         moved = {"pyramid": share * compulsory - 8.0, "transpose": 8.0}
-        monkeypatch.setattr(kernels, "count_traffic", lambda limit, moved=moved: moved)
-        *_, total = kernels.traffic_rows(problem, 1.0)
+        *_, total = kernels.traffic_rows([forward], {forward: moved})
         assert total["note"].startswith(f"{share} times the compulsory bytes")
         assert total["note"].endswith(verdict)
-    monkeypatch.undo()
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    (row,) = kernels.traffic_rows(problem, 1.0)
-    assert row["note"] == "not counted: Nsight Compute (ncu) is not on the path"
+    *_, total = kernels.traffic_rows([gradient], {gradient: {"a": 2 * compulsory}})
+    assert total["note"] == "2.00 times the compulsory bytes"
+
+
+def test_without_a_profiler_nothing_is_counted(monkeypatch):
+    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+    with pytest.raises(OSError, match=r"Nsight Compute \(ncu\) is not on the path"):
+        counters.count_traffic([], 1.0)
+
+
+def test_a_separable_backward_reads_more_than_a_forward():
+    problem = problems.for_a_dry_run(problems.separable("operator", "large"))
+    forward, _, backward = calls.calls(device.Host(), [problem])[0]
+    pixels, weights = 8 * 9 * 9, 32 * 32 * 4 + 3 * 9 * 32
+    assert forward.compulsory_bytes == 2 * (pixels * (32 + 4 * 32) + weights)
+    assert backward.compulsory_bytes == 2 * (pixels * (2 * 32 + 4 * 32) + 2 * weights)
 
 
 def test_the_breakdown_adds_up():
@@ -124,9 +185,30 @@ def test_the_breakdown_names_every_call(tmp_path):
     assert kernels.main([*CPU, "--out", str(tmp_path), "--repeats", "2"]) == 0
     rows = read(tmp_path / "dry-run-kernels.csv")
     assert list(rows[0]) == list(kernels.COLUMNS)
-    calls = [f"{what} NHWC" for what in ("forward", "grad_input", "grad_weight")]
-    assert {row["call"] for row in rows} == {*calls, "forward NCHW", "forward NHWC, DRAM"}
-    assert kernels.main([*CPU, "--once"]) == 0
+    faces = ["forward NHWC", "forward NCHW", "grad_input NHWC", "grad_weight NHWC"]
+    faces += [f"{what} separable NHWC" for what in ("forward", "backward")]
+    faces += ["forward separable NCHW"]
+    timed = {row["call"] for row in rows if row["implementation"] == "cpu"}
+    assert timed == {*faces, *(f"{face}, DRAM" for face in faces)}
+    absent = [row for row in rows if row["implementation"] == "triton"]
+    assert [row["call"] for row in absent] == ["forward NHWC", "forward separable NHWC"]
+    assert all(row["note"] for row in absent)
+    assert kernels.main([*CPU, "--once", "cpu-forward-NHWC,cpu-grad_input-NHWC"]) == 0
+
+
+def test_a_call_that_fails_is_named_and_the_others_run(tmp_path, monkeypatch):
+    def broken(call):
+        raise RuntimeError("no registers left")
+
+    def some(there, listed):
+        good, *_ = calls.calls(there, listed[:1])[0]
+        return [replace(good, what="forward broken", make=broken), good], []
+
+    monkeypatch.setattr(kernels, "calls", some)
+    assert kernels.main([*CPU, "--out", str(tmp_path), "--repeats", "1"]) == 1
+    rows = read(tmp_path / "dry-run-kernels.csv")
+    assert rows[0]["note"] == "failed: RuntimeError: no registers left"
+    assert any(row["p50_us"] for row in rows)
 
 
 def test_the_baselines_cover_what_is_asked():

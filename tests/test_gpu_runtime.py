@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense pyramid on CUDA among PyTorch's machinery: streams, devices, graphs, compilers."""
+"""The pyramids on CUDA among PyTorch's machinery: streams, devices, graphs, compilers."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_cases import BY_CUDA, BY_TRITON, each_implementation, each_operator
 from torch import Tensor
 
 import aspp_ext
 from aspp_ext import reference
-from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
+from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight"]
-each_name = pytest.mark.parametrize("name", NAMES)
+each_name = each_operator()
 # Sliced sums need a workspace and counters, layouts a transposition before and behind.
 SLICED = Problem("sliced", (1, 1024, 17, 17), (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6))))
 KINDS = [SLICED, PROBLEMS["x_channels_last"], PROBLEMS["x_sliced"], PROBLEMS["prime_sizes"]]
 each_kind = pytest.mark.parametrize("problem", KINDS, ids=lambda p: p.name)
 SLEEP = 50_000_000  # cycles: tens of milliseconds
-
-
-def call(name: str) -> Callable[..., list[Tensor]]:
-    return lambda *arguments: outputs(OPS[name].native(*arguments))
 
 
 def integers(name: str, problem: Problem, draw: int = 0, device: str = "cuda"):
@@ -46,18 +41,18 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 
 @each_kind
 @each_name
-def test_runs_on_the_current_stream(name, problem) -> None:
+def test_runs_on_the_current_stream(by, name, problem) -> None:
     """The input is written there, after a sleep: another stream would read what was before."""
     arguments = integers(name, problem)
     image = arguments[0].clone()
-    expected = call(name)(*arguments)
+    expected = by.results(name)(*arguments)
     arguments[0].fill_(float("nan"))
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(SLEEP)
         arguments[0].copy_(image)
-        got = call(name)(*arguments)
+        got = by.results(name)(*arguments)
         copies = [t.clone() for t in got]
     stream.synchronize()
     assert_equal(copies, expected)
@@ -65,93 +60,125 @@ def test_runs_on_the_current_stream(name, problem) -> None:
 
 @each_kind
 @each_name
-def test_does_not_wait_for_the_device(name, problem) -> None:
+def test_does_not_wait_for_the_device(by, name, problem) -> None:
     """Neither PyTorch nor the clock sees the host wait, from a shape's second call on."""
     arguments = integers(name, problem)
-    expected = call(name)(*arguments)
+    expected = by.results(name)(*arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(SLEEP)
         event = torch.cuda.Event()
         event.record()
-        got = call(name)(*arguments)
+        got = by.results(name)(*arguments)
         assert not event.query(), "the host waited for the sleep to end"
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_equal(got, expected)
 
 
-@each_name
-def test_a_new_shape_does_not_wait_either(name) -> None:
+@each_operator([BY_CUDA])
+def test_a_new_shape_does_not_wait_either(by, name) -> None:
     """Its work list is copied on a stream of its own."""
-    call(name)(*integers(name, SLICED))
+    by.results(name)(*integers(name, SLICED))
     new = Problem("new", (1, 1024, 19, 18), SLICED.branches)
     arguments = integers(name, new)
     torch.cuda.synchronize()
     torch.cuda._sleep(4 * SLEEP)
     event = torch.cuda.Event()
     event.record()
-    call(name)(*arguments)
+    by.results(name)(*arguments)
     assert not event.query()
 
 
 @each_kind
 @each_name
-def test_memory_goes_back(name, problem) -> None:
+def test_memory_goes_back(by, name, problem) -> None:
     """And from a shape's second call on none is taken that PyTorch does not have already."""
     arguments = integers(name, problem)
-    call(name)(*arguments)
+    by.results(name)(*arguments)
     torch.cuda.synchronize()
     held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for _ in range(20):
-        call(name)(*arguments)
+        by.results(name)(*arguments)
     torch.cuda.synchronize()
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == (held, reserved)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @each_name
-def test_another_device_than_the_current(name) -> None:
-    expected = call(name)(*integers(name, SLICED))
+def test_another_device_than_the_current(by, name) -> None:
+    expected = by.results(name)(*integers(name, SLICED))
     assert torch.cuda.current_device() == 0
-    got = call(name)(*integers(name, SLICED, device="cuda:1"))
+    got = by.results(name)(*integers(name, SLICED, device="cuda:1"))
     assert all(t.device.index == 1 for t in got)
     assert_equal([t.to("cuda:0") for t in got], expected)
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["warm", "first_call_in_capture"])
+def captured(by, name: str, problem: Problem) -> Problem:
+    """A shape that no other test has."""
+    n, c, h, w = problem.shape
+    shape = (n + 1, c, h + 1 + by.names.index(name), w)
+    return replace(problem, name=f"{problem.name} captured", shape=shape)
+
+
 @each_kind
 @each_name
-def test_graph_capture_and_replay(name, problem, first) -> None:
-    """Also where the shape is new: its work list is made while the stream is being captured."""
-    if first:  # a shape that no other test has
-        n, c, h, w = problem.shape
-        shape = (n + 1, c, h + 1 + NAMES.index(name), w)
-        problem = replace(problem, name=f"{problem.name} captured", shape=shape)
+def test_graph_capture_and_replay(by, name, problem) -> None:
+    check_capture(by, name, problem, first=False)
+
+
+@each_kind
+@each_operator([BY_CUDA])
+def test_the_first_call_may_be_captured(by, name, problem) -> None:
+    """Where the shape is new, its work list is made while the stream is being captured."""
+    check_capture(by, name, captured(by, name, problem), first=True)
+
+
+def check_capture(by, name: str, problem: Problem, first: bool) -> None:
     draws = [integers(name, problem, draw) for draw in range(3)]
     arguments = integers(name, problem)
     if not first:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call(name)(*arguments)
+            by.results(name)(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = call(name)(*arguments)
+        got = by.results(name)(*arguments)
     for values in (*draws, draws[0]):
         arguments[0].copy_(values[0])
         for t, v in zip(tensors(arguments[1:]), tensors(values[1:]), strict=True):
             t.copy_(v)
         graph.replay()
-        assert_equal(got, call(name)(*values))
+        assert_equal(got, by.results(name)(*values))
 
 
 def tensors(arguments) -> list[Tensor]:
     found = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
     return [t for t in found if isinstance(t, Tensor)]
+
+
+@each_operator([BY_TRITON])
+def test_a_new_shape_is_refused_in_a_capture(by, name) -> None:
+    """In words, and the device is well after it."""
+    known = replace(SLICED, layout="channels_last")  # read in place: nothing to compile for it
+    arguments = integers(name, captured(by, name, known))
+    by.results(name)(*integers(name, known))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            with pytest.raises(RuntimeError, match="call it once outside of the capture"):
+                by.results(name)(*arguments)
+        finally:
+            graph.capture_end()
+    torch.cuda.synchronize()
+    got = by.results(name)(*arguments)
+    assert_equal(got, by.results(name)(*arguments))
 
 
 FIRST_CALL_OF_A_PROCESS = """
@@ -174,13 +201,14 @@ def test_the_first_call_of_a_process_may_be_captured() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_captured_training_step() -> None:
+@each_implementation
+def test_a_captured_training_step(by) -> None:
     """Work lists in a graph stay where they are, whatever is computed afterwards."""
     x, w = integers("pyramid", SLICED)[:2]
     leaves = [x.float().requires_grad_(), *(t.float().requires_grad_() for t in w)]
 
     def step():
-        y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], [1, 6], backend="cuda")
+        y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], [1, 6], backend=by.backend)
         return torch.autograd.grad(y.square().sum(), leaves)
 
     expected = step()
@@ -190,23 +218,25 @@ def test_a_captured_training_step() -> None:
         got = step()
     for size in range(3, 40):
         other = torch.ones(1, 8, size, size + 1, device="cuda")
-        torch.ops.aspp_ext.atrous_pyramid(other, [torch.ones_like(other[..., :3, :3])], [1, 1])
+        by.family.op("atrous_pyramid")(other, [torch.ones_like(other[..., :3, :3])], [1, 1])
     graph.replay()
     assert_equal(list(got), list(expected))
 
 
-def test_called_from_threads_on_their_own_streams() -> None:
-    work = {name: [integers(name, p) for p in KINDS] for name in NAMES}
-    expected = {name: [call(name)(*a) for a in work[name]] for name in NAMES}
+@each_implementation
+def test_called_from_threads_on_their_own_streams(by) -> None:
+    names = by.operators
+    work = {name: [integers(name, p) for p in KINDS] for name in names}
+    expected = {name: [by.results(name)(*a) for a in work[name]] for name in names}
     torch.cuda.synchronize()
     wrong: list[str] = []
 
     def run(k: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for i in range(20):
-                name = NAMES[(i + k) % len(NAMES)]
+                name = names[(i + k) % len(names)]
                 for arguments, right in zip(work[name], expected[name], strict=True):
-                    if not all(map(torch.equal, call(name)(*arguments), right)):
+                    if not all(map(torch.equal, by.results(name)(*arguments), right)):
                         wrong.append(f"thread {k}, {name}")
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(8)]
@@ -226,8 +256,9 @@ def step(module, x: Tensor, weights: list[Tensor], **keywords) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_with_gradients(backend, fresh_compiler, monkeypatch) -> None:
-    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+@each_implementation
+def test_compile_with_gradients(by, backend, fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
 
     def forward(x, *weights):
         return aspp_ext.atrous_pyramid(x, list(weights), [1, 2], activation="relu")
@@ -242,8 +273,9 @@ def test_compile_with_gradients(backend, fresh_compiler, monkeypatch) -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_compile_with_graphs(fresh_compiler, monkeypatch) -> None:
-    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+@each_implementation
+def test_compile_with_graphs(by, fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
     w = torch.randn(6, 5, 3, 3, device="cuda")
     compiled = torch.compile(
         lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True, mode="reduce-overhead"
@@ -255,11 +287,12 @@ def test_compile_with_graphs(fresh_compiler, monkeypatch) -> None:
         assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2]))
 
 
-def test_compile_follows_the_tf32_switch(fresh_compiler, monkeypatch) -> None:
-    monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
+@each_implementation
+def test_compile_follows_the_tf32_switch(by, fresh_compiler, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
     x, w = torch.randn(1, 64, 9, 9, device="cuda"), torch.randn(32, 64, 3, 3, device="cuda")
     compiled = torch.compile(lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True)
-    op = torch.ops.aspp_ext.atrous_pyramid
+    op = by.family.op("atrous_pyramid")
     try:
         for tf32 in (True, False, True):
             torch.backends.cudnn.allow_tf32 = tf32
@@ -271,45 +304,67 @@ def test_compile_follows_the_tf32_switch(fresh_compiler, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype) -> None:
+@each_implementation
+def test_autocast(by, dtype) -> None:
     x, w = torch.randn(2, 5, 7, 9, device="cuda"), torch.randn(6, 5, 3, 3, device="cuda")
     leaves = [x.requires_grad_(), w.requires_grad_()]
     with torch.autocast("cuda", dtype):
-        y = aspp_ext.atrous_pyramid(x, [w], [2], backend="cuda")
-        again = aspp_ext.atrous_pyramid(x.to(dtype), [w], [2], backend="cuda")
+        y = aspp_ext.atrous_pyramid(x, [w], [2], backend=by.backend)
+        again = aspp_ext.atrous_pyramid(x.to(dtype), [w], [2], backend=by.backend)
     assert y.dtype == dtype
     assert torch.equal(y, again)
     got = torch.autograd.grad(y.float().square().sum(), leaves)
-    low = aspp_ext.atrous_pyramid(x.to(dtype), [w.to(dtype)], [2], backend="cuda")
+    low = aspp_ext.atrous_pyramid(x.to(dtype), [w.to(dtype)], [2], backend=by.backend)
     assert torch.equal(y, low)
     expected = torch.autograd.grad(low.float().square().sum(), leaves)
     assert all(g.dtype == torch.float32 for g in got)
     assert_equal(list(got), list(expected))
 
 
-def test_opcheck() -> None:
-    for name in NAMES:
+@each_implementation
+def test_opcheck(by) -> None:
+    for name in by.operators:
         for problem in ("one_branch", "x_channels_last", "x_expanded_batch", "empty_batch"):
             arguments = OPS[name].make(PROBLEMS[problem], torch.float32, device="cuda")
-            torch.library.opcheck(OPS[name].native.default, arguments)
+            torch.library.opcheck(OPS[name].operator(by.family).default, arguments)
 
 
-def test_explain_and_the_default(monkeypatch) -> None:
+@each_implementation
+def test_explain_and_the_default(by, monkeypatch) -> None:
     """What runs unasked is what a committed result verifies; explain says so."""
     monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
     x, w = torch.randn(1, 8, 9, 9, device="cuda"), torch.randn(4, 8, 3, 3, device="cuda")
-    text = aspp_ext.explain(x, [w], [2])
-    got = aspp_ext.atrous_pyramid(x, [w], [2])
-    if "no committed result verifies" in text:
-        assert torch.equal(got, reference.atrous_pyramid(x, [w], [2]))
-    else:
-        assert "verified by benchmarks/results/" in text
-        assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2], backend="cuda"))
+    lines = aspp_ext.explain(x, [w], [2]).splitlines()
+    (own,) = (line for line in lines if line.strip().startswith(by.backend))
+    if "runs this" in own:
+        assert "verified by benchmarks/results/" in own
+        got = aspp_ext.atrous_pyramid(x, [w], [2])
+        assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2], backend=by.backend))
+    elif not any("verified by" in line for line in lines):
+        assert "no committed result verifies" in own
+        assert torch.equal(
+            aspp_ext.atrous_pyramid(x, [w], [2]), reference.atrous_pyramid(x, [w], [2])
+        )
 
 
-def test_training_steps_agree_with_the_reference() -> None:
-    """In float64, with everything between: PyTorch's autograd calls on its own threads."""
-    x = torch.randn(2, 20, 13, 11, device="cuda", dtype=torch.float64)
-    weights = [torch.randn(s, device="cuda").double() for s in ((6, 20, 1, 1), (7, 20, 3, 3))]
-    got, expected = step(aspp_ext, x, weights, backend="cuda"), step(reference, x, weights)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+@each_implementation
+def test_explain_of_what_is_asked_for(by, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
+    x, w = torch.randn(1, 8, 9, 9, device="cuda"), torch.randn(4, 8, 3, 3, device="cuda")
+    lines = aspp_ext.explain(x, [w], [2]).splitlines()
+    assert any(line.strip().startswith(by.backend) and "runs this" in line for line in lines)
+
+
+@each_implementation
+def test_training_steps_agree_with_the_reference(by) -> None:
+    """In the widest dtype, with everything between: PyTorch's autograd calls on its own threads."""
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        x = torch.randn(2, 20, 13, 11, device="cuda", dtype=by.widest)
+        sizes = ((6, 20, 1, 1), (7, 20, 3, 3))
+        weights = [torch.randn(s, device="cuda", dtype=by.widest) for s in sizes]
+        got, expected = step(aspp_ext, x, weights, backend=by.backend), step(reference, x, weights)
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    tolerance = 1e-10 if by.widest == torch.float64 else 1e-3
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)

@@ -9,59 +9,78 @@ import pytest
 import statistics_checks as checks
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from gpu_cases import BY_CUDA, DEVICE, IMPLEMENTATIONS, Kernels
+from table import dtype_id
 from test_joint_norm import make_norms, make_y, one_by_one, statistics_of, step
 
 from aspp_ext.modules.joint_norm import joint_norm
 from aspp_ext.testing import OPS, PROBLEMS
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 DENSE = [name for name in PAIRS if "separable" not in name]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
 
-@pytest.fixture(autouse=True)
-def forced(monkeypatch) -> None:
-    """Our kernels, whether or not a committed result has verified them here."""
-    monkeypatch.setenv("ASPP_EXT_BACKEND", DEVICE)
+@pytest.fixture(params=IMPLEMENTATIONS, ids=str)
+def by(request, monkeypatch) -> Kernels:
+    """Their kernels, whether or not a committed result has verified them here."""
+    monkeypatch.setenv("ASPP_EXT_BACKEND", request.param.backend)
+    monkeypatch.setattr(checks, "FAMILY", request.param.family)
+    return request.param
 
 
-@checks.each_precision
+@pytest.fixture
+def by_cuda(monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_BACKEND", BY_CUDA.backend)
+
+
+each_of = pytest.mark.parametrize(
+    ("by", "dtype", "tf32"),
+    [
+        pytest.param(by, dtype, tf32, id=f"{by}-{dtype_id(dtype)}{'-tf32' * tf32}")
+        for by in IMPLEMENTATIONS
+        for dtype, tf32 in by.precisions("pyramid")
+    ],
+    indirect=["by"],
+)
+
+
+@each_of
 @checks.each_filled
-def test_statistics(problem, dtype, tf32) -> None:
+def test_statistics(problem, by, dtype, tf32) -> None:
     checks.check_statistics(problem, dtype, tf32, DEVICE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_large_mean_costs_no_digits(dtype) -> None:
-    checks.check_large_mean(dtype, DEVICE)
+def test_a_large_mean_costs_no_digits(by) -> None:
+    for dtype in {torch.float32, by.widest}:
+        checks.check_large_mean(dtype, DEVICE)
 
 
 @pytest.mark.parametrize("name", checks.CHECKED)
-def test_opcheck(name) -> None:
+def test_opcheck(by, name) -> None:
     checks.check_operator(name, torch.bfloat16, DEVICE)
-    checks.check_operator(name, torch.float64, DEVICE, grad=True)
+    checks.check_operator(name, by.widest, DEVICE, grad=True)
 
 
-def test_derivatives() -> None:
+def test_derivatives(by_cuda) -> None:
     checks.check_derivatives(DEVICE)
 
 
-def test_autocast() -> None:
+def test_autocast(by) -> None:
     checks.check_autocast(DEVICE)
 
 
-def test_batching() -> None:
+def test_batching(by) -> None:
     checks.check_batching(DEVICE)
 
 
-def test_refusals() -> None:
+def test_refusals(by) -> None:
     checks.check_refusals(DEVICE)
 
 
-def test_in_a_graph() -> None:
+def test_in_a_graph(by) -> None:
     x, weights, rates = checks.arguments(PROBLEMS["aspp"], torch.float32, DEVICE)
     checks.operator()(x, weights, rates)
     torch.cuda.synchronize()
@@ -101,12 +120,13 @@ def test_joint_norm_in_low_precision(dtype, layout) -> None:
 
 @pytest.fixture
 def given(monkeypatch) -> list[tuple]:
+    """What the training steps are given."""
     return checks.spied(monkeypatch)
 
 
 @each_layout
 @pytest.mark.parametrize("name", DENSE)
-def test_training(name, layout, given) -> None:
+def test_training(name, layout, given, by_cuda) -> None:
     original, ours = (m.to(DEVICE).to(memory_format=layout) for m in PAIRS[name].build())
     for module in (original, ours):
         module.project[3].eval()  # which elements it drops depends on the memory format
@@ -119,7 +139,7 @@ def test_training(name, layout, given) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_training_under_autocast(dtype, given) -> None:
+def test_training_under_autocast(by, dtype, given) -> None:
     original, ours = (m.float().to(DEVICE) for m in PAIRS["ours dense"].build())
     for module in (original, ours):
         module.project[3].eval()
@@ -135,7 +155,7 @@ def test_training_under_autocast(dtype, given) -> None:
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
-def test_compiled_training_step(fresh_compiler) -> None:
+def test_compiled_training_step(by_cuda, fresh_compiler) -> None:
     original, ours = (m.to(DEVICE) for m in PAIRS["ours dense"].build())
     for module in (original, ours):
         module.project[3].eval()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,7 @@ def define_sibling(name: str, check: Callable[..., Any]) -> None:
         # The first is x or the gradient of the result: as many pixels, of the same dtype.
         if (reason := _triton.refusal(first, len(rest[rates - 1]) // 2)) is not None:
             raise RuntimeError(f"{name}: {reason}")
-        from ..triton import operators
-
+        operators = importlib.import_module("aspp_ext.triton.operators")
         return getattr(operators, name)(first, *rest)
 
     for key in ("CPU", "CUDA"):

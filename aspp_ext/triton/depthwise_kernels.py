@@ -28,7 +28,7 @@ from .records import (
     unit_sum,
     unit_tile,
 )
-from .taps import add_taps, between, region_padded, sum_taps, widened, word_size, words
+from .taps import add_taps, between, region_padded, sum_taps, widened, words
 
 SIZES = ["height", "width", "x_chunks", "grad_chunks", "chunks", "blocks"]
 
@@ -114,7 +114,7 @@ def depthwise_kernel(
     n_begin = tl.program_id(1) * N
     columns = n_begin + tl.arange(0, N)
     weight_pitch = blocks * N
-    WORD: tl.constexpr = word_size(x)
+    WORD: tl.constexpr = 2 if x.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     pitch = x_chunks * (CHUNK // WORD)
     at = pixel.to(tl.int64) * pitch
     source = words(x) + n_begin // WORD
@@ -173,7 +173,7 @@ def grad_depthwise_kernel(
     region, _n, pixel, y, xx, valid = tile_of_pixels(unit, regions, height, width, M)
     run_begin, run_end = region_runs(region)
     n_begin = tl.program_id(1) * N
-    WORD: tl.constexpr = word_size(x)
+    WORD: tl.constexpr = 2 if x.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     of_row = n_begin // WORD + tl.arange(0, N // WORD)
     inside = of_row < chunks * (CHUNK // WORD)
     place = pixel.to(tl.int64)[:, None] * (grad_chunks * (CHUNK // WORD)) + of_row[None, :]
@@ -204,7 +204,9 @@ def grad_depthwise_kernel(
                 tl.store(to + tap * (blocks * N), tl.sum(widened(loaded, M, N) * g, 0))
 
 
-@triton.jit(do_not_specialize=["tiles", "step", "rows", "blocks", "channels", "channel_step", "row_step"])
+@triton.jit(
+    do_not_specialize=["tiles", "step", "rows", "blocks", "channels", "channel_step", "row_step"]
+)
 def add_tiles_kernel(
     sums,  # [tiles, rows, blocks * N] float32, tiles ``step`` blocks apart
     out,
@@ -254,13 +256,14 @@ def grad_input_kernel(
     TAPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The gradient of x: all branches' taps, mirrored, rounded once."""
+    """The gradient of x: all branches' taps, mirrored, rounded once. Each branch has a sum of its
+    own, for one long sum of all taps would round worse than PyTorch's sums of sums."""
     unit = units + tl.program_id(0) * UNIT
     region, n_begin, pixel, y, xx, valid = tile_of_pixels(unit, regions, height, width, M)
     k_begin, k_end = unit_sum(unit)
     run_begin, run_end = region_runs(region)
     n_begin = tl.multiple_of(n_begin, N)
-    WORD: tl.constexpr = word_size(out)
+    WORD: tl.constexpr = 2 if out.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     pitch = chunks * (CHUNK // WORD)
     at = pixel.to(tl.int64) * pitch
     inside = n_begin // WORD + tl.arange(0, N // WORD) < pitch
@@ -276,16 +279,18 @@ def grad_input_kernel(
         row, has_between, taps = branch_input(branches + branch * BRANCH)
         source = words(pick(grads, branch, BRANCHES)) + n_begin // WORD
         weights = depthwise + row.to(tl.int64) * (blocks * N) + n_begin
+        of_branch = tl.zeros((M, N), tl.float32)
         if masked:
-            sums = add_taps(
-                sums, source, at, inside, y, xx, weights, run, skip, taken, height, width, pitch,
-                blocks * N, M, N, TAPS, True,
+            of_branch = add_taps(
+                of_branch, source, at, inside, y, xx, weights, run, skip, taken, height, width,
+                pitch, blocks * N, M, N, TAPS, True,
             )  # fmt: skip
         else:
-            sums = add_taps(
-                sums, source, at, inside, y, xx, weights, run, skip, taken, height, width, pitch,
-                blocks * N, M, N, TAPS, False,
+            of_branch = add_taps(
+                of_branch, source, at, inside, y, xx, weights, run, skip, taken, height, width,
+                pitch, blocks * N, M, N, TAPS, False,
             )  # fmt: skip
+        sums += of_branch
     piece, slices, slot, tile = unit_slice(unit)
     if slices > 1:
         store_partial(sums, partials, slot + piece, M, N)

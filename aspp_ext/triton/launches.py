@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from .grad_weight_kernels import finish_grad_weight_kernel, grad_weight_kernel
 from .operands import Rows
 from .pyramid_kernels import finish_gather_kernel, gather_kernel
 from .statistics_kernels import combine_kernel
-from .target import on_device, target_of
+from .target import Target, on_device, target_of
 from .work import GROUP, Branch, Shape, Work
+
+if TYPE_CHECKING:
+    from .._plan import Pass
 
 FINISH_COLUMNS = 32
 """Columns of a program that adds up slices."""
@@ -61,7 +64,8 @@ class Statistics(NamedTuple):
 
     def combined(self, channels: int) -> tuple[Tensor, Tensor]:
         """The same of the channels, ``[channels]`` each."""
-        mean, square = torch.empty((2, channels), dtype=torch.float32, device=self.means.device)
+        # Results of an operator must not share memory.
+        mean, square = (self.means.new_empty(channels) for _ in range(2))
         with on_device(self.means.device):
             combine_kernel[(self.found.group_count,)](
                 self.found.groups, self.found.tile_rows, self.means, self.squares, mean, square,
@@ -75,6 +79,27 @@ def precision(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if tf32 and dtype == torch.float32 else "ieee"
 
 
+_compiled: set[tuple[object, ...]] = set()
+
+
+def finish(
+    kernel: Any, target: Target, found: Work, across: int, *arguments: Any, **fixed: Any
+) -> None:
+    """Launches what adds up slices, ``across`` programs for each tile that has some.
+
+    Without any it is compiled all the same, once, so that the first shape that needs it finds it.
+    """
+    if found.cut_count:
+        kernel[(found.cut_count, across)](*arguments, **fixed)
+        return
+    dtypes = tuple(a.dtype for a in arguments if isinstance(a, Tensor))
+    constants = tuple((name, value) for name, value in fixed.items() if name.isupper())
+    key = (kernel, target, dtypes, constants)
+    if key not in _compiled and not target.is_interpreter:
+        kernel.warmup(*arguments, grid=(1, across), **fixed)
+    _compiled.add(key)
+
+
 def partials_of(found: Work, chosen: Configuration, like: Tensor) -> Tensor:
     """Memory for the sums of all slices."""
     size = max(found.partials * chosen.m * chosen.n, 1)
@@ -82,7 +107,7 @@ def partials_of(found: Work, chosen: Configuration, like: Tensor) -> Tensor:
 
 
 def gather(
-    pass_: str,
+    pass_: Pass,
     a: Rows,
     weights: Sequence[Tensor],
     out: Rows,
@@ -124,12 +149,12 @@ def gather(
                 BRANCHES=len(weights), K=chosen.k, PRECISION=products,
                 INTERPRETED=target.is_interpreter, **fixed, **chosen.options(target),
             )  # fmt: skip
-            if found.cut_count:
-                width = min(FINISH_COLUMNS, chosen.n)
-                finish_gather_kernel[(found.cut_count, chosen.n // width)](
-                    found.units, found.cut, found.regions, found.branches, out.data, *vectors,
-                    partials, means, squares, **numbers, W=width, **fixed,
-                )  # fmt: skip
+            width = min(FINISH_COLUMNS, chosen.n)
+            finish(
+                finish_gather_kernel, target, found, chosen.n // width,
+                found.units, found.cut, found.regions, found.branches, out.data, *vectors,
+                partials, means, squares, **numbers, W=width, **fixed,
+            )  # fmt: skip
         return Statistics(found, means, squares)
 
     per_sample = epilogue.is_per_sample
@@ -164,12 +189,12 @@ def grad_weight(
                 a_chunks=grad.chunks, b_chunks=x.chunks, K=chosen.k, PRECISION=products,
                 INTERPRETED=target.is_interpreter, **numbers, **fixed, **chosen.options(target),
             )  # fmt: skip
-            if found.cut_count:
-                width = min(FINISH_COLUMNS, chosen.n)
-                finish_grad_weight_kernel[(found.cut_count, chosen.n // width)](
-                    found.units, found.cut, found.regions, found.runs, found.branches,
-                    tuple(outs), partials, W=width, **numbers, **fixed,
-                )  # fmt: skip
+            width = min(FINISH_COLUMNS, chosen.n)
+            finish(
+                finish_grad_weight_kernel, target, found, chosen.n // width,
+                found.units, found.cut, found.regions, found.runs, found.branches,
+                tuple(outs), partials, W=width, **numbers, **fixed,
+            )  # fmt: skip
 
     candidates = weight_candidates(target, like.dtype, products, shape.in_channels)
     problem = ("grad_weight", like.dtype, products, *shape)

@@ -33,9 +33,9 @@ from .operands import Rows
 from .pyramid import atrous_pyramid_grad_input, atrous_pyramid_grad_weight
 from .pyramid_kernels import finish_gather_kernel
 from .separable_configurations import (
-    DEPTHWISE,
     GRAD_DEPTHWISE,
     TILES_AT_A_TIME,
+    depthwise_configuration,
     separable_candidates,
     sums_at_a_time,
 )
@@ -221,7 +221,8 @@ class _Backward:
         self.target: Target = target_of(x.device)
         records = [_record(p, row) for p, row in zip(parts, _rows(parts)[:-1], strict=True)]
         self.shape = _shape(x, self.channels, parts, [1] * len(parts))
-        tile = DEPTHWISE.tile
+        self.chosen = depthwise_configuration(x.dtype)
+        tile = self.chosen.tile
         self.joint = work.find(self.target, "grad_input", self.shape, tile, records)
         self.packed = _packed(parts, x, self.joint.branches)
         self.chunk = operands.chunk(x.dtype)
@@ -250,7 +251,8 @@ class _Backward:
         """What branch b's 1x1 reads ``[N, C, H, W]``, if ``forward``. With ``grad``, its gradient,
         which becomes that of the depthwise result, those of scale and shift, ``of_vectors``."""
         part, n, h, w = self.parts[b], *self.x.shape[:1], *self.x.shape[2:]
-        found = self._alone(part, DEPTHWISE.m)
+        chosen = self.chosen
+        found = self._alone(part, chosen.m)
         e = self.rows
         if forward:
             e, _ = operands.out_rows(self.x, self.shape.pixels, [self.channels])
@@ -265,8 +267,8 @@ class _Backward:
                 given.data, self.packed.depthwise[self.packed.rows[b] :], self.packed.affine[b],
                 sums, **self.numbers, x_chunks=self.rows.chunks, grad_chunks=given.chunks,
                 relu=int(self.relu and part.has_between), FORWARD=forward,
-                GRADIENT=grad is not None, M=DEPTHWISE.m, N=DEPTHWISE.n, TAPS=DEPTHWISE.stages,
-                CHUNK=self.chunk, num_warps=DEPTHWISE.warps, num_stages=1,
+                GRADIENT=grad is not None, M=chosen.m, N=chosen.n, TAPS=chosen.stages,
+                CHUNK=self.chunk, num_warps=chosen.warps, num_stages=1,
             )  # fmt: skip
         for i, of_vector in enumerate(of_vectors):
             self._add_tiles(sums[:, i], of_vector, 1, (1, 0))
@@ -295,7 +297,7 @@ class _Backward:
 
     def input(self, grads: Sequence[Rows]) -> Tensor:
         """The gradient of x from those of all depthwise results."""
-        found, chosen = self.joint, DEPTHWISE
+        found, chosen = self.joint, self.chosen
         out, firsts = operands.out_rows(self.x, self.shape.pixels, [self.channels])
         partials = partials_of(found, chosen, self.x)
         tile = {"M": chosen.m, "N": chosen.n, "CHUNK": self.chunk, "num_warps": chosen.warps}

@@ -13,7 +13,7 @@ from .target import Target
 # hide the other's product; before Hopper that many columns spill with four warps.
 _WIDE = Configuration(64, 256, 32, 4, 3)
 _MIDDLE = Configuration(64, 128, 64, 4, 2)
-_NARROW = Configuration(64, 64, 64, 4, 2)
+_NARROW = Configuration(64, 64, 32, 4, 3)
 _FORWARD = {
     "sm_80": (Configuration(128, 256, 32, 8, 3), _MIDDLE, _NARROW),
     "sm_90": (_WIDE, _MIDDLE, _NARROW),
@@ -26,11 +26,17 @@ _FORWARD = {
 # Products without tensor cores.
 _IEEE = Configuration(64, 64, 16, 4, 2)
 
-DEPTHWISE = Configuration(64, 64, 1, 8, 3)
-"""Pixels x channels of the depthwise kernels; ``k`` counts taps."""
+DEPTHWISE = Configuration(64, 64, 1, 8, 2)
+"""Pixels x channels of the depthwise kernels for 16-bit operands; ``k`` counts taps."""
 
 GRAD_DEPTHWISE = Configuration(32, 64, 1, 1, 1)
 """One warp, so that the sum over pixels stays within it."""
+
+
+def depthwise_configuration(dtype: torch.dtype) -> Configuration:
+    """Operands of 32 bits take twice the registers."""
+    return DEPTHWISE if dtype.itemsize == 2 else Configuration(32, 64, 1, 4, 1)
+
 
 TILES_AT_A_TIME = 32
 """Of a program that adds up the sums of tiles."""

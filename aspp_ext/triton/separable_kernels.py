@@ -32,7 +32,7 @@ from .records import (
     unit_tile,
     weight_rows,
 )
-from .taps import BLOCK, add_taps, between, region_padded, sum_taps, word_size, words
+from .taps import BLOCK, add_taps, between, region_padded, sum_taps, words
 
 SIZES = ["height", "width", "x_chunks", "weight_chunks", "blocks", "out_chunks", "shift_pitch"]
 SWITCHES = ["between_relu", "has_scale", "has_shift", "relu"]
@@ -107,7 +107,7 @@ def separable_kernel(
     depthwise += row.to(tl.int64) * pitch
     affine += b * 2 * pitch
 
-    WORD: tl.constexpr = word_size(x)
+    WORD: tl.constexpr = 2 if x.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     source = words(x)
     x_pitch = x_chunks * (CHUNK // WORD)
     of_tile = tl.arange(0, M)

@@ -33,14 +33,8 @@ def words(pointer):
 
 
 @triton.jit
-def word_size(pointer):
-    """The channels of a word."""
-    return tl.constexpr(2 if pointer.dtype.element_ty == tl.bfloat16 else 1)
-
-
-@triton.jit
 def widened(loaded, M: tl.constexpr, K: tl.constexpr):
-    """Words ``[M, K / word_size]`` as float32 ``[M, K]``."""
+    """Words of ``[M, K]`` as float32."""
     if loaded.dtype == tl.int32:
         even = (loaded << 16).to(tl.float32, bitcast=True)
         odd = (loaded & -65536).to(tl.float32, bitcast=True)
@@ -54,7 +48,7 @@ def add_taps(
     sums,  # [M, K] float32
     source,  # words, see above; of the first channel
     at,  # [M] int64: a pixel's place in source
-    inside,  # [K / word_size]; MASKED only, as y and x
+    inside,  # of the words of a row; MASKED only, as y and x
     y,  # [M]
     x,  # [M]
     weights,  # [taps, weight_pitch] float32, of the first channel

@@ -11,8 +11,8 @@ import torch
 
 from .._triton import interpreted
 
-INTERPRETER_PROCESSORS = 3
-"""Of the pretended device: few, so that small problems are cut into slices, too."""
+INTERPRETER_PROCESSORS = 13
+"""Of the pretended device: more than small problems have tiles, so that sums are cut there too."""
 
 
 class Target(NamedTuple):
@@ -46,7 +46,8 @@ def target_of(device: torch.device) -> Target:
         architecture = properties.gcnArchName.split(":")[0]
         return Target(device, architecture, processors, properties.shared_memory_per_block)
     architecture = f"sm_{properties.major}{properties.minor}"
-    return Target(device, architecture, processors, properties.shared_memory_per_block_optin)
+    shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Target(device, architecture, processors, shared_bytes)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

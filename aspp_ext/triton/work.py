@@ -6,13 +6,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _plan
 from .target import Target
+
+if TYPE_CHECKING:
+    from .._plan import Pass
 
 CAPACITY = 1024
 """Work lists that are kept; those that a CUDA graph has captured are kept besides."""
@@ -81,7 +84,7 @@ _entries: OrderedDict[tuple, _Entry] = OrderedDict()
 _lock = threading.Lock()
 
 
-def find(target: Target, pass_: str, shape: Shape, tile: Tile, branches: Sequence[Branch]) -> Work:
+def find(target: Target, pass_: Pass, shape: Shape, tile: Tile, branches: Sequence[Branch]) -> Work:
     """The work list of a pass over ``shape``.
 
     Raises:
@@ -118,7 +121,7 @@ def _shrink() -> None:
 
 
 def _upload(
-    target: Target, pass_: str, shape: Shape, tile: Tile, branches: Sequence[Branch]
+    target: Target, pass_: Pass, shape: Shape, tile: Tile, branches: Sequence[Branch]
 ) -> Work:
     """Plans and brings everything to the device in one copy."""
     listed = [_plan.Branch(kernel=k, rate=r, out_channels=o) for k, r, o in shape.branches]
@@ -142,9 +145,9 @@ def _upload(
         rows,
         groups,
     ]
-    return Work(
-        *_on_device(parts, target), len(units), len(cut), len(groups), work.partials, work.tiles
-    )
+    there = _on_device(parts, target)
+    counts = (len(units), len(cut), len(groups), work.partials, work.tiles)
+    return Work._make((*there, *counts))
 
 
 def _records(data: bytes, fields: int) -> Tensor:

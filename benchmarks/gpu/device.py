@@ -20,6 +20,7 @@ from benchmarks import machine, timing
 
 Call = Callable[[], object]
 DRY_RUN = "dry run"
+MARK = "spin_kernel"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Host:
     """The CPU in the place of a GPU."""
 
     kind = "cpu"
-    backend = "cpu"  # the implementation of aspp_ext that is timed
+    backends = ("cpu", "triton")  # the implementations of aspp_ext that are timed
 
     def facts(self) -> dict[str, Any]:
         """The columns that are the same in every row of a run."""
@@ -102,12 +103,15 @@ class Host:
     def stop_counting(self) -> None:
         pass
 
+    def mark(self) -> None:
+        """Launches a kernel named `MARK`, by which a profiler's list of launches is divided."""
+
 
 class Cuda(Host):
     """The first CUDA device."""
 
     kind = "cuda"
-    backend = "cuda"
+    backends = ("cuda", "triton")
     LONGEST_LEAD_S = 0.02
 
     def __init__(self) -> None:
@@ -178,6 +182,9 @@ class Cuda(Host):
     def stop_counting(self) -> None:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
+
+    def mark(self) -> None:
+        torch.cuda._sleep(1)
 
 
 def device_named(kind: str) -> Host:

@@ -2,65 +2,37 @@
 """Where the time of aspp_ext goes on a GPU: `python -m benchmarks.gpu.kernels --out FOLDER`.
 
 Each call is profiled several times with a cold L2, kernel by kernel. Then Nsight Compute, where it
-is installed and may read the counters, counts the bytes one forward moves through DRAM: the law is
-at most 1.3 times the compulsory ones.
+is installed and may read the counters, counts the bytes that each call moves through DRAM: the law
+is that a forward moves at most 1.3 times the compulsory ones.
+
+Exits with 1 when a call failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import csv_file, machine, timing
+from benchmarks.contest import one_line
+from benchmarks.gpu import counters
 from benchmarks.gpu import problems as table
+from benchmarks.gpu.calls import NamedCall, calls
 from benchmarks.gpu.device import Host, Kernel, device_named
-from benchmarks.gpu.peers import Ours
-from benchmarks.problems import Problem
-from benchmarks.roofline import work_of
 
-ROOT = Path(__file__).resolve().parents[2]
-METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 MOST_TRAFFIC = 1.3
 COLUMNS = (
     *("date", "commit", "device", "architecture", "torch", "cuda", "triton"),
-    *("call", "kernel", "launches", "p25_us", "p50_us", "p75_us", "share"),
+    *("implementation", "call", "kernel", "launches", "p25_us", "p50_us", "p75_us", "share"),
     *("grid", "block", "registers", "shared_bytes", "dram_mb", "compulsory_mb", "note"),
 )
 Call = Callable[[], object]
-
-
-def calls(device: Host, problem: Problem) -> dict[str, Call]:
-    """The operator and its gradients, one by one, as a training step runs them."""
-    from aspp_ext.ops import pyramid  # noqa: F401  registers the operators
-
-    ours = {layout: Ours(layout, device.backend) for layout in ("NHWC", "NCHW")}
-    module, x = problem.build()
-    found: dict[str, Call] = {
-        f"forward {layout}": contender.build(module, x) for layout, contender in ours.items()
-    }
-    operators, last = torch.ops.aspp_ext, torch.channels_last
-    weights = [conv.weight.detach().to(memory_format=last) for conv in module.dense]
-    rates = [rate for rate in module.rates for _ in range(2)]
-    kernels = [size for weight in weights for size in weight.shape[2:]]
-    outputs = [weight.shape[0] for weight in weights]
-    x = x.to(memory_format=last)
-    grad = torch.randn_like(operators.atrous_pyramid(x, weights, rates))
-    found["grad_input NHWC"] = lambda: operators.atrous_pyramid_grad_input(grad, weights, rates)
-    found["grad_weight NHWC"] = lambda: operators.atrous_pyramid_grad_weight(
-        grad, x, kernels, outputs, rates
-    )
-    return found
 
 
 def breakdown(device: Host, call: Call, flush: Call, repeats: int) -> list[dict[str, Any]]:
@@ -88,76 +60,62 @@ def breakdown(device: Host, call: Call, flush: Call, repeats: int) -> list[dict[
     return rows
 
 
-def parse_counters(text: str) -> dict[str, float]:
-    """Bytes by kernel from Nsight Compute's raw page: a line of names, one of units, the launches.
-
-    Raises:
-        ValueError: the text has no such table.
-    """
-    lines = [line for line in text.splitlines() if line.startswith('"')]
-    rows = [row for row in csv.DictReader(io.StringIO("\n".join(lines))) if row["ID"].isdigit()]
-    if not rows or not all(metric in rows[0] for metric in METRICS):
-        raise ValueError("no counters in Nsight Compute's output: " + " ".join(text.split())[-200:])
-    moved: dict[str, float] = {}
-    for row in rows:
-        counted = sum(float(row[metric].replace(",", "")) for metric in METRICS)
-        moved[row["Kernel Name"]] = moved.get(row["Kernel Name"], 0.0) + counted
-    return moved
-
-
-def count_traffic(limit_s: float) -> dict[str, float]:
-    """DRAM bytes of one forward by kernel, counted by Nsight Compute around a process of its own.
-
-    Raises:
-        OSError, ValueError, subprocess.SubprocessError: it could not be counted.
-    """
-    profiler = shutil.which("ncu")
-    if profiler is None:
-        raise OSError("Nsight Compute (ncu) is not on the path")
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "counters.csv")
-        command = [profiler, "--profile-from-start", "off", "--clock-control", "none"]
-        command += ["--metrics", ",".join(METRICS), "--print-units", "base", "--page", "raw"]
-        command += ["--csv", "--log-file", str(log)]
-        command += [sys.executable, "-m", "benchmarks.gpu.kernels", "--once"]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
-        )
-        told = log.read_text() if log.exists() else ""
-        return parse_counters(told or done.stdout + done.stderr)
+def traffic_rows(
+    named: Sequence[NamedCall], moved: Mapping[NamedCall, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """The DRAM bytes of each call by kernel, and what they are of the compulsory ones."""
+    rows = []
+    for call in named:
+        common = call.columns | {"call": f"{call.what}, DRAM"}
+        total = sum(moved[call].values())
+        note = f"{total / call.compulsory_bytes:.2f} times the compulsory bytes"
+        if call.what.startswith("forward"):
+            verdict = "met" if total <= MOST_TRAFFIC * call.compulsory_bytes else "above"
+            note += f", at most {MOST_TRAFFIC}: {verdict}"
+        counted = moved[call].items()
+        rows += [common | {"kernel": name, "dram_mb": count / 1e6} for name, count in counted]
+        rows.append(common | {"kernel": "all", "dram_mb": total / 1e6, "note": note})
+    return rows
 
 
-def run_once(device: Host, problem: Problem) -> None:
-    """One forward between the marks that a profiler outside this process looks for."""
+def run_once(device: Host, named: Iterable[NamedCall]) -> None:
+    """Every call between the marks that a profiler outside this process looks for."""
     with torch.no_grad():
-        call = calls(device, problem)["forward NHWC"]
-        call()
-        device.start_counting()
-        call()
-        device.stop_counting()
-
-
-def traffic_rows(problem: Problem, limit_s: float) -> list[dict[str, Any]]:
-    compulsory = work_of(problem).bytes
-    common = {"call": "forward NHWC, DRAM", "compulsory_mb": compulsory / 1e6}
-    try:
-        moved = count_traffic(limit_s)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return [common | {"note": f"not counted: {' '.join(str(error).split())[:200]}"}]
-    total = sum(moved.values())
-    verdict = "met" if total <= MOST_TRAFFIC * compulsory else "above"
-    note = f"{total / compulsory:.2f} times the compulsory bytes, at most {MOST_TRAFFIC}: {verdict}"
-    rows = [common | {"kernel": name, "dram_mb": count / 1e6} for name, count in moved.items()]
-    return [*rows, common | {"kernel": "all", "dram_mb": total / 1e6, "note": note}]
+        for call in named:
+            run = call.build()
+            run()
+            device.start_counting()
+            run()
+            device.mark()
+            device.stop_counting()
 
 
 def show(row: dict[str, Any]) -> str:
+    name = f"{row['implementation']} {row['call']}"
     if "p50_us" in row:
         text = f"{row['p50_us']:9.1f} us {100 * (row['share'] or 0):3.0f} %  x{row['launches']}"
-        return f"{row['call']:17} {text}  {row['kernel'][:90]}"
+        return f"{name:32} {text}  {row['kernel'][:90]}"
     moved = f"{row['dram_mb']:.4g} of" if "dram_mb" in row else ""
     text = f"{moved} {row['compulsory_mb']:.4g} MB  {row.get('kernel', '')[:60]}"
-    return f"{row['call']:17} {text}  {row.get('note', '')}"
+    return f"{name:32} {text}  {row.get('note', '')}"
+
+
+def profiled(
+    device: Host, named: Sequence[NamedCall], repeats: int
+) -> tuple[list[NamedCall], list[dict[str, Any]]]:
+    """The calls that ran, and the rows of all."""
+    flush, ran, rows = device.flusher(), [], []
+    for call in named:
+        try:
+            with torch.no_grad():
+                found = breakdown(device, call.build(), flush, repeats)
+        except Exception as error:  # named in the table; the other calls still run
+            found = [{"note": f"failed: {one_line(error)}"}]
+        else:
+            ran.append(call)
+        rows += [call.columns | row for row in found]
+        device.release()
+    return ran, rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -166,30 +124,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for counting bytes")
     parser.add_argument("--repeats", type=int, default=7, help="profiled calls")
-    parser.add_argument("--once", action="store_true", help="one marked forward and nothing else")
+    parser.add_argument("--once", metavar="NAMES", help="these calls, marked, and nothing else")
     options = parser.parse_args(arguments)
     device = device_named(options.device)
-    problem = table.on_gpu("operator", "large")
+    problems = [table.on_gpu("operator", "large"), table.separable("operator", "large")]
     if options.device == "cpu":
-        problem = table.for_a_dry_run(problem)
+        problems = [table.for_a_dry_run(problem) for problem in problems]
+    named, absent = calls(device, problems)
     if options.once:
-        run_once(device, problem)
+        wanted = options.once.split(",")
+        run_once(device, [call for call in named if call.name in wanted])
         return 0
 
-    facts, rows = device.facts(), []
+    facts = device.facts()
     path = options.out / f"{machine.hyphenated(facts['device'])}-kernels.csv"
-    flush = device.flusher()
-    with torch.no_grad():
-        for name, call in calls(device, problem).items():
-            shape = {"call": name, "compulsory_mb": work_of(problem).bytes / 1e6}
-            rows += [shape | row for row in breakdown(device, call, flush, options.repeats)]
-            csv_file.write(path, COLUMNS, [facts | row for row in rows])
-    device.release()
-    rows += traffic_rows(problem, options.limit)
+    ran, rows = profiled(device, named, options.repeats)
+    rows += absent
+    csv_file.write(path, COLUMNS, [facts | row for row in rows])
+    try:
+        rows += traffic_rows(ran, counters.count_traffic(ran, options.limit))
+    except counters.FAILED as error:
+        note = f"not counted: {' '.join(str(error).split())[:200]}"
+        rows += [call.columns | {"call": f"{call.what}, DRAM", "note": note} for call in ran]
     csv_file.write(path, COLUMNS, [facts | row for row in rows])
     print(f"wrote {path}")
     print("\n".join(map(show, rows)))
-    return 0
+    return 0 if len(ran) == len(named) else 1
 
 
 if __name__ == "__main__":

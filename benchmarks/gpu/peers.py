@@ -61,6 +61,22 @@ class Eager(peers.Eager):
         return with_search(super().build(module, example), self.benchmark)
 
 
+def why_not(backend: str, problem: Problem) -> str | None:
+    """What keeps one implementation of aspp_ext from a problem, asked of tensors without memory."""
+    from aspp_ext import dispatch
+
+    size = (problem.batch, problem.channels, problem.height, problem.width)
+    one = torch.empty(1, dtype=problem.torch_dtype, device=problem.device)
+    channels, side = problem.channels, 1 if problem.separable else 3
+    weight = one.expand(problem.out_channels, channels, side, side)
+    depthwise = (one.expand(channels, 1, 3, 3),) if problem.separable else ()
+    op = "atrous_separable_pyramid" if problem.separable else "atrous_pyramid"
+    branches = (weight,) * (1 + len(problem.rates))
+    call = dispatch.Problem(op, one.expand(size), branches, depthwise)
+    chosen = next(i for i in dispatch.IMPLEMENTATIONS[op] if i.name == backend)
+    return chosen.why_not(call)
+
+
 class Ours(peers.Ours):
     """aspp_ext with one implementation forced, so that no other can be timed in its place."""
 
@@ -70,12 +86,7 @@ class Ours(peers.Ours):
         self.name = f"aspp_ext {backend} {layout}"
 
     def why_not(self, problem: Problem) -> str | None:
-        reason = super().why_not(problem)
-        if reason is None and self.backend == "cuda":
-            from aspp_ext import _native
-
-            return _native.cuda_missing
-        return reason
+        return super().why_not(problem) or why_not(self.backend, problem)
 
     def build(self, module: nn.Module, example: Tensor) -> peers.Call:
         # PyTorch's own convolutions in an aspp_ext module get the search too.
@@ -158,7 +169,7 @@ LAYOUTS = ("NCHW", "NHWC")
 
 def contenders(device: Host) -> list[peers.Contender]:
     """Those that are ready within seconds, in table order."""
-    ours = [Ours(layout, device.backend) for layout in LAYOUTS]
+    ours = [Ours(layout, backend) for backend in device.backends for layout in LAYOUTS]
     return [*ours, *(Eager(layout, search) for layout in LAYOUTS for search in (False, True))]
 
 

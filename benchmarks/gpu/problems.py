@@ -17,11 +17,16 @@ SHAPES = {
 
 
 def on_gpu(
-    level: str, shape: str, mode: str = "inference", dtype: str = "bfloat16", device: str = "cuda"
+    level: str,
+    shape: str,
+    mode: str = "inference",
+    dtype: str = "bfloat16",
+    head: str = "dense",
+    device: str = "cuda",
 ) -> Problem:
     channels, height, width, rates, batch = SHAPES[shape]
     return Problem(
-        *(level, "dense", channels, height, width, rates),
+        *(level, head, channels, height, width, rates),
         batch=batch,
         dtype=dtype,
         mode=mode,
@@ -29,38 +34,52 @@ def on_gpu(
     )
 
 
+def separable(level: str, shape: str, mode: str = "inference") -> Problem:
+    return on_gpu(level, shape, mode, head="separable")
+
+
 # In order of importance: where time runs out, the last ones are left out, by name. Batch 1 has no
-# module in training: BatchNorm on the pooled branch needs two values.
+# module in training: BatchNorm on the pooled branch needs two values. PyTorch's gradients of a
+# depthwise convolution may take longest of all, hence their place.
 PROBLEMS = (
     *(on_gpu("operator", shape, mode) for shape in SHAPES for mode in ("inference", "training")),
+    *(separable("operator", shape) for shape in ("large", "single")),
     *(on_gpu("module", shape, "training") for shape in ("large", "small", "wide")),
     *(on_gpu("module", shape) for shape in ("large", "single")),
     *(on_gpu("operator", "large", dtype=dtype) for dtype in ("float16", "tf32", "float32")),
+    *(separable("module", "large", mode) for mode in ("inference", "training")),
+    separable("operator", "large", "training"),
 )
 
-# (forward, forward + backward): how many times as fast as the best of PyTorch
+# The CUDA kernels' (forward, forward + backward): how many times as fast as the best of PyTorch
 SPEEDS = {"large": (1.0, 1.1), "small": (1.0, 1.1), "single": (2.0, 1.5), "wide": (1.0, 1.0)}
 
+CUDA, TRITON = "aspp_ext cuda", "aspp_ext triton"
 TARGETS = (
     *(
-        Target(on_gpu("operator", shape, mode), "pytorch", ratio)
+        Target(on_gpu("operator", shape, mode), "pytorch", ratio, CUDA)
         for shape, ratios in SPEEDS.items()
         for mode, ratio in zip(("inference", "training"), ratios, strict=True)
     ),
     *(
-        Target(on_gpu("module", shape, "training"), "pytorch", SPEEDS[shape][1])
+        Target(on_gpu("module", shape, "training"), "pytorch", SPEEDS[shape][1], CUDA)
         for shape in ("large", "small", "wide")
     ),
-    Target(on_gpu("operator", "large", "training"), "memory", 0.6),
-    Target(on_gpu("module", "large", "training"), "memory", 0.6),
+    Target(on_gpu("operator", "large", "training"), "memory", 0.6, CUDA),
+    Target(on_gpu("module", "large", "training"), "memory", 0.6, CUDA),
+    Target(on_gpu("operator", "large"), "pytorch", 1.3, TRITON),
+    Target(separable("operator", "large"), "pytorch", 1.3, TRITON),
+    Target(separable("operator", "large"), "eager NCHW", 2.0, TRITON),
 )
 
 
 def for_a_dry_run(problem: Problem) -> Problem:
     """The same problem with few channels and a small map, on the CPU.
 
-    Not smaller: of few numbers, how far two right results are apart is luck.
+    Not smaller: of few numbers, how far two right results are apart is luck. There PyTorch's
+    gradient of depthwise weights reads out of bounds in bfloat16 and channels_last.
     """
+    depthwise_gradient = problem.separable and problem.mode == "training"
     return replace(
         problem,
         channels=problem.channels // 64,
@@ -69,5 +88,6 @@ def for_a_dry_run(problem: Problem) -> Problem:
         rates=tuple(rate // 6 for rate in problem.rates),
         out_channels=32,
         batch=1 if problem.batch == 1 else 8,
+        dtype="float32" if depthwise_gradient else problem.dtype,
         device="cpu",
     )

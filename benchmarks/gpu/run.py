@@ -5,7 +5,8 @@ Every problem is first timed among the contenders that are ready at once. What t
 those that compile first, problem by problem, all contenders once more beside them. The results file
 is rewritten after every problem, so that a run cut short leaves what it measured.
 
-Exits with 3 when a result was refused as wrong or aspp_ext could not run.
+Exits with 3 when a result was refused as wrong, a contender of aspp_ext failed, or none of those
+could run a problem. One that cannot run stays in the table with its reason.
 """
 
 from __future__ import annotations
@@ -146,7 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems, targets = list(table.PROBLEMS), list(table.TARGETS)
     if options.device == "cpu":
         problems = [table.for_a_dry_run(p) for p in problems]
-        targets = [replace(t, problem=table.for_a_dry_run(t.problem)) for t in targets]
+        stand_in = f"aspp_ext {Host.backends[0]}"
+        targets = [
+            replace(t, problem=table.for_a_dry_run(t.problem), contender=stand_in) for t in targets
+        ]
     problems = [p for p in problems if not options.only or options.only in p.title]
     if options.list or not problems:
         print("\n".join(problem.title for problem in table.PROBLEMS))
