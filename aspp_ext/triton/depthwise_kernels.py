@@ -18,6 +18,7 @@ from .records import (
     RUN,
     UNIT,
     branch_input,
+    multiple,
     pick,
     pixels_of,
     region_runs,
@@ -262,7 +263,7 @@ def grad_input_kernel(
     region, n_begin, pixel, y, xx, valid = tile_of_pixels(unit, regions, height, width, M)
     k_begin, k_end = unit_sum(unit)
     run_begin, run_end = region_runs(region)
-    n_begin = tl.multiple_of(n_begin, N)
+    n_begin = multiple(n_begin, N)
     WORD: tl.constexpr = 2 if out.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     pitch = chunks * (CHUNK // WORD)
     at = pixel.to(tl.int64) * pitch

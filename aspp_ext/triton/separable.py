@@ -28,7 +28,7 @@ from .depthwise_kernels import (
     grad_input_kernel,
     pack_kernel,
 )
-from .launches import FINISH_COLUMNS, Epilogue, partials_of, precision
+from .launches import FINISH_COLUMNS, Epilogue, finish, partials_of, precision
 from .operands import Rows
 from .pyramid import atrous_pyramid_grad_input, atrous_pyramid_grad_weight
 from .pyramid_kernels import finish_gather_kernel
@@ -191,12 +191,12 @@ def atrous_separable_pyramid(
                 K=chosen.k, TAPS=chosen.stages, PRECISION=precision(x.dtype, False),
                 INTERPRETED=target.is_interpreter, **fixed, num_warps=chosen.warps, num_stages=1,
             )  # fmt: skip
-            if found.cut_count:
-                width = min(FINISH_COLUMNS, chosen.n)
-                finish_gather_kernel[(found.cut_count, chosen.n // width)](
-                    found.units, found.cut, found.regions, found.branches, out.data, *vectors,
-                    partials, partials, partials, **numbers, STATISTICS=False, W=width, **fixed,
-                )  # fmt: skip
+            width = min(FINISH_COLUMNS, chosen.n)
+            finish(
+                finish_gather_kernel, target, found, chosen.n // width,
+                found.units, found.cut, found.regions, found.branches, out.data, *vectors,
+                partials, partials, partials, **numbers, STATISTICS=False, W=width, **fixed,
+            )  # fmt: skip
 
     candidates = separable_candidates(target, x.dtype, max(widths), epilogue.is_per_sample)
     problem = ("separable", x.dtype, epilogue.is_per_sample, *shape)
@@ -307,11 +307,11 @@ class _Backward:
                 tuple(g.data for g in grads), self.packed.depthwise, out.data, partials,
                 **self.numbers, BRANCHES=len(grads), TAPS=chosen.stages, num_stages=1, **tile,
             )  # fmt: skip
-            if found.cut_count:
-                finish_grad_input_kernel[(found.cut_count,)](
-                    found.units, found.cut, found.regions, out.data, partials, self.shape.height,
-                    self.shape.width, self.numbers["chunks"], **tile,
-                )  # fmt: skip
+            finish(
+                finish_grad_input_kernel, self.target, found, 1,
+                found.units, found.cut, found.regions, out.data, partials, self.shape.height,
+                self.shape.width, self.numbers["chunks"], **tile,
+            )  # fmt: skip
         return operands.to_image(out, firsts, [self.channels], self.x, [self.x])
 
 

@@ -22,6 +22,7 @@ from .records import (
     RUN,
     UNIT,
     branch_input,
+    multiple,
     pick,
     pixels_of,
     region_branch,
@@ -100,7 +101,7 @@ def separable_kernel(
     own = branches + b * BRANCH
     row, has_between, taps = branch_input(own)
     between_relu *= has_between
-    columns = tl.multiple_of(n_begin, N) + tl.arange(0, N)
+    columns = multiple(n_begin, N) + tl.arange(0, N)
     weight, rows = pick(pointwise, b, BRANCHES), weight_rows(own)
     weight_pitch = weight_chunks * CHUNK
     pitch = blocks * BLOCK
