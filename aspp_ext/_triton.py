@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _gpu, _native, verified
 from ._autograd_key import unavailable as autograd_unavailable
 
-OLDEST = (3, 2)
+OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What PyTorch's builds call the distribution that installs the module `triton`.

@@ -169,12 +169,12 @@ def absent(name, *rest):
 
 
 VERSIONS = {
-    "3.2.0": None,
+    "3.6.0": None,
     "3.10.1+gitabc": None,
     "4.0": None,
     "unknown": None,
-    "3.1.0": "it needs Triton 3.2 or newer, got 3.1.0",
-    "2.3.1": "it needs Triton 3.2 or newer, got 2.3.1",
+    "3.5.1": "it needs Triton 3.6 or newer, got 3.5.1",
+    "2.3.1": "it needs Triton 3.6 or newer, got 2.3.1",
     None: "Triton is not installed",
 }
 
@@ -317,7 +317,7 @@ def test_the_report_says_what_triton_does(pretended) -> None:
     assert dict(describe_versions())["triton"] == "not installed"
     pretended.setattr(_triton, "version", "3.1.0")
     assert dict(describe_versions())["triton"] == "3.1.0"
-    for state in ("compiles its kernels", "interprets its kernels", "it needs Triton 3.2 or newer"):
+    for state in ("compiles its kernels", "interprets its kernels", "it needs Triton 3.6 or newer"):
         pretended.setattr(_triton, "interpreted", state.startswith("interprets"))
         pretended.setattr(_triton, "missing", state if state.startswith("it needs") else None)
         assert dict(describe_libraries())["triton"] == state

@@ -32,7 +32,8 @@ SUITES = {
         "or reaches_exactly and kernel_5x5 and float32 and not backward "
         "or reaches_every and rate_above or 3-4x6-5-bfloat16 or 1-1x6-16-float32 "
         "or test_public_functions or test_direct_operators or test_with_gradients "
-        "or test_every_dtype and not float64 or real_strides or direct_operator"),
+        "or test_every_dtype and bfloat16 or real_strides and (x_sliced or one_pixel) "
+        "or direct_operator"),
     "forward": (["forward"], f"{EXACT} and pyramid and not grad and not separable"),
     "separable": (["forward"], f"{EXACT} and separable and not backward and not head"),
     "derivatives": (["backward", "autocast", "compile"],

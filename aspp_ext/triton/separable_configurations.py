@@ -15,7 +15,7 @@ _WIDE = Configuration(64, 256, 32, 4, 3)
 _MIDDLE = Configuration(64, 128, 64, 4, 2)
 _NARROW = Configuration(64, 64, 32, 4, 3)
 _FORWARD = {
-    "sm_80": (Configuration(128, 256, 32, 8, 3), _MIDDLE, _NARROW),
+    "sm_80": (Configuration(128, 256, 32, 8, 3), _MIDDLE._replace(k=32, stages=3), _NARROW),
     "sm_90": (_WIDE, _MIDDLE, _NARROW),
     "sm_100": (_WIDE, _MIDDLE, _NARROW),
     "sm_120": (_WIDE, _MIDDLE, _NARROW),
