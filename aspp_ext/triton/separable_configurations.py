@@ -13,11 +13,12 @@ from .target import Target
 # hide the other's product; before Hopper that many columns spill with four warps.
 _WIDE = Configuration(64, 256, 32, 4, 3)
 _MIDDLE = Configuration(64, 128, 64, 4, 2)
+_SHALLOW = _MIDDLE._replace(k=32, stages=3)  # where that spills with a shift per sample
 _NARROW = Configuration(64, 64, 32, 4, 3)
 _FORWARD = {
-    "sm_80": (Configuration(128, 256, 32, 8, 3), _MIDDLE._replace(k=32, stages=3), _NARROW),
+    "sm_80": (Configuration(128, 256, 32, 8, 3), _SHALLOW, _NARROW),
     "sm_90": (_WIDE, _MIDDLE, _NARROW),
-    "sm_100": (_WIDE, _MIDDLE, _NARROW),
+    "sm_100": (_WIDE, _SHALLOW, _NARROW),
     "sm_120": (_WIDE, _MIDDLE, _NARROW),
     "gfx": (_MIDDLE, _NARROW),
     "interpreter": (Configuration(64, 64, 32, 1, 1),),
