@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(interpreted)
 
 
 @triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def dot(a, b, sums, PRECISION: tl.constexpr):
     """``sums + a @ b`` in float32; float32 operands in PRECISION, "tf32" or "ieee"."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)

@@ -82,7 +82,6 @@ def grad_weight_kernel(
     K: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     unit = units + tl.program_id(0) * UNIT
     r, m_begin, m_count, n_begin = unit_tile(unit)
@@ -127,7 +126,7 @@ def grad_weight_kernel(
             mask=valid[:, None] & b_inside[None, :],
             other=0.0,
         )
-        sums = dot(left, right, sums, PRECISION, INTERPRETED)
+        sums = dot(left, right, sums, PRECISION)
         column += column_step
         wraps = column >= columns
         column = tl.where(wraps, column - columns, column)

@@ -147,7 +147,7 @@ def gather(
                 out.data, *vectors, partials, means, squares, **numbers, a_chunks=a.chunks,
                 b_chunks=weights[0].size(2) // chunk, GRAD_INPUT=pass_ == "grad_input",
                 BRANCHES=len(weights), K=chosen.k, PRECISION=products,
-                INTERPRETED=target.is_interpreter, **fixed, **chosen.options(target),
+                **fixed, **chosen.options(target),
             )  # fmt: skip
             width = min(FINISH_COLUMNS, chosen.n)
             finish(
@@ -187,7 +187,7 @@ def grad_weight(
                 found.units, found.regions, found.runs, found.branches, grad.data, x.data,
                 tuple(outs), partials, batch=shape.batch, height=shape.height, width=shape.width,
                 a_chunks=grad.chunks, b_chunks=x.chunks, K=chosen.k, PRECISION=products,
-                INTERPRETED=target.is_interpreter, **numbers, **fixed, **chosen.options(target),
+                **numbers, **fixed, **chosen.options(target),
             )  # fmt: skip
             width = min(FINISH_COLUMNS, chosen.n)
             finish(

@@ -79,7 +79,6 @@ def gather_kernel(
     K: tl.constexpr,
     CHUNK: tl.constexpr,  # elements of 16 bytes
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Forward ``out = cat_b conv(x, w_b)`` and, with mirrored taps, the gradient of the input
     ``out = sum_b conv_transposed(grad_b, w_b)``: M pixels x N channels at a time."""
@@ -136,7 +135,7 @@ def gather_kernel(
                 mask=(k + depth < b_extent)[:, None] & b_inside[None, :],
                 other=0.0,
             )
-            sums = dot(left, right, sums, PRECISION, INTERPRETED)
+            sums = dot(left, right, sums, PRECISION)
             block += 1
             is_last = block == blocks
             block = tl.where(is_last, 0, block)

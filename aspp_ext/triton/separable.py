@@ -189,7 +189,7 @@ def atrous_separable_pyramid(
                 **numbers, x_chunks=source.chunks, weight_chunks=weights[0].size(2) // chunk,
                 blocks=packed.blocks, between_relu=int(between_relu), BRANCHES=len(parts),
                 K=chosen.k, TAPS=chosen.stages, PRECISION=precision(x.dtype, False),
-                INTERPRETED=target.is_interpreter, **fixed, num_warps=chosen.warps, num_stages=1,
+                **fixed, num_warps=chosen.warps, num_stages=1,
             )  # fmt: skip
             width = min(FINISH_COLUMNS, chosen.n)
             finish(

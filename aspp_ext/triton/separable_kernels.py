@@ -91,7 +91,6 @@ def separable_kernel(
     TAPS: tl.constexpr,
     CHUNK: tl.constexpr,  # elements of 16 bytes
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     unit = units + tl.program_id(0) * UNIT
     r, m_begin, m_count, n_begin = unit_tile(unit)
@@ -135,7 +134,7 @@ def separable_kernel(
             run, 0, count, height, width, x_pitch, pitch, M, K, TAPS, False,
         )  # fmt: skip
         left = finish_operand(sums, affine, k, pitch, between_relu, K, x.dtype.element_ty)
-        product = dot(left, right, product, PRECISION, INTERPRETED)
+        product = dot(left, right, product, PRECISION)
         right = load_weight(weight, k + K, columns, rows, weight_pitch, K)
     for block in range(whole, k_end):
         k = block * K
@@ -145,7 +144,7 @@ def separable_kernel(
             width, x_pitch, pitch, M, K, TAPS, True,
         )  # fmt: skip
         left = finish_operand(sums, affine, k, pitch, between_relu, K, x.dtype.element_ty)
-        product = dot(left, right, product, PRECISION, INTERPRETED)
+        product = dot(left, right, product, PRECISION)
         right = load_weight(weight, k + K, columns, rows, weight_pitch, K)
 
     piece, slices, slot, tile = unit_slice(unit)
