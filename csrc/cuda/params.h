@@ -12,6 +12,7 @@ namespace aspp::cuda {
 using plan::TileRange;
 using plan::WorkList;
 using plan::WorkRegion;
+using plan::WorkRun;
 using plan::WorkTap;
 using plan::WorkUnit;
 
@@ -53,6 +54,7 @@ struct PyramidParams {
   const int32_t* worker_begin;
   const WorkRegion* regions;
   const WorkTap* taps;
+  const WorkRun* runs;
   int32_t workers;
 
   int32_t batch, height, width;

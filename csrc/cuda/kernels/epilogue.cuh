@@ -68,10 +68,12 @@ struct Epilogue {
         for (Sum& sum : sums[i][j]) sum = sum < Sum(0) ? Sum(0) : sum;  // a NaN stays
   }
 
-  // Writes what lies inside the output.
+  // Writes what lies inside the output. `pixels` has those of the unit's rows where they are not
+  // in the region's linear order.
   __device__ __forceinline__ static void store(const PyramidParams& p, const WorkUnit& unit,
-                                               const WarpSums& sums, const WarpPlace& place) {
-    Memory* out = row_of_output(p, unit, place.row_of(0, 0));
+                                               const WarpSums& sums, const WarpPlace& place,
+                                               const int32_t* pixels = nullptr) {
+    Memory* out = row_of_output(p, unit, place.row_of(0, 0), pixels);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -80,7 +82,7 @@ struct Epilogue {
         const int32_t row = place.row_of(i, h);
         const bool inside = row < unit.m_count;
         if constexpr (C::kPass != Pass::grad_weight)
-          out = row_of_output(p, unit, inside ? row : 0);
+          out = row_of_output(p, unit, inside ? row : 0, pixels);
         else if (i + h > 0)
           out += 8 * weight_pitch(p, unit);
         if constexpr (C::kBytes == 2)
@@ -136,15 +138,18 @@ struct Epilogue {
 
   // The unit's first column in its `row`.
   __device__ __forceinline__ static Memory* row_of_output(const PyramidParams& p,
-                                                          const WorkUnit& unit, int32_t row) {
+                                                          const WorkUnit& unit, int32_t row,
+                                                          const int32_t* pixels) {
     const WorkRegion& region = p.regions[unit.region];
     if constexpr (C::kPass == Pass::grad_weight) {
       return static_cast<Memory*>(p.branches[region.branch].grad_weight) +
              (unit.m_begin + row) * weight_pitch(p, unit) +
              int64_t(p.taps[region.tap_begin].index) * p.grad_weight_channels + unit.n_begin;
     } else {
-      const int64_t pixel = pixel_of(p, region, unit.m_begin + row).index;
-      const int32_t first = C::kPass == Pass::forward ? p.branches[region.branch].out_channel : 0;
+      constexpr bool kOwn = C::kPass == Pass::separable;
+      const int64_t pixel = kOwn ? pixels[row] : pixel_of(p, region, unit.m_begin + row).index;
+      const int32_t first =
+          C::kPass == Pass::grad_input ? 0 : p.branches[region.branch].out_channel;
       return static_cast<Memory*>(p.out) + pixel * p.out_pitch + first + unit.n_begin;
     }
   }
