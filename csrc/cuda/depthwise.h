@@ -46,13 +46,14 @@ inline constexpr int kDepthwiseBytes = 128;
 
 constexpr int depthwise_columns(Math math) { return kDepthwiseBytes / bytes_of(math); }
 
-constexpr int64_t depthwise_tiles(const DepthwiseShape& shape) {
+__host__ __device__ constexpr int64_t depthwise_tiles(const DepthwiseShape& shape) {
   const int64_t pixels = int64_t(shape.batch) * shape.height * shape.width;
   return (pixels + kDepthwisePixels - 1) / kDepthwisePixels;
 }
 
-constexpr int32_t depthwise_column_tiles(Math math, const DepthwiseShape& shape) {
-  return (shape.pitch + depthwise_columns(math) - 1) / depthwise_columns(math);
+__host__ __device__ constexpr int32_t depthwise_column_tiles(const DepthwiseShape& shape,
+                                                             int columns) {
+  return (shape.pitch + columns - 1) / columns;
 }
 
 // What the 1x1s of branches with depthwise taps read, and statistics of e.
@@ -65,7 +66,7 @@ struct DepthwiseParams {
 
   // Null for none: of the rounded e, as PyramidParams::tile_* with one row of
   // depthwise_columns(math) channels per tile. Tiles are numbered [branches, depthwise_tiles,
-  // depthwise_column_tiles].
+  // tiles of channels].
   void* tile_means;
   void* tile_squares;
   int32_t* tile_counts;
@@ -132,9 +133,19 @@ struct DepthwiseGradInputParams {
 
 // Of a kernel's taps on one axis, those whose offset is less than the map's size: this many on each
 // side of the centre.
-constexpr int32_t depthwise_reach(int32_t kernel, int32_t rate, int32_t size) {
+__host__ __device__ constexpr int32_t depthwise_reach(int32_t kernel, int32_t rate, int32_t size) {
   const int32_t inside = (size - 1) / rate;
   return inside < kernel / 2 ? inside : kernel / 2;
+}
+
+// Of the gradient of weights: a block adds up so many by so many taps of the window.
+inline constexpr int kDepthwiseGroup = 3;
+
+__host__ __device__ constexpr int64_t depthwise_groups(const DepthwiseShape& shape,
+                                                       const DepthwiseBranch& branch) {
+  const int64_t rows = 2 * int64_t(depthwise_reach(branch.kernel_h, branch.rate_h, shape.height));
+  const int64_t columns = 2 * int64_t(depthwise_reach(branch.kernel_w, branch.rate_w, shape.width));
+  return (rows / kDepthwiseGroup + 1) * (columns / kDepthwiseGroup + 1);
 }
 
 cudaError_t launch_pack_affine_sm80(Math math, const PackAffineParams& params, cudaStream_t stream);

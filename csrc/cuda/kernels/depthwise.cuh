@@ -28,6 +28,8 @@ struct Elements {
   using Memory = typename Element<kMath>::Memory;
   using Sum = typename Element<kMath>::Sum;
   static constexpr int kCount = chunk_of(kMath);
+  static constexpr int kBytes = bytes_of(kMath);
+  static constexpr int kColumns = depthwise_columns(kMath);  // of a tile
   using Values = Sum[kCount];
 
   __device__ __forceinline__ static void widen(const ptx::Chunk& chunk, Values& values) {
@@ -74,6 +76,7 @@ struct Elements {
 template <Math kMath>
 struct DepthwiseThread {
   static constexpr int kBytes = bytes_of(kMath);
+  static constexpr int kCount = chunk_of(kMath);
 
   int32_t lane, row;
   int32_t channel;  // the first of its chunk
@@ -83,7 +86,7 @@ struct DepthwiseThread {
                                              int thread)
       : lane(thread % kDepthwiseLanes),
         row(thread / kDepthwiseLanes),
-        channel(column_tile * depthwise_columns(kMath) + lane * chunk_of(kMath)),
+        channel(column_tile * Elements<kMath>::kColumns + lane * kCount),
         inside(channel < shape.pitch) {}
 
   // This thread's channels in row `row` of what has `pitch` elements per row.
@@ -115,15 +118,17 @@ struct TapWindow {
         columns(depthwise_reach(branch.kernel_w, branch.rate_w, shape.width)) {}
 };
 
+template <Math kMath>
+using DepthwiseSums = typename Elements<kMath>::Values[kDepthwiseShare];
+
 // sums[i] += taps of pixel i of this thread: of `image` [P, pitch], at +offset or, kMirrored, at
 // -offset of each tap.
 template <Math kMath, bool kMirrored>
-__device__ __forceinline__ void add_taps(
-    typename Elements<kMath>::Sum (&sums)[kDepthwiseShare][chunk_of(kMath)],
-    const DepthwiseThread<kMath>& thread, const DepthwiseShape& shape,
-    const DepthwiseBranch& branch, const void* image, int64_t pitch, const Place* places) {
+__device__ __forceinline__ void add_taps(DepthwiseSums<kMath>& sums,
+                                         const DepthwiseThread<kMath>& thread,
+                                         const DepthwiseShape& shape, const DepthwiseBranch& branch,
+                                         const void* image, int64_t pitch, const Place* places) {
   using E = Elements<kMath>;
-  constexpr int kBytes = bytes_of(kMath);
   const TapWindow window(branch, shape);
   const char* from[kDepthwiseShare];
   int32_t y[kDepthwiseShare], x[kDepthwiseShare];
@@ -147,7 +152,7 @@ __device__ __forceinline__ void add_taps(
     if (live_rows == 0) continue;
     for (int32_t column = -window.columns; column <= window.columns; ++column) {
       const int32_t dx = (kMirrored ? -column : column) * branch.rate_w;
-      const int64_t step = (int64_t(dy) * shape.width + dx) * pitch * kBytes;
+      const int64_t step = (int64_t(dy) * shape.width + dx) * pitch * E::kBytes;
       const int64_t tap = first + int64_t(row) * branch.kernel_w + column;
       ptx::Chunk loaded[kDepthwiseShare];
       bool live[kDepthwiseShare];
@@ -158,18 +163,39 @@ __device__ __forceinline__ void add_taps(
         if (live[i]) loaded[i] = ptx::load_chunk(from[i] + step);
       }
       typename E::Values weight;
-      if (branch.filter != nullptr) E::load(thread.at(branch.filter, tap, shape.pitch), weight);
+      E::load(thread.at(branch.filter, tap, shape.pitch), weight);
 #pragma unroll
       for (int i = 0; i < kDepthwiseShare; ++i) {
         if (!live[i]) continue;
         typename E::Values values;
         E::widen(loaded[i], values);
 #pragma unroll
-        for (int e = 0; e < E::kCount; ++e)
-          sums[i][e] += branch.filter != nullptr ? values[e] * weight[e] : values[e];
+        for (int e = 0; e < E::kCount; ++e) sums[i][e] += values[e] * weight[e];
       }
     }
   }
+}
+
+// e * scale + shift of a chunk's channels; with nothing between e.
+template <Math kMath>
+struct Affine {
+  typename Elements<kMath>::Values scale, shift;
+
+  __device__ __forceinline__ Affine(const DepthwiseBranch& branch, const DepthwiseShape& shape,
+                                    const DepthwiseThread<kMath>& thread) {
+    using E = Elements<kMath>;
+    const auto* const values = static_cast<const typename E::Sum*>(branch.affine);
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) scale[e] = 1, shift[e] = 0;
+    if (values == nullptr || !thread.inside) return;
+    E::load_sums(values + thread.channel, scale);
+    E::load_sums(values + shape.pitch + thread.channel, shift);
+  }
+};
+
+template <class Sum>
+__device__ __forceinline__ Sum relu(Sum value) {
+  return value < Sum(0) ? Sum(0) : value;  // a NaN stays
 }
 
 // Adds `values` over the block's rows and gives visit(lane, i, total) each of the 8 * kCount totals
