@@ -44,11 +44,11 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
   return branches;
 }
 
-DepthwiseShape depthwise_shape(const Operands& operands, const Tensor& x) {
+DepthwiseShape depthwise_shape(const Operands& operands, const PyramidShape& x) {
   const char* const channels = "the number of channels";
-  return {operands.narrow("the batch", x.size(0)), operands.narrow("the height", x.size(2)),
-          operands.narrow("the width", x.size(3)), operands.narrow(channels, x.size(1)),
-          operands.narrow(channels, operands.padded(x.size(1)))};
+  return {operands.narrow("the batch", x.batch), operands.narrow("the height", x.height),
+          operands.narrow("the width", x.width), operands.narrow(channels, x.channels),
+          operands.narrow(channels, operands.padded(x.channels))};
 }
 
 }  // namespace aspp::cuda

@@ -22,6 +22,6 @@ const void* depthwise_filter(Operands& operands, const Tensor& weight);
 void set_affines(Operands& operands, int64_t channels, const std::vector<Tensor>& scale,
                  const std::vector<Tensor>& shift, std::vector<DepthwiseBranch>& branches);
 
-DepthwiseShape depthwise_shape(const Operands& operands, const Tensor& x);
+DepthwiseShape depthwise_shape(const Operands& operands, const PyramidShape& x);
 
 }  // namespace aspp::cuda
