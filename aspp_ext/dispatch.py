@@ -130,6 +130,7 @@ def _reference_separable(
     scale: Any,
     shift: Any,
     relu: bool,
+    tf32: bool = False,
 ) -> Tensor:
     between = [
         (s, t) if s.numel() else None for s, t in zip(between_scale, between_shift, strict=True)

@@ -27,8 +27,7 @@ def _kernels(name: str, problem: Problem) -> str:
     architecture = _gpu.architecture(problem.x.device)
     result = VERIFIED.get((name, architecture))
     proof = f"verified by {result.path}" if result else "not verified, but asked for by name"
-    dense = problem.op != "atrous_separable_pyramid"
-    products = ["in TF32"] if dense and allows_tf32(problem.x) else []
+    products = ["in TF32"] if allows_tf32(problem.x) else []
     return f" ({', '.join([architecture, *products, proof])})"
 
 
@@ -93,10 +92,10 @@ def _tile_lines(
     from .triton.separable_configurations import separable_candidates
 
     target = targets.target_of(x.device)
+    products = "tf32" if allows_tf32(x) else "ieee"
     if separable:
-        candidates = separable_candidates(target, x.dtype, max(outs), False)
+        candidates = separable_candidates(target, x.dtype, products, max(outs), False)
     else:
-        products = "tf32" if allows_tf32(x) else "ieee"
         candidates = gather_candidates(target, "forward", x.dtype, products, max(outs))
     tile = candidates[0]
     n, c, h, w = (int(s) for s in x.shape)

@@ -24,18 +24,19 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "int[] rates, bool tf32=False) -> Tensor[]");
   // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
   // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
-  // the two lists themselves may be empty
+  // the two lists themselves may be empty; tf32 as above, of the products with pointwise
   m.def(
       "atrous_separable_pyramid(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
       "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
-      "Tensor? scale=None, Tensor? shift=None, bool relu=False) -> Tensor");
+      "Tensor? scale=None, Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor");
   // -> gradients of x, depthwise, pointwise, between_scale, between_shift; what is not needed is an
   // empty tensor or an empty list
   m.def(
       "atrous_separable_pyramid_backward(Tensor grad, Tensor x, Tensor[] depthwise, "
       "Tensor[] pointwise, int[] rates, Tensor[] between_scale, Tensor[] between_shift, "
       "bool between_relu, bool need_x, bool need_depthwise, bool need_pointwise, "
-      "bool need_between) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
+      "bool need_between, bool tf32=False) "
+      "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
   // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]
   m.def(

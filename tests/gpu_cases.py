@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from table import LOW, PYRAMIDS, dtype_id, has_dtype
+from table import LOW, PYRAMIDS, SEPARABLE, dtype_id, has_dtype
 from torch import Tensor
 
 from aspp_ext.ops.family import NATIVE, TRITON, Family
 from aspp_ext.testing import OPS, Branch, Problem, outputs
 
 DEVICE = "cuda"
-SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
 # dtype, and whether float32 products may be TF32
 PRECISIONS = [(d, False) for d in (torch.float32, torch.float64, *LOW)] + [(torch.float32, True)]
 
@@ -43,12 +42,8 @@ class Kernels:
         return torch.float64 if has_dtype(self.backend, torch.float64) else torch.float32
 
     def precisions(self, name: str) -> list[tuple[torch.dtype, bool]]:
-        """Those of an operator; separable ones never multiply in TF32."""
-        return [
-            (dtype, tf32)
-            for dtype, tf32 in PRECISIONS
-            if has_dtype(self.backend, dtype) and not (tf32 and name in SEPARABLE)
-        ]
+        """Those of an operator or a head."""
+        return [each for each in PRECISIONS if has_dtype(self.backend, each[0])]
 
     def call(self, name: str, tf32: bool = False) -> Callable[..., Any]:
         """The operator on DEVICE; the switch is set for PyTorch's own convolutions, too."""
@@ -57,8 +52,6 @@ class Kernels:
         if name in self.heads:
             return op.implementations(DEVICE)[self.backend]
         operator = self.family.op(op.name)
-        if name in SEPARABLE:
-            return operator
         return lambda *arguments: operator(*arguments, tf32)
 
     def results(self, name: str) -> Callable[..., list[Tensor]]:

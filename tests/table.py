@@ -30,6 +30,7 @@ from aspp_ext.testing import (
 
 LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
+SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
 EMULATED = _native.emulated
 """Whether the CPU's dense pyramid is the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
 

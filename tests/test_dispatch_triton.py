@@ -306,7 +306,7 @@ def test_explain_says_which_kernels_and_why(described) -> None:
     device.setitem(verified.VERIFIED, ("triton", "sm_90"), RESULT)
     d, p = on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
     text = aspp_ext.explain(x, [p], [2], depthwise_weights=[d])
-    assert f"triton     runs this (sm_90, verified by {RESULT.path})" in text
+    assert f"triton     runs this (sm_90, in TF32, verified by {RESULT.path})" in text
     device.setattr(_triton, "interpreted", True)
     text = aspp_ext.explain(torch.empty(1, 8, 9, 9), [torch.empty(8, 8, 3, 3)], [2])
     assert "triton     runs this (interpreted)" in text

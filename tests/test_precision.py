@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import aspp_ext
 from aspp_ext.ops import head_composed, precision, pyramid
+from aspp_ext.ops import separable as separable_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PYRAMIDS = ("atrous_pyramid", "atrous_pyramid_grad_input", "atrous_pyramid_grad_weight")
+SEPARABLE = ("atrous_separable_pyramid", "atrous_separable_pyramid_backward")
 
 # What was set, one after the other -> what a convolution of float32 on CUDA may do.
 SETTINGS = [
@@ -74,7 +77,7 @@ def test_only_float32_on_cuda(dtype) -> None:
 
 
 class Precisions(TorchDispatchMode):
-    """The last argument of each of the three operators that runs."""
+    """The last argument of each of our operators that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,67 +92,93 @@ class Precisions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def loss(x, w):
-    return aspp_ext.atrous_pyramid(x, [w, w], [1, 2]).pow(3).sum()
+def dense(x, w, **end):
+    return aspp_ext.atrous_pyramid(x, [w, w], [1, 2], **end)
 
 
-def epilogue(x, w):
-    y = aspp_ext.atrous_pyramid(x, [w], [1], shift=w.new_ones(2), activation="relu")
-    return y.pow(2).sum()
+def separable(x, w, **end):
+    d, p = w[:, :1], w[:, :, :1, :1]
+    return aspp_ext.atrous_separable_pyramid(x, [d, None], [p, p], [2, 1], **end)
 
 
-def backward(x, w):
-    return torch.autograd.grad(loss(x, w), [x, w])
+def loss(f, x, w):
+    return f(x, w).pow(3).sum()
 
 
-def second(x, w):
-    grads = torch.autograd.grad(loss(x, w), [x, w], create_graph=True)
+def epilogue(f, x, w):
+    return f(x, w, shift=w.new_ones(4), activation="relu").pow(2).sum()
+
+
+def backward(f, x, w):
+    return torch.autograd.grad(loss(f, x, w), [x, w])
+
+
+def second(f, x, w):
+    grads = torch.autograd.grad(loss(f, x, w), [x, w], create_graph=True)
     return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), [x, w])
 
 
-def autocast(x, w):
+def autocast(f, x, w):
     with torch.autocast("cpu", torch.bfloat16):
-        return loss(x.float(), w.float()).backward()
+        return loss(f, x.float(), w.float()).backward()
 
 
-def composed(x, w):
+def composed(f, x, w):
     v = w.new_ones(2)
-    head = (x, [w.new_empty(0)], [w], [1, 1], v, w.new_ones(3, 2), w.new_ones(3))
+    branch = (w[:, :1], w[:, :, :1, :1]) if f is separable else (w.new_empty(0), w)
+    head = (x, [branch[0]], [branch[1]], [1, 1], v, w.new_ones(3, 2), w.new_ones(3))
     with torch.no_grad():
         return head_composed.aspp_inference(*head, w.new_ones(2, 5), v)
 
 
 CALLS = {
-    "forward": lambda x, w: loss(x.detach(), w.detach()),
-    "epilogue": lambda x, w: epilogue(x.detach(), w.detach()),
+    "forward": lambda f, x, w: loss(f, x.detach(), w.detach()),
+    "epilogue": lambda f, x, w: epilogue(f, x.detach(), w.detach()),
     "gradients": backward,
-    "gradients of the epilogue": lambda x, w: torch.autograd.grad(epilogue(x, w), [x, w]),
+    "gradients of the epilogue": lambda f, x, w: torch.autograd.grad(epilogue(f, x, w), [x, w]),
     "second gradients": second,
-    "jvp": lambda x, w: func.jvp(loss, (x, w), (x, w)),
-    "jvp of grad": lambda x, w: func.jvp(func.grad(loss, (0, 1)), (x, w), (x, w)),
-    "jacfwd of jacfwd": lambda x, w: func.jacfwd(func.jacfwd(loss))(x[:, :, :1, :1], w),
-    "vmap": lambda x, w: func.vmap(loss, (None, 0))(x.detach(), w.detach().expand(3, *w.shape)),
-    "vmap of grad": lambda x, w: func.vmap(func.grad(loss), (0, None))(x[None], w),
+    "jvp": lambda f, x, w: func.jvp(partial(loss, f), (x, w), (x, w)),
+    "jvp of grad": lambda f, x, w: func.jvp(func.grad(partial(loss, f), (0, 1)), (x, w), (x, w)),
+    "jacfwd of jacfwd": lambda f, x, w: func.jacfwd(func.jacfwd(partial(loss, f)))(
+        x[:, :, :1, :1], w
+    ),
+    "vmap": lambda f, x, w: func.vmap(partial(loss, f), (None, 0))(
+        x.detach(), w.detach().expand(3, *w.shape)
+    ),
+    "vmap of grad": lambda f, x, w: func.vmap(func.grad(partial(loss, f)), (0, None))(x[None], w),
     "autocast": autocast,
     "composed head": composed,
 }
 
 
+KINDS = [(dense, PYRAMIDS), (separable, SEPARABLE)]
+each_kind = pytest.mark.parametrize(("f", "operators"), KINDS, ids=["dense", "separable"])
+# The separable operators have no forward mode over reverse mode.
+RUN = [
+    (*kind, call)
+    for kind in KINDS
+    for call in CALLS
+    if (kind[0], call) != (separable, "jvp of grad")
+]
+
+
 @pytest.mark.parametrize("allowed", [True, False])
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_the_decision_reaches_every_operator(call, allowed, monkeypatch) -> None:
-    for module in (pyramid, head_composed):
+@pytest.mark.parametrize(
+    ("f", "operators", "call"), RUN, ids=[f"{r[0].__name__}-{r[2]}" for r in RUN]
+)
+def test_the_decision_reaches_every_operator(f, operators, call, allowed, monkeypatch) -> None:
+    for module in (pyramid, separable_ops, head_composed):
         monkeypatch.setattr(module, "allows_tf32", lambda x: allowed)
     x, w = (torch.randn(s, dtype=torch.float64) for s in ((1, 2, 3, 4), (2, 2, 3, 3)))
     with Precisions() as precisions:
-        call(x.requires_grad_(), w.requires_grad_())
+        CALLS[call](f, x.requires_grad_(), w.requires_grad_())
     assert precisions.seen
     assert {tf32 for _, tf32 in precisions.seen} == {allowed}, precisions.seen
-    if call is second:
-        assert {name for name, _ in precisions.seen} == set(PYRAMIDS)
+    if call == "second gradients":
+        assert {name for name, _ in precisions.seen} == set(operators)
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
+@pytest.mark.parametrize("name", [*PYRAMIDS, *SEPARABLE])
 def test_direct_operators_are_exact_unless_told(name) -> None:
     (argument,) = [
         a for a in getattr(torch.ops.aspp_ext, name).default._schema.arguments if a.name == "tf32"
@@ -160,7 +189,8 @@ def test_direct_operators_are_exact_unless_told(name) -> None:
 @pytest.fixture
 def switch(monkeypatch) -> Iterator[Callable[[bool], None]]:
     """Turns TF32 on and off, for CPU tensors too."""
-    monkeypatch.setattr(pyramid, "allows_tf32", lambda x: precision.switches.convolution)
+    for module in (pyramid, separable_ops):
+        monkeypatch.setattr(module, "allows_tf32", lambda x: precision.switches.convolution)
 
     def turn(on: bool) -> None:
         torch.backends.cudnn.allow_tf32 = on
@@ -176,7 +206,8 @@ def decision(graph: torch.fx.GraphModule) -> bool:
     return len(node.args) == len(arguments) and node.args[-1]
 
 
-def test_a_compiled_graph_follows_the_switch(fresh_compiler, switch) -> None:
+@each_kind
+def test_a_compiled_graph_follows_the_switch(f, operators, fresh_compiler, switch) -> None:
     """By a guard: a graph traced under the other setting is not used."""
     ran: list[bool] = []
     compiled_graphs = []
@@ -185,24 +216,24 @@ def test_a_compiled_graph_follows_the_switch(fresh_compiler, switch) -> None:
         compiled_graphs.append(graph)
         return lambda *arguments: (ran.append(decision(graph)), graph(*arguments))[1]
 
-    def call(x, w):
-        return aspp_ext.atrous_pyramid(x, [w], [2])
-
-    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    compiled = torch.compile(f, fullgraph=True, backend=backend)
     for on in (True, False, True, False):
         switch(on)
-        compiled(torch.randn(1, 3, 5, 6), torch.randn(2, 3, 3, 3))
+        compiled(torch.randn(1, 3, 5, 6), torch.randn(3, 3, 3, 3))
     assert ran == [True, False, True, False]
     assert len(compiled_graphs) == 2
 
 
-def test_a_compiled_gradient_keeps_the_setting_of_its_forward(fresh_compiler, switch) -> None:
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+@each_kind
+def test_a_compiled_gradient_keeps_the_setting_of_its_forward(
+    f, operators, fresh_compiler, switch
+) -> None:
+    compiled = torch.compile(partial(loss, f), fullgraph=True, backend="aot_eager")
     for on in (True, False):
-        x, w = torch.randn(1, 3, 5, 6).requires_grad_(), torch.randn(2, 3, 3, 3).requires_grad_()
+        x, w = torch.randn(1, 3, 5, 6).requires_grad_(), torch.randn(3, 3, 3, 3).requires_grad_()
         switch(on)
         y = compiled(x, w)
         switch(not on)
         with Precisions() as precisions:
             y.backward()
-        assert set(precisions.seen) == {(name, on) for name in PYRAMIDS[1:]}
+        assert set(precisions.seen) == {(name, on) for name in operators[1:]}

@@ -28,11 +28,11 @@ SCHEMAS = {
     "int[] rates, bool tf32=False) -> Tensor[]",
     "atrous_separable_pyramid": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
     "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
-    "Tensor? scale=None, Tensor? shift=None, bool relu=False) -> Tensor",
+    "Tensor? scale=None, Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
     "atrous_separable_pyramid_backward": "(Tensor grad, Tensor x, Tensor[] depthwise, "
     "Tensor[] pointwise, int[] rates, Tensor[] between_scale, Tensor[] between_shift, "
     "bool between_relu, bool need_x, bool need_depthwise, bool need_pointwise, "
-    "bool need_between) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
+    "bool need_between, bool tf32=False) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift) "
     "-> Tensor",

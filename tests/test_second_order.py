@@ -159,7 +159,7 @@ def test_functions_are_the_other_door() -> None:
     x, w, d, p = (t.requires_grad_() for t in values(*shapes))
     pyramids = (AtrousPyramid.apply([2, 2], False, x, w), reference.atrous_pyramid(x, [w], [2]))
     separables = (
-        AtrousSeparablePyramid.apply(1, [2, 2], False, x, d, p),
+        AtrousSeparablePyramid.apply(1, [2, 2], False, False, x, d, p),
         reference.atrous_separable_conv2d(x, d, p, 2),
     )
     for pair, inputs in ((pyramids, [x, w]), (separables, [x, d, p])):

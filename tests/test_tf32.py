@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import EMULATED, PYRAMIDS, call_of, check_error_law, check_integers, is_representative
+from table import (
+    EMULATED,
+    PYRAMIDS,
+    SEPARABLE,
+    call_of,
+    check_error_law,
+    check_integers,
+    is_representative,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from aspp_ext.testing import OPS, PROBLEMS, outputs
 
-each_name = pytest.mark.parametrize("name", PYRAMIDS)
+each_name = pytest.mark.parametrize("name", [*PYRAMIDS, *SEPARABLE])
 each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
 STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
 

@@ -50,9 +50,10 @@ def _branches(
 
     The projection reads channels_last in place; a weight's format asks a pyramid for it.
     """
+    tf32 = allows_tf32(x)
     if not any(d.numel() for d in depthwise):
         first, *others = weights
-        pyramid, tf32 = family.op("atrous_pyramid"), allows_tf32(x)
+        pyramid = family.op("atrous_pyramid")
         return pyramid(x, [_channels_last(first), *others], rates, None, shift, True, tf32)
     # A plain 1x1 is a branch of a separable pyramid, too.
     separable = [
@@ -63,7 +64,7 @@ def _branches(
         first, *others = weights
         pyramid, pointwise = family.op("atrous_separable_pyramid"), [_channels_last(first), *others]
         none = [x.new_empty(0)] * len(weights)  # no empty list: AOTInductor would make it None
-        return pyramid(x, depthwise, pointwise, rates, none, none, False, None, shift, True)
+        return pyramid(x, depthwise, pointwise, rates, none, none, False, None, shift, True, tf32)
     # No pyramid has both kinds: each is computed with its own, one branch beside the other.
     parts = [
         _branches(family, x, [d], [w], rates[2 * b : 2 * b + 2], s)

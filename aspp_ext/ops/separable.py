@@ -16,6 +16,7 @@ from . import checks
 from .checks import Rate
 from .family import FAMILIES, Family
 from .formats import empty_image
+from .precision import allows_tf32
 from .pyramid import epilogue
 from .registration import (
     fold_image,
@@ -53,7 +54,8 @@ def atrous_separable_pyramid(
     """All depthwise-separable atrous convolutions of a pyramid, concatenated over channels.
 
     Branch b is ``pointwise_b(act(scale_b * depthwise_b(x) + shift_b))`` (DeepLab v3+, arXiv
-    1802.02611, section 3.1); the depthwise result never exists as a whole.
+    1802.02611, section 3.1); the depthwise result never exists as a whole. On CUDA float32
+    products of the 1x1s are in TF32 where PyTorch's switches allow it for convolutions.
 
     Args:
         x: ``[N, C, H, W]``; any memory format.
@@ -114,6 +116,7 @@ def atrous_separable_pyramid(
         scale,
         shift,
         activation == "relu",
+        allows_tf32(x),
     )
 
 
@@ -195,11 +198,13 @@ def _with_epilogue(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
+    tf32: bool = False,
 ) -> Tensor | None:
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
         return None
-    y = family.op(_OP)(x, depthwise, pointwise, rates, between_scale, between_shift, between_relu)
+    between = (between_scale, between_shift, between_relu)
+    y = family.op(_OP)(x, depthwise, pointwise, rates, *between, None, None, False, tf32)
     return epilogue(y, scale, shift, relu)
 
 
@@ -214,6 +219,7 @@ def _check(
     scale=None,
     shift=None,
     relu=False,
+    tf32=False,
 ):
     channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
     checks.check_between(_OP, x, between_scale, between_shift, depthwise)
@@ -223,7 +229,7 @@ def _check(
 
 
 def _check_backward(
-    grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu, *needs
+    grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu, *rest
 ):
     channels = _check(x, depthwise, pointwise, rates, between_scale, between_shift)
     checks.check_grad(_OP, grad, x, channels)
@@ -240,6 +246,7 @@ def _fake(
     scale=None,
     shift=None,
     relu=False,
+    tf32=False,
 ):
     channels = _check(
         x, depthwise, pointwise, rates, between_scale, between_shift, scale=scale, shift=shift
@@ -260,6 +267,7 @@ def _fake_backward(
     need_depthwise,
     need_pointwise,
     need_between,
+    tf32=False,
 ):
     _check_backward(
         grad, x, depthwise, pointwise, rates, between_scale, between_shift, between_relu

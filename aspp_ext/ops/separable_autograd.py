@@ -21,7 +21,11 @@ _OP, _BACKWARD = "atrous_separable_pyramid", "atrous_separable_pyramid_backward"
 
 
 class AtrousSeparablePyramid(torch.autograd.Function):
-    """``apply(branches, rates, between_relu, x, *depthwise, *pointwise, *scale, *shift)``."""
+    """``apply(branches, rates, between_relu, tf32, x, *depthwise, *pointwise, *scale, *shift)``.
+
+    ``tf32`` allows float32 products of the 1x1s to be rounded to TF32 on CUDA, in the gradients
+    too.
+    """
 
     @staticmethod
     def pack(
@@ -32,9 +36,12 @@ class AtrousSeparablePyramid(torch.autograd.Function):
         scale: Sequence[Tensor],
         shift: Sequence[Tensor],
         relu: bool = False,
-        *_: Any,
+        _scale: None = None,
+        _shift: None = None,
+        _relu: bool = False,
+        tf32: bool = False,
     ) -> tuple[Any, ...]:
-        return (len(pointwise), rates, relu, x, *depthwise, *pointwise, *scale, *shift)
+        return (len(pointwise), rates, relu, tf32, x, *depthwise, *pointwise, *scale, *shift)
 
     @staticmethod
     def lists(branches: int, tensors: Sequence[Any]) -> list[list[Any]]:
@@ -42,17 +49,19 @@ class AtrousSeparablePyramid(torch.autograd.Function):
         return [list(tensors[i * branches : (i + 1) * branches]) for i in range(4)]
 
     @staticmethod
-    def call(op: Any, branches: int, rates: list[int], relu: bool, x: Tensor, *rest: Tensor) -> Any:
+    def call(
+        op: Any, branches: int, rates: list[int], relu: bool, tf32: bool, x: Tensor, *rest: Tensor
+    ) -> Any:
         d, p, s, t = AtrousSeparablePyramid.lists(branches, rest)
-        return op(x, d, p, rates, s, t, relu, None, None, False)
+        return op(x, d, p, rates, s, t, relu, None, None, False, tf32)
 
     @staticmethod
-    def forward(branches: int, rates: list[int], relu: bool, x: Tensor, *rest: Tensor) -> Tensor:
-        return AtrousSeparablePyramid.call(NATIVE.op(_OP), branches, rates, relu, x, *rest)
+    def forward(branches: int, rates: list[int], relu: bool, tf32: bool, *tensors: Tensor) -> Any:
+        return AtrousSeparablePyramid.call(NATIVE.op(_OP), branches, rates, relu, tf32, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.branches, ctx.rates, ctx.relu, *tensors = inputs
+        ctx.branches, ctx.rates, ctx.relu, ctx.tf32, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -64,12 +73,12 @@ class AtrousSeparablePyramid(torch.autograd.Function):
         of_d, of_p, of_s, of_t = AtrousSeparablePyramid.lists(ctx.branches, of_rest)
         needs = (of_x, any(of_d), any(of_p), any(of_s) or any(of_t))
         op = family_of(ctx).op(_BACKWARD)
-        grad_x, *grads = op(grad, x, d, p, ctx.rates, s, t, ctx.relu, *needs)
+        grad_x, *grads = op(grad, x, d, p, ctx.rates, s, t, ctx.relu, *needs, ctx.tf32)
         filled = [_gradients(g, kind) for g, kind in zip(grads, (d, p, s, t), strict=True)]
-        return (None, None, None, grad_x if of_x else None, *[g for kind in filled for g in kind])
+        return (*[None] * 4, grad_x if of_x else None, *[g for kind in filled for g in kind])
 
     @staticmethod
-    def jvp(ctx: Any, _b: Any, _r: Any, _relu: Any, t_x: Any, *t_rest: Any) -> Any:
+    def jvp(ctx: Any, _b: Any, _r: Any, _relu: Any, _tf32: Any, t_x: Any, *t_rest: Any) -> Any:
         x, *rest = ctx.saved_tensors
         d, p, s, _ = AtrousSeparablePyramid.lists(ctx.branches, rest)
         if any(t.numel() for t in s):
@@ -94,17 +103,19 @@ def _only_separable(d: Sequence[Tensor], p: Sequence[Tensor]) -> list[Tensor]:
 
 def _variation(ctx: Any, x: Tensor, d: Any, p: Any, v_x: Any, v_d: Any, v_p: Any) -> Tensor | None:
     """S(v_x, d, p) + S(x, v_d, p) + S(x, d, v_p) of what is given."""
-    op, rates = family_of(ctx).op(_OP), ctx.rates
-    parts = [None if v_x is None else op(v_x, d, p, rates, [], [])]
+    op = family_of(ctx).op(_OP)
+    plain: tuple[Any, ...] = (ctx.rates, [], [], False, None, None, False, ctx.tf32)
+    parts = [None if v_x is None else op(v_x, d, p, *plain)]
     if any(v is not None for v in v_d):
-        parts.append(op(x, zeros_for(v_d, d), _only_separable(d, p), rates, [], []))
+        parts.append(op(x, zeros_for(v_d, d), _only_separable(d, p), *plain))
     if any(v is not None for v in v_p):
-        parts.append(op(x, d, zeros_for(v_p, p), rates, [], []))
+        parts.append(op(x, d, zeros_for(v_p, p), *plain))
     return add(*parts)
 
 
 class AtrousSeparablePyramidBackward(torch.autograd.Function):
-    """``apply(branches, rates, relu, needs, grad, x, *depthwise, *pointwise, *scale, *shift)``."""
+    """``apply(branches, rates, relu, needs, tf32, grad, x, *depthwise, *pointwise, *scale,
+    *shift)``; ``needs`` are those of x, depthwise, pointwise and what is between."""
 
     @staticmethod
     def pack(
@@ -116,28 +127,32 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
         scale: Sequence[Tensor],
         shift: Sequence[Tensor],
         relu: bool,
-        *needs: bool,
+        need_x: bool,
+        need_depthwise: bool,
+        need_pointwise: bool,
+        need_between: bool,
+        tf32: bool = False,
     ) -> tuple[Any, ...]:
+        needs = (need_x, need_depthwise, need_pointwise, need_between)
         rest = (*depthwise, *pointwise, *scale, *shift)
-        return (len(pointwise), rates, relu, needs, grad, x, *rest)
+        return (len(pointwise), rates, relu, needs, tf32, grad, x, *rest)
 
     @staticmethod
     def call(
-        op: Any, branches: int, rates: Any, relu: bool, needs: Any, grad: Tensor, *rest: Tensor
+        op: Any, branches: int, rates: Any, relu: bool, needs: Any, tf32: bool, *tensors: Tensor
     ) -> Any:
-        x, *tensors = rest
-        d, p, s, t = AtrousSeparablePyramid.lists(branches, tensors)
-        grad_x, *lists = op(grad, x, d, p, rates, s, t, relu, *needs)
+        grad, x, *rest = tensors
+        d, p, s, t = AtrousSeparablePyramid.lists(branches, rest)
+        grad_x, *lists = op(grad, x, d, p, rates, s, t, relu, *needs, tf32)
         return (grad_x, *[g for kind in lists for g in kind])
 
     @staticmethod
-    def forward(branches: int, rates: Any, relu: bool, needs: Any, *tensors: Tensor) -> Any:
-        op = NATIVE.op(_BACKWARD)
-        return AtrousSeparablePyramidBackward.call(op, branches, rates, relu, needs, *tensors)
+    def forward(*inputs: Any) -> Any:
+        return AtrousSeparablePyramidBackward.call(NATIVE.op(_BACKWARD), *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.branches, ctx.rates, ctx.relu, ctx.needs, *tensors = inputs
+        ctx.branches, ctx.rates, ctx.relu, ctx.needs, ctx.tf32, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -162,41 +177,29 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
                 "use backend='reference'"
             )
         v_x, v_d, v_p = AtrousSeparablePyramidBackward.outputs(ctx, v, d)
-        op = family_of(ctx).op(_BACKWARD)
         by_grad = _variation(ctx, x, d, p, v_x, v_d, v_p)
         none: list[Any] = [None] * ctx.branches
         by_x, by_d, by_p = None, none, none
+
+        def op(x: Tensor, d: Any, p: Any, *needs: bool) -> Any:
+            operator = family_of(ctx).op(_BACKWARD)
+            return operator(grad, x, d, p, ctx.rates, [], [], False, *needs, False, ctx.tf32)
 
         def merge(old: Any, grads: Any, like: Any) -> list[Any]:
             return [add(o, g) for o, g in zip(old, _gradients(grads, like), strict=True)]
 
         if v_x is not None:
-            _, gd, gp, _, _ = op(
-                grad, v_x, d, p, ctx.rates, [], [], False, False, True, True, False
-            )
+            _, gd, gp, _, _ = op(v_x, d, p, False, True, True)
             by_d, by_p = merge(by_d, gd, d), merge(by_p, gp, p)
         if any(t is not None for t in v_d):
             u, q = zeros_for(v_d, d), _only_separable(d, p)
-            gx, _, gp, _, _ = op(grad, x, u, q, ctx.rates, [], [], False, True, False, True, False)
+            gx, _, gp, _, _ = op(x, u, q, True, False, True)
             gp = [g if t.numel() else torch.zeros_like(g) for g, t in zip(gp, d, strict=True)]
             by_x, by_p = add(by_x, gx), merge(by_p, gp, p)
         if any(t is not None for t in v_p):
-            gx, gd, _, _, _ = op(
-                grad,
-                x,
-                d,
-                zeros_for(v_p, p),
-                ctx.rates,
-                [],
-                [],
-                False,
-                True,
-                True,
-                False,
-                False,
-            )
+            gx, gd, _, _, _ = op(x, d, zeros_for(v_p, p), True, True, False)
             by_x, by_d = add(by_x, gx), merge(by_d, gd, d)
-        return (None, None, None, None, by_grad, by_x, *by_d, *by_p, *[None] * len(s + t))
+        return (*[None] * 5, by_grad, by_x, *by_d, *by_p, *[None] * len(s + t))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -147,6 +147,7 @@ def atrous_separable_pyramid(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
+    tf32: bool = False,
 ) -> Tensor:
     """``[N, sum O, H, W]``."""
     widths, channels = [p.size(0) for p in pointwise], x.size(1)
@@ -170,7 +171,7 @@ def atrous_separable_pyramid(
         )
     ]
     epilogue = Epilogue(scale, shift, relu)
-    target = target_of(x.device)
+    target, products = target_of(x.device), precision(x.dtype, tf32)
     chunk = operands.chunk(x.dtype)
     numbers = {"height": shape.height, "width": shape.width, "out_chunks": out.chunks}
     numbers |= epilogue.numbers()
@@ -188,7 +189,7 @@ def atrous_separable_pyramid(
                 tuple(weights), packed.depthwise, packed.affine, out.data, *vectors, partials,
                 **numbers, x_chunks=source.chunks, weight_chunks=weights[0].size(2) // chunk,
                 blocks=packed.blocks, between_relu=int(between_relu), BRANCHES=len(parts),
-                K=chosen.k, TAPS=chosen.stages, PRECISION=precision(x.dtype, False),
+                K=chosen.k, TAPS=chosen.stages, PRECISION=products,
                 **fixed, num_warps=chosen.warps, num_stages=1,
             )  # fmt: skip
             width = min(FINISH_COLUMNS, chosen.n)
@@ -198,8 +199,9 @@ def atrous_separable_pyramid(
                 partials, partials, partials, **numbers, STATISTICS=False, W=width, **fixed,
             )  # fmt: skip
 
-    candidates = separable_candidates(target, x.dtype, max(widths), epilogue.is_per_sample)
-    problem = ("separable", x.dtype, epilogue.is_per_sample, *shape)
+    per_sample = epilogue.is_per_sample
+    candidates = separable_candidates(target, x.dtype, products, max(widths), per_sample)
+    problem = ("separable", x.dtype, products, per_sample, *shape)
     launch(tuning.choose(target, problem, candidates, launch))
     return operands.to_image(out, firsts, widths, x, sources)
 
@@ -332,6 +334,7 @@ def atrous_separable_pyramid_backward(
     need_depthwise: bool,
     need_pointwise: bool,
     need_between: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Gradients of x, depthwise, pointwise, between_scale and between_shift; empty where they are
     not needed."""
@@ -354,7 +357,7 @@ def atrous_separable_pyramid_backward(
         needs_depthwise = need_depthwise and not part.is_plain
         back: Rows | None = None
         if need_x or needs_depthwise or (need_between and part.has_between):
-            back = operands.image(atrous_pyramid_grad_input(own, [weight], POINTWISE))
+            back = operands.image(atrous_pyramid_grad_input(own, [weight], POINTWISE, tf32))
         operand = shared.image
         pair = [x.new_empty(x.size(1) if part.has_between else 0) for _ in range(2)]
         forward = need_pointwise and not part.is_plain
@@ -365,7 +368,7 @@ def atrous_separable_pyramid_backward(
         if need_pointwise:
             out_channels = [weight.size(0)]
             of_pointwise += atrous_pyramid_grad_weight(
-                own, operand, POINTWISE, out_channels, POINTWISE
+                own, operand, POINTWISE, out_channels, POINTWISE, tf32
             )
         if need_depthwise:
             of_depthwise.append(x.new_empty(part.depthwise.shape))

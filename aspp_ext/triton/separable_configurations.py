@@ -49,15 +49,16 @@ def sums_at_a_time(target: Target) -> int:
 
 
 def separable_candidates(
-    target: Target, dtype: torch.dtype, columns: int, per_sample: bool
+    target: Target, dtype: torch.dtype, products: str, columns: int, per_sample: bool
 ) -> list[Configuration]:
     """The tiles for the forward pass, the one that is taken first.
 
     Args:
+        products: "tf32" or "ieee", for float32.
         columns: output channels of the widest branch.
         per_sample: whether a shift per sample is added, for which the widest tile lacks registers.
     """
-    if dtype == torch.float32 and not target.is_interpreter:
+    if dtype == torch.float32 and products == "ieee" and not target.is_interpreter:
         return [_IEEE]
     tiles = _FORWARD[family(target)]
     if per_sample and tiles[0].n > 128:

@@ -27,7 +27,7 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
                          std::vector<Tensor> pointwise, std::vector<int64_t> rates,
                          std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
                          bool between_relu, std::optional<Tensor> scale,
-                         std::optional<Tensor> shift, bool relu) {
+                         std::optional<Tensor> shift, bool relu, bool /*tf32*/) {
   const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
@@ -72,7 +72,7 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
                              std::vector<Tensor> pointwise, std::vector<int64_t> rates,
                              std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
                              bool between_relu, bool need_x, bool need_depthwise,
-                             bool need_pointwise, bool need_between) {
+                             bool need_pointwise, bool need_between, bool /*tf32*/) {
   const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_grad(kOp, grad, x, shape);

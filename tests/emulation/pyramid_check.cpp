@@ -230,10 +230,12 @@ bool run(Case& c) {
   int first = 0;
   for (size_t b = 0; b < c.branches.size(); ++b) {
     const Branch& branch = c.branches[b];
-    p.branches[b] = {branch.weight->memory.data,
+    p.branches[b] = {x.memory.data,
+                     branch.weight->memory.data,
                      branch.grad_weight->memory.data,
                      int32_t(branch.plan.kernel.h * branch.plan.kernel.w),
                      int32_t(branch.plan.out_channels),
+                     x.pitch,
                      branch.column,
                      first};
     first += int(branch.plan.out_channels);
