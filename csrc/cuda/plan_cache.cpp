@@ -76,7 +76,7 @@ cudaError_t DevicePlan::upload(const WorkList& list, cudaStream_t copies) {
   return error == cudaSuccess ? cudaStreamSynchronize(copies) : error;
 }
 
-void DevicePlan::describe(PyramidParams& params) const {
+void DevicePlan::describe(WorkParams& params) const {
   params.units = reinterpret_cast<const WorkUnit*>(memory_);
   params.worker_begin = reinterpret_cast<const int32_t*>(memory_ + worker_begin_);
   params.regions = reinterpret_cast<const WorkRegion*>(memory_ + regions_);

@@ -29,7 +29,7 @@ class DevicePlan {
   // One allocation for all five, complete when this returns. `copies` is a stream of our own.
   cudaError_t upload(const WorkList& list, cudaStream_t copies);
   // Sets units, worker_begin, regions, taps, runs and workers.
-  void describe(PyramidParams& params) const;
+  void describe(WorkParams& params) const;
 
  private:
   char* memory_ = nullptr;

@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "../operator_checks.h"
-#include "stored.h"
+#include "fused.h"
 
 namespace aspp::cuda {
 namespace {
@@ -46,7 +46,7 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   problem.shift_per_sample = shift.has_value() && shift->dim() == 2;
   problem.relu = relu;
   const Rows target = operands.image_target(out);
-  stored_forward(operands, problem, target);
+  if (!fused_forward(operands, problem, target)) stored_forward(operands, problem, target);
   operands.deliver(target, out);
   return out;
 }

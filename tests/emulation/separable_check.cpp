@@ -160,17 +160,19 @@ bool run(Case& c) {
     p.branches[b].weight = branch.weight->memory.data;
     p.branches[b].out_channels = int32_t(branch.plan.out_channels);
     p.branches[b].out_channel = first;
-    p.set_branch(int(b), branch.filter ? branch.filter->memory.data : nullptr,
-                 branch.affine ? branch.affine->memory.data : nullptr);
+    p.branches[b].filter = branch.filter ? branch.filter->memory.data : nullptr;
+    p.branches[b].affine = branch.affine ? branch.affine->memory.data : nullptr;
     first += int(branch.plan.out_channels);
   }
   for (const plan::WorkRegion& region : list.regions) {
     const plan::WorkRun& run = list.runs[size_t(region.run_begin)];
-    p.widen(cuda::Halo(shape.m, c.width, run.count / run.columns, run.columns, run.dx_step).pixels,
-            run.count);
+    const cuda::Halo halo(shape.m, c.width, run.count / run.columns, run.columns, run.dx_step);
+    p.halo_pixels = std::max(p.halo_pixels, halo.pixels);
+    p.most_taps = std::max(p.most_taps, run.count);
   }
   // Such a halo is for the path through memory.
-  if (cuda::FusedLayout(shape, c.math, p.pixels, p.taps).total > kSharedBytes) return true;
+  if (cuda::FusedLayout(shape, c.math, p.halo_pixels, p.most_taps).total > kSharedBytes)
+    return true;
   ++computed;
   if (launch_separable_sm80(c.math, index, p, nullptr) != cudaSuccess) {
     std::printf("%s\n  launch failed\n", c.text.c_str());

@@ -17,7 +17,7 @@ struct FusedRegion {
   Halo halo;
   Phases phases;
 
-  __device__ __forceinline__ FusedRegion(const PyramidParams& p, const WorkRegion& region,
+  __device__ __forceinline__ FusedRegion(const WorkParams& p, const WorkRegion& region,
                                          int32_t tile_rows)
       : run(p.runs[region.run_begin]),
         rows(run.count / run.columns),
@@ -33,7 +33,7 @@ struct FusedMemory {
 
   __device__ __forceinline__ explicit FusedMemory(const SeparableParams& p)
       : shared(ptx::shared_memory()),
-        layout(C::kTile, C::kMath, p.pixels, p.taps) {}
+        layout(C::kTile, C::kMath, p.halo_pixels, p.most_taps) {}
 
   __device__ __forceinline__ char* pixels(int stage) const {
     return shared + stage * layout.pixels_bytes;
@@ -98,11 +98,11 @@ class FusedLoads {
     for (int slot = thread_; slot < fused.halo.pixels; slot += C::kThreads)
       memory_.slots()[slot] = pixel_of_slot(fused, unit, slot);
 
-    const BranchOperand& branch = p_.branches[region.branch];
+    const SeparableBranch& branch = p_.branches[region.branch];
     weight_ = static_cast<const char*>(branch.weight) +
               (int64_t(unit.n_begin + B::row(thread_)) * p_.weight_channels * kBytes +
                B::chunk(thread_) * 16);
-    const auto* const filter = static_cast<const char*>(p_.filters[region.branch]);
+    const auto* const filter = static_cast<const char*>(branch.filter);
     filter_ = nullptr;
     if (filter != nullptr && thread_ / 8 < fused.run.count) {
       const int32_t tap = thread_ / 8, row = tap / fused.run.columns;
@@ -110,8 +110,7 @@ class FusedLoads {
           fused.run.index + row * fused.run.index_step + tap - row * fused.run.columns;
       filter_ = filter + int64_t(element) * p_.weight_channels * kBytes + thread_ % 8 * 16;
     }
-    affine_ = p_.between >> region.branch & 1 ? static_cast<const char*>(p_.affines[region.branch])
-                                              : nullptr;
+    affine_ = static_cast<const char*>(branch.affine);
     ptx::sync_block();  // the tables are complete
     load_pixels(0);
     ptx::cp_async_commit();
@@ -129,8 +128,8 @@ class FusedLoads {
 
  private:
   __device__ __forceinline__ FusedUnit facts(const FusedRegion& fused, const WorkUnit& unit) const {
-    const int32_t branch = p_.regions[unit.region].branch;
-    const int32_t between = p_.between >> branch & 1;
+    const SeparableBranch& branch = p_.branches[p_.regions[unit.region].branch];
+    const bool between = branch.affine != nullptr;
     return {unit.k_begin,
             unit.k_end - unit.k_begin,
             unit.n_count,
@@ -139,9 +138,9 @@ class FusedLoads {
             fused.run.columns,
             fused.halo.pitch * 128,
             fused.run.dx_step * 128,
-            p_.filters[branch] == nullptr,
+            branch.filter == nullptr,
             between,
-            between != 0 && p_.between_relu != 0,
+            between && p_.between_relu != 0,
             0};
   }
 

@@ -106,7 +106,7 @@ class FusedRows {
     const Values weight(ptx::load_chunk(filter));
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (!ptx::any((live[i] & tap) != 0)) continue;  // of the warp's four rows here
+      if ((live[i] & tap) == 0) continue;  // nothing is multiplied by what is not there
       const Values values(x[i]);
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) sums[i][c] += values.values[c] * weight.values[c];

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 template <class C>
 cudaError_t launch_fused(const SeparableParams& params, cudaStream_t stream) {
-  const FusedLayout layout(C::kTile, C::kMath, params.pixels, params.taps);
+  const FusedLayout layout(C::kTile, C::kMath, params.halo_pixels, params.most_taps);
   return ptx::launch(separable_kernel<C>, "separable_kernel", params.workers, C::kThreads,
                      layout.total, stream, params);
 }
