@@ -152,13 +152,14 @@ class Graph(list):
     def add_cpu(self, emulated=False):
         """The kernels once per instruction set; which of them runs is chosen at run time.
 
-        Emulated, the CUDA bindings and kernels take the place of cpu/pyramid.cpp.
+        Emulated, the CUDA bindings and kernels take the place of the CPU's pyramids.
         """
         x86 = platform.machine() in ("x86_64", "AMD64")
         isas = X86_ISAS if x86 else {"isa_baseline": ""}
         objects = [*self.bindings, *self.compile("csrc/library.cpp", self.tensor)]
         argv = [*self.tensor, *["-DASPP_X86=1"] * x86]
-        objects += self.compile("csrc/cpu/*.cpp", argv, without=["/pyramid.cpp"] * emulated)
+        replaced = ["/pyramid.cpp", "/separable.cpp"] * emulated
+        objects += self.compile("csrc/cpu/*.cpp", argv, without=replaced)
         if emulated:
             objects += self.emulate()
         for isa, options in isas.items():

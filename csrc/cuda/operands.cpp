@@ -50,6 +50,7 @@ void check_cuda(const char* op, cudaError_t error) {
 Operands::Operands(const char* op, const Tensor& like, Math math)
     : op_(op),
       like_(like),
+      math_(math),
       bytes_(bytes_of(math)),
       chunk_(chunk_of(math)),
       stream_(like) {}

@@ -25,6 +25,8 @@ class Operands {
   // the current one.
   Operands(const char* op, const Tensor& like, Math math);
 
+  const char* op() const { return op_; }
+  Math math() const { return math_; }
   cudaStream_t stream() const { return stream_.get(); }
 
   Rows image(const Tensor& t);  // [N, C, H, W] -> [N * H * W, C]
@@ -42,18 +44,19 @@ class Operands {
   void deliver(const Rows& rows, const Tensor& out);
 
   void* allocate(int64_t bytes);  // alive as long as this object
+  Rows allocate_rows(int64_t rows, int64_t channels);
   int64_t padded(int64_t channels) const;
   // Refuses what does not fit in the 32 bits of a kernel's parameter.
   int32_t narrow(const char* what, int64_t value) const;
 
  private:
-  Rows allocate_rows(int64_t rows, int64_t channels);
   Tensor keep(const Tensor& t);
   void pack_image(const Tensor& t, int64_t first, int64_t count, char* to, int64_t pitch);
   void transpose(TransposeParams params);
 
   const char* op_;
   const Tensor like_;
+  const Math math_;
   const int64_t bytes_, chunk_;  // of an element; elements in 16 bytes
   const CurrentStream stream_;
   std::vector<Tensor> storage_;

@@ -33,17 +33,19 @@ constexpr int bytes_of(Math math) {
 constexpr int chunk_of(Math math) { return 16 / bytes_of(math); }
 
 struct BranchOperand {
+  const void* a;         // forward: what the branch reads, [P, a_pitch]
   const void* weight;    // forward, grad_input: [O, taps, weight_channels]
   void* grad_weight;     // grad_weight: [O, taps, grad_weight_channels]
   int32_t taps;          // kernel height * kernel width
   int32_t out_channels;  // O
+  int32_t a_pitch;       // forward
   int32_t a_channel;     // grad_input, grad_weight: the branch's first channel in `a`
   int32_t out_channel;   // forward: the branch's first channel in `out`, in scale and in shift
 };
 
 // One launch over a work list. [P, ...] counts pixels of the batch: (n * height + y) * width + x.
 //               a                     b               out
-//   forward     x [P, a_pitch]        weights         [P, out_pitch]
+//   forward     of every branch       weights         [P, out_pitch]
 //   grad_input  grad [P, a_pitch]     weights         grad_x [P, out_pitch]
 //   grad_weight grad [P, a_pitch]     x [P, b_pitch]  grad_weight of every branch
 // a, b and the weights begin at a multiple of 16 bytes and their pitches, of less than 2^31 bytes,
@@ -59,7 +61,7 @@ struct PyramidParams {
   int32_t in_channels;           // C
   int32_t weight_channels;       // C rounded up to a chunk
   int32_t grad_weight_channels;  // forward, grad_input: unused
-  const void* a;
+  const void* a;                 // forward: unused
   int32_t a_pitch;
   const void* b;
   int32_t b_pitch;

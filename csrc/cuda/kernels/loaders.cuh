@@ -95,7 +95,10 @@ class PixelRows {
     const WorkRegion& region = p_.regions[unit.region];
     blocks_ = tap.blocks;
     shift_ = tap.dy * p_.width + tap.dx;
-    if constexpr (!kForward) channel_ = branch.a_channel;
+    if constexpr (kForward)
+      branch_ = tap.branch;
+    else
+      channel_ = branch.a_channel;
     live_ = 0;
 #pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
@@ -131,8 +134,10 @@ class PixelRows {
 
   __device__ __forceinline__ void load_a(char* tile, int32_t channel) {
     const bool inside = channel < channels_;
-    const char* from = at(p_.a, channel_ + channel);
-    const int32_t pitch = p_.a_pitch * int32_t(sizeof(typename C::Memory));
+    const BranchOperand& branch = p_.branches[branch_];
+    const char* from = kForward ? at(branch.a, channel) : at(p_.a, channel_ + channel);
+    const int32_t pitch =
+        (kForward ? branch.a_pitch : p_.a_pitch) * int32_t(sizeof(typename C::Memory));
 #pragma unroll
     for (int i = 0; i < A::kCount; ++i) {
       char* to = tile + C::TileA::offset(A::row(thread_) + i * A::kRowStep, A::chunk(thread_));
@@ -171,7 +176,8 @@ class PixelRows {
   uint32_t live_ = 0;         // bit i: row i of A reads inside the map
   int32_t pixel_[A::kCount];  // of each row
   int32_t shift_ = 0;         // from a pixel to the one that the tap reads
-  int32_t channel_ = 0;       // of A, the branch's first
+  int32_t branch_ = 0;        // forward: whose A is read
+  int32_t channel_ = 0;       // grad_input: of A, the branch's first
   const char* weight_ = nullptr;
   int64_t weight_pitch_ = 0;  // in bytes
 };

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "depthwise_operands.h"
+
+namespace aspp::cuda {
+
+const void* depthwise_filter(Operands& operands, const Tensor& weight) {
+  return operands.weight(torch::stable::transpose(weight, 0, 1));
+}
+
+void set_affines(Operands& operands, int64_t channels, const std::vector<Tensor>& scale,
+                 const std::vector<Tensor>& shift, std::vector<DepthwiseBranch>& branches) {
+  const Math math = operands.math();
+  const int64_t pitch = operands.padded(channels);
+  const int64_t bytes = 2 * pitch * (math == Math::float64 ? 8 : 4);
+  PackAffineParams params{};
+  params.channels = operands.narrow("the number of channels", channels);
+  params.pitch = operands.narrow("the number of channels", pitch);
+  for (size_t b = 0; b < scale.size(); ++b) {
+    if (scale[b].numel() == 0) continue;
+    params.of_sums = scale[b].scalar_type() == ScalarType::Float && math != Math::float64;
+    void* out = operands.allocate(bytes);
+    branches[b].affine = out;
+    params.branch[params.branches++] = {operands.vector(scale[b]), operands.vector(shift[b]), out};
+  }
+  check_cuda(operands.op(), launch_pack_affine_sm80(math, params, operands.stream()));
+}
+
+std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t channels,
+                                                const std::vector<Tensor>& depthwise,
+                                                const std::vector<int64_t>& rates,
+                                                const std::vector<Tensor>& between_scale,
+                                                const std::vector<Tensor>& between_shift) {
+  std::vector<DepthwiseBranch> branches;
+  for (size_t b = 0; b < depthwise.size(); ++b) {
+    DepthwiseBranch& branch = branches.emplace_back();
+    branch = {nullptr, nullptr, 1, 1, int32_t(rates[2 * b]), int32_t(rates[2 * b + 1]), 0};
+    if (depthwise[b].numel() == 0) continue;
+    branch.kernel_h = operands.narrow("the kernel's height", depthwise[b].size(2));
+    branch.kernel_w = operands.narrow("the kernel's width", depthwise[b].size(3));
+    branch.taps = operands.narrow("the taps", depthwise[b].size(2) * depthwise[b].size(3));
+    branch.filter = depthwise_filter(operands, depthwise[b]);
+  }
+  set_affines(operands, channels, between_scale, between_shift, branches);
+  return branches;
+}
+
+DepthwiseShape depthwise_shape(const Operands& operands, const PyramidShape& x) {
+  const char* const channels = "the number of channels";
+  return {operands.narrow("the batch", x.batch), operands.narrow("the height", x.height),
+          operands.narrow("the width", x.width), operands.narrow(channels, x.channels),
+          operands.narrow(channels, operands.padded(x.channels))};
+}
+
+}  // namespace aspp::cuda

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// From the separable operators' arguments to what their kernels read in front of the 1x1s.
+#pragma once
+
+#include "depthwise.h"
+#include "operands.h"
+
+namespace aspp::cuda {
+
+// One per branch, in the operator's order; what they point at lives as long as `operands`. Rates
+// are (rate_h, rate_w) per branch. between_scale and between_shift are empty lists, or have one
+// vector [C] per branch, which is empty where nothing is between: in the dtype of x, or float32.
+std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t channels,
+                                                const std::vector<Tensor>& depthwise,
+                                                const std::vector<int64_t>& rates,
+                                                const std::vector<Tensor>& between_scale,
+                                                const std::vector<Tensor>& between_shift);
+
+// Its two parts. The filter [C, 1, kh, kw] as [kh * kw, padded C].
+const void* depthwise_filter(Operands& operands, const Tensor& weight);
+// Sets `affine` of the branches that have something between.
+void set_affines(Operands& operands, int64_t channels, const std::vector<Tensor>& scale,
+                 const std::vector<Tensor>& shift, std::vector<DepthwiseBranch>& branches);
+
+DepthwiseShape depthwise_shape(const Operands& operands, const PyramidShape& x);
+
+}  // namespace aspp::cuda

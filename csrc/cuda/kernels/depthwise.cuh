@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the depthwise kernels have in common. A block has 8 chunks of channels, 128 bytes, of 128
+// pixels that are neighbours in the order of phases.cuh; thread t has chunk t % 8 of the pixels
+// t / 8, t / 8 + 32, ... A tap is read straight from memory, through L1, where it is inside the
+// map; where it is outside nothing is read and nothing is added, whatever the weight.
+#pragma once
+
+#include "../depthwise.h"
+#include "../ptx/block.cuh"
+#include "../ptx/convert.cuh"
+#include "../ptx/memory.cuh"
+#include "../ptx/warp.cuh"
+#include "phases.cuh"
+#include "warp_math.cuh"
+
+namespace aspp::cuda::sm80 {
+
+inline constexpr int kDepthwiseThreads = 256;
+inline constexpr int kDepthwiseLanes = 8;  // chunks side by side
+inline constexpr int kDepthwiseRows = kDepthwiseThreads / kDepthwiseLanes;
+inline constexpr int kDepthwiseShare = kDepthwisePixels / kDepthwiseRows;  // pixels of a thread
+inline constexpr int kDepthwiseWarps = kDepthwiseThreads / 32;
+inline constexpr int kPlaceBytes = kDepthwisePixels * int(sizeof(Place));
+
+// A chunk's elements as sums are.
+template <Math kMath>
+struct Elements {
+  using Memory = typename Element<kMath>::Memory;
+  using Sum = typename Element<kMath>::Sum;
+  static constexpr int kCount = chunk_of(kMath);
+  static constexpr int kBytes = bytes_of(kMath);
+  static constexpr int kColumns = depthwise_columns(kMath);  // of a tile
+  using Values = Sum[kCount];
+
+  __device__ __forceinline__ static void widen(const ptx::Chunk& chunk, Values& values) {
+    if constexpr (kMath == Math::bfloat16) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        values[i] = __uint_as_float(i % 2 == 0 ? chunk.words[i / 2] << 16
+                                               : chunk.words[i / 2] & 0xffff0000u);
+    } else {
+      Memory elements[kCount];
+      memcpy(elements, &chunk, sizeof chunk);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = ptx::to_float(elements[i]);
+    }
+  }
+
+  __device__ __forceinline__ static ptx::Chunk rounded(const Values& values) {
+    ptx::Chunk chunk;
+    if constexpr (sizeof(Memory) == 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2)
+        chunk.words[i / 2] = ptx::pack<Memory>(values[i], values[i + 1]);
+    } else {
+      memcpy(&chunk, values, sizeof chunk);
+    }
+    return chunk;
+  }
+
+  __device__ __forceinline__ static void load(const void* from, Values& values) {
+    widen(ptx::load_chunk(from), values);
+  }
+
+  // Values of type Sum.
+  __device__ __forceinline__ static void load_sums(const Sum* from, Values& values) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += 16 / int(sizeof(Sum))) {
+      const ptx::Chunk chunk = ptx::load_chunk(from + i);
+      memcpy(values + i, &chunk, sizeof chunk);
+    }
+  }
+};
+
+// Where a thread works: its channels and its pixels.
+template <Math kMath>
+struct DepthwiseThread {
+  static constexpr int kBytes = bytes_of(kMath);
+  static constexpr int kCount = chunk_of(kMath);
+
+  int32_t lane, row;
+  int32_t channel;  // the first of its chunk
+  bool inside;      // has channels
+
+  __device__ __forceinline__ DepthwiseThread(const DepthwiseShape& shape, int column_tile,
+                                             int thread)
+      : lane(thread % kDepthwiseLanes),
+        row(thread / kDepthwiseLanes),
+        channel(column_tile * Elements<kMath>::kColumns + lane * kCount),
+        inside(channel < shape.pitch) {}
+
+  // This thread's channels in row `row` of what has `pitch` elements per row.
+  __device__ __forceinline__ const char* at(const void* base, int64_t row, int64_t pitch) const {
+    return static_cast<const char*>(base) + (row * pitch + channel) * kBytes;
+  }
+  __device__ __forceinline__ char* at(void* base, int64_t row, int64_t pitch) const {
+    return static_cast<char*>(base) + (row * pitch + channel) * kBytes;
+  }
+};
+
+// Works out where the pixels of a tile are, once for all threads of the block; index is -1 behind
+// the last. Barriers must lie before, where the places of a tile are still read, and behind.
+__device__ __forceinline__ void find_places(const DepthwiseShape& shape, const Phases& phases,
+                                            int32_t tile, Place* places, int thread) {
+  if (thread >= kDepthwisePixels) return;
+  const uint32_t pixels = uint32_t(shape.batch) * uint32_t(shape.height) * uint32_t(shape.width);
+  const uint32_t number = uint32_t(tile) * kDepthwisePixels + uint32_t(thread);
+  places[thread] = number < pixels ? phases.pixel(int32_t(number)) : Place{-1, 0, 0};
+}
+
+// The taps of a branch that are inside the map somewhere: -rows .. rows by -columns .. columns, so
+// that no offset is too long for 32 bits.
+struct TapWindow {
+  int32_t rows, columns;
+
+  __device__ __forceinline__ TapWindow(const DepthwiseBranch& branch, const DepthwiseShape& shape)
+      : rows(depthwise_reach(branch.kernel_h, branch.rate_h, shape.height)),
+        columns(depthwise_reach(branch.kernel_w, branch.rate_w, shape.width)) {}
+};
+
+template <Math kMath>
+using DepthwiseSums = typename Elements<kMath>::Values[kDepthwiseShare];
+
+// sums[i] += taps of pixel i of this thread: of `image` [P, pitch], at +offset or, kMirrored, at
+// -offset of each tap.
+template <Math kMath, bool kMirrored>
+__device__ __forceinline__ void add_taps(DepthwiseSums<kMath>& sums,
+                                         const DepthwiseThread<kMath>& thread,
+                                         const DepthwiseShape& shape, const DepthwiseBranch& branch,
+                                         const void* image, int64_t pitch, const Place* places) {
+  using E = Elements<kMath>;
+  const TapWindow window(branch, shape);
+  const char* from[kDepthwiseShare];
+  int32_t y[kDepthwiseShare], x[kDepthwiseShare];
+  uint32_t valid = 0;
+#pragma unroll
+  for (int i = 0; i < kDepthwiseShare; ++i) {
+    const Place place = places[thread.row + i * kDepthwiseRows];
+    valid |= uint32_t(thread.inside && place.index >= 0) << i;
+    from[i] = thread.at(image, place.index, pitch);
+    y[i] = place.y;
+    x[i] = place.x;
+  }
+  const int32_t first = branch.kernel_h / 2 * branch.kernel_w + branch.kernel_w / 2;
+  for (int32_t row = -window.rows; row <= window.rows; ++row) {
+    const int32_t dy = (kMirrored ? -row : row) * branch.rate_h;
+    uint32_t live_rows = 0;
+#pragma unroll
+    for (int i = 0; i < kDepthwiseShare; ++i)
+      live_rows |= uint32_t(uint32_t(y[i] + dy) < uint32_t(shape.height)) << i;
+    live_rows &= valid;
+    if (live_rows == 0) continue;
+    for (int32_t column = -window.columns; column <= window.columns; ++column) {
+      const int32_t dx = (kMirrored ? -column : column) * branch.rate_w;
+      const int64_t step = (int64_t(dy) * shape.width + dx) * pitch * E::kBytes;
+      const int64_t tap = first + int64_t(row) * branch.kernel_w + column;
+      ptx::Chunk loaded[kDepthwiseShare];
+      bool live[kDepthwiseShare];
+#pragma unroll
+      for (int i = 0; i < kDepthwiseShare; ++i) {
+        live[i] = (live_rows >> i & 1) != 0 && uint32_t(x[i] + dx) < uint32_t(shape.width);
+        loaded[i] = {};
+        if (live[i]) loaded[i] = ptx::load_chunk(from[i] + step);
+      }
+      typename E::Values weight;
+      E::load(thread.at(branch.filter, tap, shape.pitch), weight);
+#pragma unroll
+      for (int i = 0; i < kDepthwiseShare; ++i) {
+        if (!live[i]) continue;
+        typename E::Values values;
+        E::widen(loaded[i], values);
+#pragma unroll
+        for (int e = 0; e < E::kCount; ++e) sums[i][e] += values[e] * weight[e];
+      }
+    }
+  }
+}
+
+// e * scale + shift of a chunk's channels; with nothing between e.
+template <Math kMath>
+struct Affine {
+  typename Elements<kMath>::Values scale, shift;
+
+  __device__ __forceinline__ Affine(const DepthwiseBranch& branch, const DepthwiseShape& shape,
+                                    const DepthwiseThread<kMath>& thread) {
+    using E = Elements<kMath>;
+    const auto* const values = static_cast<const typename E::Sum*>(branch.affine);
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) scale[e] = 1, shift[e] = 0;
+    if (values == nullptr || !thread.inside) return;
+    E::load_sums(values + thread.channel, scale);
+    E::load_sums(values + shape.pitch + thread.channel, shift);
+  }
+};
+
+template <class Sum>
+__device__ __forceinline__ Sum relu(Sum value) {
+  return value < Sum(0) ? Sum(0) : value;  // a NaN stays
+}
+
+// Adds `values` over the block's rows and gives visit(lane, i, total) each of the 8 * kCount totals
+// once, i below kCount. `shared` has room for kDepthwiseWarps * 8 * kCount; a barrier must lie
+// between two calls.
+template <int kCount, class Sum, class Visit>
+__device__ __forceinline__ void sum_over_rows(Sum (&values)[kCount], Sum* shared, int thread,
+                                              Visit&& visit) {
+  constexpr int kOfWarp = kDepthwiseLanes * kCount;
+  const int warp = thread / 32, lane = thread % 32;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    Sum sum = values[i];
+#pragma unroll
+    for (int mask = kDepthwiseLanes; mask < 32; mask *= 2) sum += ptx::shuffle_xor(sum, mask);
+    if (lane < kDepthwiseLanes) shared[warp * kOfWarp + i * kDepthwiseLanes + lane] = sum;
+  }
+  ptx::sync_block();
+  for (int place = thread; place < kOfWarp; place += kDepthwiseThreads) {
+    Sum total = shared[place];
+    for (int other = 1; other < kDepthwiseWarps; ++other) total += shared[other * kOfWarp + place];
+    visit(place % kDepthwiseLanes, place / kDepthwiseLanes, total);
+  }
+}
+
+}  // namespace aspp::cuda::sm80

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CUDA binding of atrous_separable_pyramid and its backward: check, early return, guard, allocate,
+// operands, launches.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../operator_checks.h"
+#include "stored.h"
+
+namespace aspp::cuda {
+namespace {
+
+constexpr const char* kOp = "atrous_separable_pyramid";
+
+std::vector<int64_t> out_channels_of(const std::vector<Tensor>& pointwise) {
+  std::vector<int64_t> channels;
+  for (const Tensor& p : pointwise) channels.push_back(p.size(0));
+  return channels;
+}
+
+Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
+                         std::vector<Tensor> pointwise, std::vector<int64_t> rates,
+                         std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
+                         bool between_relu, std::optional<Tensor> scale,
+                         std::optional<Tensor> shift, bool relu, bool tf32) {
+  SeparableProblem problem;
+  problem.shape = check_separable(kOp, x, depthwise, pointwise, rates, kCudaLimits);
+  const PyramidShape& shape = problem.shape;
+  check_between(kOp, x, between_scale, between_shift, depthwise);
+  check_vector(kOp, "scale", scale, x, shape.out_channels);
+  check_vector(kOp, "shift", shift, x, shape.out_channels, true);
+  const bool channels_last = is_channels_last(x) || any_channels_last(pointwise);
+  const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
+  if (shape.batch == 0) return out;
+
+  Operands operands(kOp, x, math_of(x, tf32));
+  problem.x = operands.image(x);
+  problem.branches =
+      depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  for (const Tensor& p : pointwise) problem.pointwise.push_back(operands.weight(p));
+  problem.out_channels = out_channels_of(pointwise);
+  problem.between_relu = between_relu;
+  if (scale.has_value()) problem.scale = operands.vector(*scale);
+  if (shift.has_value()) problem.shift = operands.vector(*shift);
+  problem.shift_per_sample = shift.has_value() && shift->dim() == 2;
+  problem.relu = relu;
+  const Rows target = operands.image_target(out);
+  stored_forward(operands, problem, target);
+  operands.deliver(target, out);
+  return out;
+}
+
+using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+                             std::vector<Tensor>>;
+
+std::vector<Tensor> results(const std::vector<Tensor>& like, bool needed, bool zero) {
+  std::vector<Tensor> made;
+  for (size_t i = 0; needed && i < like.size(); ++i) {
+    made.push_back(with_memory([&] { return empty_as(like[i]); }));
+    if (zero) torch::stable::zero_(made.back());
+  }
+  return made;
+}
+
+Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> depthwise,
+                             std::vector<Tensor> pointwise, std::vector<int64_t> rates,
+                             std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
+                             bool between_relu, bool need_x, bool need_depthwise,
+                             bool need_pointwise, bool need_between, bool tf32) {
+  const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCudaLimits);
+  check_between(kOp, x, between_scale, between_shift, depthwise);
+  check_grad(kOp, grad, x, shape);
+
+  const bool nothing = shape.batch == 0;
+  const int64_t empty[] = {0};
+  Gradients result{
+      need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
+             : torch::stable::new_empty(x, {empty, 1}),
+      results(depthwise, need_depthwise, nothing), results(pointwise, need_pointwise, nothing),
+      results(between_scale, need_between, nothing), results(between_shift, need_between, nothing)};
+  if (nothing) return result;
+  auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
+
+  Operands operands(kOp, x, math_of(x, tf32));
+  const Rows rows = operands.image(x);
+  const std::vector<DepthwiseBranch> branches =
+      depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  std::vector<int64_t> first;  // channels of the branches in grads
+  const Rows grads = operands.branch_image(grad, out_channels_of(pointwise), first);
+  StoredBackward steps(operands, shape, rows, branches, between_relu);
+
+  const int64_t pixels = shape.batch * shape.height * shape.width;
+  // Of one branch after the other, but what the gradient of x waits for.
+  Rows back, stored;
+  std::vector<Rows> for_x;
+  for (size_t b = 0; b < branches.size(); ++b) {
+    const bool is_plain = branches[b].filter == nullptr;
+    const bool has_between = branches[b].affine != nullptr;
+    const bool for_depthwise = need_depthwise && !is_plain;
+    const bool for_between = need_between && has_between;
+    const bool needs_back = need_x || for_depthwise || for_between;
+    Rows operand = rows;
+    if (need_pointwise && !is_plain) {
+      if (stored.data == nullptr) stored = operands.allocate_rows(pixels, shape.channels);
+      operand = stored;
+    }
+    if (needs_back) {
+      if (need_x || back.data == nullptr) back = operands.allocate_rows(pixels, shape.channels);
+      steps.back(grads, first[b], pointwise[b], back);
+    }
+    if (needs_back && has_between) {
+      std::optional<std::pair<Tensor, Tensor>> vectors;
+      if (for_between) vectors.emplace(of_scale[b], of_shift[b]);
+      steps.between(b, back, need_x || for_depthwise ? back.data : nullptr,
+                    need_pointwise ? operand : Rows{}, vectors);
+    } else if (need_pointwise && !is_plain) {
+      steps.operand(b, operand);
+    }
+    if (need_pointwise) steps.pointwise(grads, first[b], operand, of_pointwise[b]);
+    if (for_depthwise) steps.depthwise(b, back, of_depthwise[b]);
+    if (need_x) for_x.push_back(back);
+  }
+  if (need_x) {
+    const Rows target = operands.image_target(of_x);
+    steps.input(for_x, target);
+    operands.deliver(target, of_x);
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, ASPP_DEVICE_KEY, m) {
+  m.impl("atrous_separable_pyramid", TORCH_BOX(&separable_pyramid));
+  m.impl("atrous_separable_pyramid_backward", TORCH_BOX(&separable_backward));
+}
+
+}  // namespace aspp::cuda
