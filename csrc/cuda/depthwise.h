@@ -64,7 +64,7 @@ struct DepthwiseParams {
   int32_t relu;                // where something is between
   int32_t branches;
 
-  // Null for none: of the rounded e, as PyramidParams::tile_* with one row of
+  // Null for none: of the rounded e, as WorkParams::tile_* with one row of
   // depthwise_columns(math) channels per tile. Tiles are numbered [branches, depthwise_tiles,
   // tiles of channels].
   void* tile_means;

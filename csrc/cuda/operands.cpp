@@ -64,6 +64,14 @@ int32_t Operands::narrow(const char* what, int64_t value) const {
   return int32_t(value);
 }
 
+// The kernels multiply it in 32 bits.
+int32_t Operands::narrow_pitch(const Rows& rows) const {
+  require(rows.pitch <= INT32_MAX / bytes_, op_,
+          ": from pixel to pixel there must be less than 2^31 bytes on CUDA, got ",
+          rows.pitch * bytes_);
+  return int32_t(rows.pitch);
+}
+
 Tensor Operands::keep(const Tensor& t) {
   storage_.push_back(t);
   return t;

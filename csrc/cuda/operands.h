@@ -48,6 +48,7 @@ class Operands {
   int64_t padded(int64_t channels) const;
   // Refuses what does not fit in the 32 bits of a kernel's parameter.
   int32_t narrow(const char* what, int64_t value) const;
+  int32_t narrow_pitch(const Rows& rows) const;
 
  private:
   Tensor keep(const Tensor& t);

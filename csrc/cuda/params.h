@@ -12,6 +12,7 @@ namespace aspp::cuda {
 using plan::TileRange;
 using plan::WorkList;
 using plan::WorkRegion;
+using plan::WorkRun;
 using plan::WorkTap;
 using plan::WorkUnit;
 
@@ -32,29 +33,20 @@ constexpr int bytes_of(Math math) {
 // zero up to a multiple of it.
 constexpr int chunk_of(Math math) { return 16 / bytes_of(math); }
 
-struct BranchOperand {
-  const void* a;         // forward: what the branch reads, [P, a_pitch]
-  const void* weight;    // forward, grad_input: [O, taps, weight_channels]
-  void* grad_weight;     // grad_weight: [O, taps, grad_weight_channels]
-  int32_t taps;          // kernel height * kernel width
-  int32_t out_channels;  // O
-  int32_t a_pitch;       // forward
-  int32_t a_channel;     // grad_input, grad_weight: the branch's first channel in `a`
-  int32_t out_channel;   // forward: the branch's first channel in `out`, in scale and in shift
-};
-
 // One launch over a work list. [P, ...] counts pixels of the batch: (n * height + y) * width + x.
 //               a                     b               out
 //   forward     of every branch       weights         [P, out_pitch]
+//   separable   x [P, a_pitch]        weights         [P, out_pitch]
 //   grad_input  grad [P, a_pitch]     weights         grad_x [P, out_pitch]
 //   grad_weight grad [P, a_pitch]     x [P, b_pitch]  grad_weight of every branch
 // a, b and the weights begin at a multiple of 16 bytes and their pitches, of less than 2^31 bytes,
 // are multiples of a chunk; out may begin and lie anywhere.
-struct PyramidParams {
+struct WorkParams {
   const WorkUnit* units;
   const int32_t* worker_begin;
   const WorkRegion* regions;
   const WorkTap* taps;
+  const WorkRun* runs;
   int32_t workers;
 
   int32_t batch, height, width;
@@ -68,7 +60,7 @@ struct PyramidParams {
   void* out;
   int64_t out_pitch;
 
-  // forward only: out = relu(sum * scale + shift); null for none. In the dtype of out.
+  // forward, separable: out = relu(sum * scale + shift); null for none. In the dtype of out.
   const void* scale;    // [sum O]
   const void* shift;    // [sum O], or [N, sum O] with shift_pitch = sum O
   int64_t shift_pitch;  // 0: the same for every sample
@@ -85,7 +77,20 @@ struct PyramidParams {
   void* tile_means;
   void* tile_squares;
   int32_t* tile_counts;
+};
 
+struct BranchOperand {
+  const void* a;         // forward: what the branch reads, [P, a_pitch]
+  const void* weight;    // forward, grad_input: [O, taps, weight_channels]
+  void* grad_weight;     // grad_weight: [O, taps, grad_weight_channels]
+  int32_t taps;          // kernel height * kernel width
+  int32_t out_channels;  // O
+  int32_t a_pitch;       // forward
+  int32_t a_channel;     // grad_input, grad_weight: the branch's first channel in `a`
+  int32_t out_channel;   // forward: the branch's first channel in `out`, in scale and in shift
+};
+
+struct PyramidParams : WorkParams {
   BranchOperand branches[kMaxBranches];
 };
 
@@ -103,7 +108,7 @@ struct TransposeParams {
   int32_t bytes;        // 2, 4 or 8
 };
 
-// PyramidParams::tile_* of all tiles become those of the channels. Of float64 for Math::float64,
+// WorkParams::tile_* of all tiles become those of the channels. Of float64 for Math::float64,
 // else of float32.
 struct CombineParams {
   const void* tile_means;

@@ -61,6 +61,7 @@ cudaError_t DevicePlan::upload(const WorkList& list, cudaStream_t copies) {
   worker_begin_ = append(bytes, list.worker_begin);
   regions_ = append(bytes, list.regions);
   taps_ = append(bytes, list.taps);
+  runs_ = append(bytes, list.runs);
   workers = list.workers();
   partials = list.partials;
   counters = list.counters;
@@ -75,11 +76,12 @@ cudaError_t DevicePlan::upload(const WorkList& list, cudaStream_t copies) {
   return error == cudaSuccess ? cudaStreamSynchronize(copies) : error;
 }
 
-void DevicePlan::describe(PyramidParams& params) const {
+void DevicePlan::describe(WorkParams& params) const {
   params.units = reinterpret_cast<const WorkUnit*>(memory_);
   params.worker_begin = reinterpret_cast<const int32_t*>(memory_ + worker_begin_);
   params.regions = reinterpret_cast<const WorkRegion*>(memory_ + regions_);
   params.taps = reinterpret_cast<const WorkTap*>(memory_ + taps_);
+  params.runs = reinterpret_cast<const WorkRun*>(memory_ + runs_);
   params.workers = workers;
 }
 
@@ -133,7 +135,8 @@ cudaError_t PlanCache::find(int device, const plan::Problem& problem, plan::Pass
     plan = entries_.front().plan;
     return cudaSuccess;
   }
-  const plan::Options options{plan::Order::cheapest, tile, workers};
+  const auto order = pass == plan::Pass::separable ? plan::Order::phases : plan::Order::cheapest;
+  const plan::Options options{order, tile, workers};
   const WorkList list = make_work_list(problem, pass, options, workers);
   const OutsideCaptures outside;
   cudaStream_t copies = nullptr;

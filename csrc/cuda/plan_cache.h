@@ -26,14 +26,14 @@ class DevicePlan {
   int32_t workers = 0, partials = 0, counters = 0, tiles = 0;
   std::vector<TileRange> branch_tiles;
 
-  // One allocation for all four, complete when this returns. `copies` is a stream of our own.
+  // One allocation for all five, complete when this returns. `copies` is a stream of our own.
   cudaError_t upload(const WorkList& list, cudaStream_t copies);
-  // Sets units, worker_begin, regions, taps and workers.
-  void describe(PyramidParams& params) const;
+  // Sets units, worker_begin, regions, taps, runs and workers.
+  void describe(WorkParams& params) const;
 
  private:
   char* memory_ = nullptr;
-  size_t worker_begin_ = 0, regions_ = 0, taps_ = 0;  // bytes from the beginning
+  size_t worker_begin_ = 0, regions_ = 0, taps_ = 0, runs_ = 0;  // bytes from the beginning
 };
 
 using SharedPlan = std::shared_ptr<const DevicePlan>;

@@ -57,4 +57,19 @@ cudaError_t prepare_pyramid(PlanCache& cache, plan::Pass pass, Math math,
                     stream, prepared.plan);
 }
 
+cudaError_t prepare_separable(PlanCache& cache, Math math, const plan::Problem& problem,
+                              std::string_view wish, cudaStream_t stream, Prepared& prepared,
+                              FusedChoice& choice) {
+  Device device;
+  if (const cudaError_t error = ask(device); error != cudaSuccess) return error;
+  choice = choose_fused(math, problem, device.shared_bytes);
+  const bool forced = wish == "fused";
+  plan::require(!forced || choice.shape >= 0, "the fused kernel cannot run: ", choice.why_not);
+  if (wish == "stored" || !(forced || choice.is_fused())) return cudaSuccess;
+  prepared.shape = choice.shape;
+  return cache.find(device.index, problem, plan::Pass::separable,
+                    tile_shape(math, choice.shape).tile(), device.processors, stream,
+                    prepared.plan);
+}
+
 }  // namespace aspp::cuda

@@ -3,6 +3,7 @@
 // what. Nothing of torch.
 #pragma once
 
+#include "fused_choice.h"
 #include "launch.h"
 #include "plan_cache.h"
 
@@ -20,5 +21,11 @@ struct Prepared {
 // no tile fits the device.
 cudaError_t prepare_pyramid(PlanCache& cache, plan::Pass pass, Math math,
                             const plan::Problem& problem, cudaStream_t stream, Prepared& prepared);
+
+// The same for the separable pyramid, if `choice` says so: else there is no plan. `wish` is "fused"
+// or "stored", or anything else for what costs less; fused where that is impossible is refused.
+cudaError_t prepare_separable(PlanCache& cache, Math math, const plan::Problem& problem,
+                              std::string_view wish, cudaStream_t stream, Prepared& prepared,
+                              FusedChoice& choice);
 
 }  // namespace aspp::cuda

@@ -48,18 +48,18 @@ void PyramidCall::set_weights(const std::vector<Tensor>& weights) {
 
 void PyramidCall::set_a(const Rows& rows) {
   params.a = rows.data;
-  params.a_pitch = pitch_of(rows);
+  params.a_pitch = operands_.narrow_pitch(rows);
   for (size_t b = 0; b < out_channels_.size(); ++b) set_a(b, rows);
 }
 
 void PyramidCall::set_a(size_t branch, const Rows& rows) {
   params.branches[branch].a = rows.data;
-  params.branches[branch].a_pitch = pitch_of(rows);
+  params.branches[branch].a_pitch = operands_.narrow_pitch(rows);
 }
 
 void PyramidCall::set_b(const Rows& rows) {
   params.b = rows.data;
-  params.b_pitch = pitch_of(rows);
+  params.b_pitch = operands_.narrow_pitch(rows);
 }
 
 void PyramidCall::set_grad(const Tensor& grad) {
@@ -136,14 +136,6 @@ void PyramidCall::prepare(const PyramidShape& shape, const std::vector<Kernel>& 
     refuse(operands_.op(), ": ", refusal.what());
   }
   check_cuda(operands_.op(), error);
-}
-
-// The kernels multiply it in 32 bits.
-int32_t PyramidCall::pitch_of(const Rows& rows) const {
-  require(rows.pitch <= INT32_MAX / bytes_of(math_), operands_.op(),
-          ": from pixel to pixel there must be less than 2^31 bytes on CUDA, got ",
-          rows.pitch * bytes_of(math_));
-  return int32_t(rows.pitch);
 }
 
 }  // namespace aspp::cuda

@@ -48,7 +48,6 @@ class PyramidCall {
  private:
   void prepare(const PyramidShape& shape, const std::vector<Kernel>& kernels,
                const std::vector<int64_t>& rates);
-  int32_t pitch_of(const Rows& rows) const;
 
   Operands& operands_;
   const plan::Pass pass_;

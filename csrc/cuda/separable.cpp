@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "../operator_checks.h"
-#include "stored.h"
+#include "fused.h"
 
 namespace aspp::cuda {
 namespace {
@@ -35,9 +35,9 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   if (shape.batch == 0) return out;
 
   Operands operands(kOp, x, math_of(x, tf32));
-  problem.x = operands.image(x);
   problem.branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  problem.x = operands.image(x);
   for (const Tensor& p : pointwise) problem.pointwise.push_back(operands.weight(p));
   problem.out_channels = out_channels_of(pointwise);
   problem.between_relu = between_relu;
@@ -46,7 +46,7 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   problem.shift_per_sample = shift.has_value() && shift->dim() == 2;
   problem.relu = relu;
   const Rows target = operands.image_target(out);
-  stored_forward(operands, problem, target);
+  if (!fused_forward(operands, problem, target)) stored_forward(operands, problem, target);
   operands.deliver(target, out);
   return out;
 }
@@ -83,9 +83,9 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
 
   Operands operands(kOp, x, math_of(x, tf32));
-  const Rows rows = operands.image(x);
   const std::vector<DepthwiseBranch> branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  const Rows rows = operands.image(x);
   std::vector<int64_t> first;  // channels of the branches in grads
   const Rows grads = operands.branch_image(grad, out_channels_of(pointwise), first);
   StoredBackward steps(operands, shape, rows, branches, between_relu);

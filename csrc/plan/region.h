@@ -39,6 +39,9 @@ struct Region {
   Interval cols;
   std::vector<TapBlock> live;
   bool padded = false;
+  // > 0: what a pixel is thought to cost, in taps, by a kernel that passes over those dead at it;
+  // 0: all of them.
+  Index paid_taps = 0;
 
   Index area() const { return rows.size() * cols.size(); }
   Index tap_count() const;

@@ -31,7 +31,8 @@ Index k_blocks(const Problem& problem, Pass pass, const Region& region, const Ti
 Index product_cost(Pass pass) { return pass == Pass::separable ? kPointwiseTaps : 1; }
 
 Index block_cost(Pass pass, const Region& region) {
-  return product_cost(pass) + (pass == Pass::separable ? region.tap_count() : 0);
+  if (pass != Pass::separable) return product_cost(pass);
+  return product_cost(pass) + (region.paid_taps > 0 ? region.paid_taps : region.tap_count());
 }
 
 Index paid_pixels(Index pixels, const Tile& tile) {

@@ -8,7 +8,20 @@
 namespace aspp::plan {
 namespace {
 
-constexpr std::string_view kOrderNames[] = {"regions", "merged", "linear", "cheapest"};
+constexpr Order kOrders[] = {Order::regions, Order::merged, Order::linear, Order::cheapest,
+                             Order::phases};
+constexpr std::string_view kOrderNames[] = {"regions", "merged", "linear", "cheapest", "phases"};
+
+// The whole map. A tile of its pixels has rows of one phase or two, from all over the map, so that
+// each costs about what the average does.
+Tiling phase_tiling(const Problem& problem, const Group& group, const Tile& tile) {
+  require(group.pass == Pass::separable,
+          "order 'phases' is of pass 'separable' alone but pass is '", name(group.pass), "'");
+  Region map = region_at(problem, group, {0, problem.height}, {0, problem.width});
+  const Index live = live_pixel_taps(problem, group.branches.front());
+  map.paid_taps = ceil_div(live, problem.height * problem.width);
+  return region_tiling(problem, {std::move(map)}, tile);
+}
 
 Index count(const std::vector<Unit>& units) { return static_cast<Index>(units.size()); }
 
@@ -98,10 +111,11 @@ void balance(Plan& plan, const Options& options) {
 std::string_view name(Order order) { return kOrderNames[static_cast<int>(order)]; }
 
 Order order_named(std::string_view name) {
-  for (const Order order : {Order::regions, Order::merged, Order::linear, Order::cheapest})
+  for (const Order order : kOrders)
     if (plan::name(order) == name) return order;
-  throw std::invalid_argument(sentence(
-      "plan: order must be 'regions', 'merged', 'linear' or 'cheapest' but is '", name, "'"));
+  throw std::invalid_argument(
+      sentence("plan: order must be 'regions', 'merged', 'linear', 'cheapest' or 'phases' but is '",
+               name, "'"));
 }
 
 Index unit_overhead(const Plan& plan) {
@@ -130,6 +144,7 @@ Index Plan::total() const {
 Tiling tiling(const Problem& problem, const Group& group, Order order, const Tile& tile) {
   check_tile(tile);
   if (order == Order::linear) return linear_tiling(problem, group, tile);
+  if (order == Order::phases) return phase_tiling(problem, group, tile);
   Tiling regions = region_tiling(problem,
                                  order == Order::regions ? exact_regions(problem, group)
                                                          : merged_regions(problem, group, tile),

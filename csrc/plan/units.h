@@ -10,7 +10,10 @@
 namespace aspp::plan {
 
 // Which regions to compute in; cheapest compares merged (exact regions among them) with linear.
-enum class Order { regions, merged, linear, cheapest };
+// phases, of separable alone: one region, the map, for a kernel that walks its rows phase by phase
+// (those of one remainder by the rate after those of another), keeps what they share and passes
+// over dead taps pixel by pixel.
+enum class Order { regions, merged, linear, cheapest, phases };
 
 std::string_view name(Order order);
 Order order_named(std::string_view name);
@@ -21,8 +24,8 @@ Order order_named(std::string_view name);
 //   grad_input  pixels of the region             input channels          taps x output channels
 //   grad_weight output channels of the branch    input channels          live pixels of the batch
 //   separable   pixels of the region             output channels         input channels
-// Pixels are in the region's linear order: column, row, image. Units of the same `tile` add up, in
-// the order of `slice`. A unit with an empty k writes zeros.
+// Pixels are in the region's linear order: column, row (by phases: in their order), image. Units of
+// the same `tile` add up, in the order of `slice`. A unit with an empty k writes zeros.
 struct Unit {
   Index region = 0;
   Index tile = 0;

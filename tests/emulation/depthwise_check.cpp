@@ -16,7 +16,8 @@
 
 namespace {
 
-using namespace check;
+using namespace aspp;
+using namespace aspp::checks;
 using cuda::DepthwiseBranch;
 
 enum Kernel { forward, between_grad, grad_weight, grad_input };

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Matrices of small integers in every format, for programs that hold kernels against a definition.
+// Matrices of random integers in any math's memory, for the checks of kernels under emulation.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <random>
 
 #include "cuda/params.h"
 #include "cuda/ptx/convert.cuh"
 
-namespace check {
+namespace aspp::checks {
 
-using namespace aspp;
 using cuda::Math;
 
 inline std::mt19937 generator;
@@ -88,4 +87,4 @@ struct Matrix {
   Memory memory;
 };
 
-}  // namespace check
+}  // namespace aspp::checks

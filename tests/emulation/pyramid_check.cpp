@@ -4,8 +4,6 @@
 //
 //   pyramid_check [seed] [problems] [pass: 0 1 2, -1 any] [math: 0 .. 4, -1 any]
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -15,7 +13,8 @@
 
 namespace {
 
-using namespace check;
+using namespace aspp;
+using namespace aspp::checks;
 using plan::Pass;
 
 struct Branch {

@@ -27,6 +27,6 @@ struct Exchange {
   unsigned lane;
   uint64_t result;
 };
-extern const Operation kShuffle;
+extern const Operation kShuffle, kAny;
 
 }  // namespace aspp::cuda::emulation

@@ -2,6 +2,9 @@
 // One instantiation of the kernel: a pass, a math, a tile.
 #pragma once
 
+#include <type_traits>
+
+#include "../separable.h"
 #include "warp_math.cuh"
 
 namespace aspp::cuda::sm80 {
@@ -27,6 +30,8 @@ struct Config {
   using TileB = SharedTile<kMajorB<kPass>, kTile.n, kBytes>;
   using Warp = typename PickWarpMath<kMath, TileA, TileB, kMajorA<kPass>, kMajorB<kPass>,
                                      kTile.warp_m, kTile.warp_n>::Type;
+  // What a kernel of this pass is told.
+  using Params = std::conditional_t<kPass == Pass::separable, SeparableParams, PyramidParams>;
   using WarpSums = Sums<Sum, kTile.warp_m, kTile.warp_n>;
 
   static_assert(TileA::kSize + TileB::kSize == kStageBytes);
@@ -51,7 +56,7 @@ struct Pixel {
 };
 
 // The pixel with number `number` of a region.
-__device__ __forceinline__ Pixel pixel_of(const PyramidParams& p, const WorkRegion& region,
+__device__ __forceinline__ Pixel pixel_of(const WorkParams& p, const WorkRegion& region,
                                           int32_t number) {
   const int32_t row = number / region.width;
   Pixel pixel;

@@ -38,6 +38,7 @@ template <class C>
 struct Epilogue {
   using Memory = typename C::Memory;
   using Sum = typename C::Sum;
+  using Params = typename C::Params;
   using WarpSums = typename C::WarpSums;
   static constexpr int kRows = C::kTile.warp_m / 16, kColumns = C::kTile.warp_n / 8;
 
@@ -46,7 +47,7 @@ struct Epilogue {
   }
 
   // sums = relu(sums * scale + shift)
-  __device__ __forceinline__ static void transform(const PyramidParams& p, const WorkUnit& unit,
+  __device__ __forceinline__ static void transform(const Params& p, const WorkUnit& unit,
                                                    WarpSums& sums, const WarpPlace& place) {
     const WorkRegion& region = p.regions[unit.region];
     const int32_t first = p.branches[region.branch].out_channel + unit.n_begin;
@@ -68,10 +69,12 @@ struct Epilogue {
         for (Sum& sum : sums[i][j]) sum = sum < Sum(0) ? Sum(0) : sum;  // a NaN stays
   }
 
-  // Writes what lies inside the output.
-  __device__ __forceinline__ static void store(const PyramidParams& p, const WorkUnit& unit,
-                                               const WarpSums& sums, const WarpPlace& place) {
-    Memory* out = row_of_output(p, unit, place.row_of(0, 0));
+  // Writes what lies inside the output. `pixels` has those of the unit's rows where they are not
+  // in the region's linear order.
+  __device__ __forceinline__ static void store(const Params& p, const WorkUnit& unit,
+                                               const WarpSums& sums, const WarpPlace& place,
+                                               const int32_t* pixels = nullptr) {
+    Memory* out = row_of_output(p, unit, place.row_of(0, 0), pixels);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -80,7 +83,7 @@ struct Epilogue {
         const int32_t row = place.row_of(i, h);
         const bool inside = row < unit.m_count;
         if constexpr (C::kPass != Pass::grad_weight)
-          out = row_of_output(p, unit, inside ? row : 0);
+          out = row_of_output(p, unit, inside ? row : 0, pixels);
         else if (i + h > 0)
           out += 8 * weight_pitch(p, unit);
         if constexpr (C::kBytes == 2)
@@ -108,7 +111,7 @@ struct Epilogue {
   }
 
   // Sample by sample: a tile's rows are of few, each of them of neighbouring rows.
-  __device__ __forceinline__ static void add_shift(const PyramidParams& p, const WorkUnit& unit,
+  __device__ __forceinline__ static void add_shift(const Params& p, const WorkUnit& unit,
                                                    WarpSums& sums, const WarpPlace& place,
                                                    int32_t first) {
     const WorkRegion& region = p.regions[unit.region];
@@ -129,22 +132,23 @@ struct Epilogue {
   }
 
   // From output channel to output channel of a weight.
-  __device__ __forceinline__ static int64_t weight_pitch(const PyramidParams& p,
-                                                         const WorkUnit& unit) {
+  __device__ __forceinline__ static int64_t weight_pitch(const Params& p, const WorkUnit& unit) {
     return int64_t(p.branches[p.regions[unit.region].branch].taps) * p.grad_weight_channels;
   }
 
   // The unit's first column in its `row`.
-  __device__ __forceinline__ static Memory* row_of_output(const PyramidParams& p,
-                                                          const WorkUnit& unit, int32_t row) {
+  __device__ __forceinline__ static Memory* row_of_output(const Params& p, const WorkUnit& unit,
+                                                          int32_t row, const int32_t* pixels) {
     const WorkRegion& region = p.regions[unit.region];
     if constexpr (C::kPass == Pass::grad_weight) {
       return static_cast<Memory*>(p.branches[region.branch].grad_weight) +
              (unit.m_begin + row) * weight_pitch(p, unit) +
              int64_t(p.taps[region.tap_begin].index) * p.grad_weight_channels + unit.n_begin;
     } else {
-      const int64_t pixel = pixel_of(p, region, unit.m_begin + row).index;
-      const int32_t first = C::kPass == Pass::forward ? p.branches[region.branch].out_channel : 0;
+      constexpr bool kOwn = C::kPass == Pass::separable;
+      const int64_t pixel = kOwn ? pixels[row] : pixel_of(p, region, unit.m_begin + row).index;
+      const int32_t first =
+          C::kPass == Pass::grad_input ? 0 : p.branches[region.branch].out_channel;
       return static_cast<Memory*>(p.out) + pixel * p.out_pitch + first + unit.n_begin;
     }
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The order in which kernels of depthwise taps walk the batch: an image's rows phase by phase, 0, r,
-// 2 r, ..., 1, r + 1, 2 r + 1, ... for a rate of r. In it the rows that a tap reads are neighbours
-// of the row that it is for, as if the rate were 1, and what neighbouring rows share is read once.
+// The order in which kernels of depthwise taps walk the batch: an image's rows phase by phase, 0,
+// r, 2 r, ..., 1, r + 1, 2 r + 1, ... for a rate of r. In it the rows that a tap reads are
+// neighbours of the row that it is for, as if the rate were 1, and what neighbouring rows share is
+// read once.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -14,7 +14,8 @@ enum class Major { k, mn };
 template <plan::Pass kPass>
 inline constexpr Major kMajorA = kPass == plan::Pass::grad_weight ? Major::mn : Major::k;
 template <plan::Pass kPass>
-inline constexpr Major kMajorB = kPass == plan::Pass::forward ? Major::k : Major::mn;
+inline constexpr Major kMajorB =
+    kPass == plan::Pass::forward || kPass == plan::Pass::separable ? Major::k : Major::mn;
 
 // Rows of 16-byte chunks: kExtent rows of k, or k rows of kExtent. The chunks of a row are permuted
 // by its number, so that the eight rows that a warp reads at a time lie in different banks.

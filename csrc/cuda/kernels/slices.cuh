@@ -19,7 +19,7 @@ struct Slices {
   // Whether this block is the last of the tile's; then `sums` are complete. `flag` is a word of
   // shared memory. Called by the whole block; the sums of warps that are not `active` are neither
   // written nor read.
-  __device__ __forceinline__ static bool combine(const PyramidParams& p, const WorkUnit& unit,
+  __device__ __forceinline__ static bool combine(const WorkParams& p, const WorkUnit& unit,
                                                  WarpSums& sums, uint32_t* flag, int thread,
                                                  bool active) {
     Sum* partials = static_cast<Sum*>(p.partials) + unit.partial * kPartial + thread;

@@ -15,7 +15,7 @@ struct Statistics {
   static constexpr int kWarpRows = C::kTile.m / C::kTile.warp_m;
 
   // Called by every warp, also by those beyond the end of the output.
-  __device__ __forceinline__ static void write(const PyramidParams& p, const WorkUnit& unit,
+  __device__ __forceinline__ static void write(const WorkParams& p, const WorkUnit& unit,
                                                const WarpSums& sums, const WarpPlace& place) {
     if (p.tile_counts == nullptr) return;
     const int32_t count = max(0, min(C::kTile.warp_m, unit.m_count - place.row));

@@ -23,4 +23,15 @@ __device__ __forceinline__ char* shared_memory() {
 
 #endif
 
+// threadIdx.x, read anew: what is computed from it is not kept in registers meanwhile.
+__device__ __forceinline__ int thread_again() {
+#if defined(ASPP_EMULATE)
+  return int(threadIdx.x);
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 }  // namespace aspp::cuda::ptx

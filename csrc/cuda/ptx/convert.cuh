@@ -84,6 +84,19 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 #endif
 }
 
+// The two values of a word.
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, Bf16>) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000u);
+  } else {
+    static_assert(std::is_same_v<T, F16>);
+    low = to_float(F16{static_cast<uint16_t>(word)});
+    high = to_float(F16{static_cast<uint16_t>(word >> 16)});
+  }
+}
+
 // A float32's bits to the 10 bits of fraction that tensor cores read; ties away from zero.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
 #if defined(ASPP_EMULATE)

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "fused.h"
+
+#include <cstdlib>
+
+#include "separable.h"
+
+namespace aspp::cuda {
+namespace {
+
+plan::Problem plan_of(const SeparableProblem& problem) {
+  std::vector<plan::Branch> branches;
+  for (size_t b = 0; b < problem.branches.size(); ++b) {
+    const DepthwiseBranch& branch = problem.branches[b];
+    branches.push_back({{branch.kernel_h, branch.kernel_w},
+                        {branch.rate_h, branch.rate_w},
+                        problem.out_channels[b]});
+  }
+  const PyramidShape& shape = problem.shape;
+  return {shape.batch, shape.height, shape.width, std::move(branches), shape.channels};
+}
+
+std::string_view wish() {
+  const char* const given = std::getenv("ASPP_EXT_SEPARABLE");
+  return given == nullptr ? "" : given;
+}
+
+// Whether there is a plan.
+bool prepare(Operands& operands, const SeparableProblem& problem, Prepared& prepared,
+             FusedChoice& choice) {
+  cudaError_t error = cudaSuccess;
+  try {
+    error = prepare_separable(plan_cache(), operands.math(), plan_of(problem), wish(),
+                              operands.stream(), prepared, choice);
+  } catch (const std::logic_error& refusal) {
+    refuse(operands.op(), ": ", refusal.what());
+  } catch (const std::overflow_error& refusal) {
+    refuse(operands.op(), ": ", refusal.what());
+  }
+  check_cuda(operands.op(), error);
+  return prepared.plan != nullptr;
+}
+
+}  // namespace
+
+bool fused_forward(Operands& operands, const SeparableProblem& problem, const Rows& out) {
+  Prepared prepared;
+  FusedChoice choice;
+  if (!prepare(operands, problem, prepared, choice)) return false;
+  const char* const op = operands.op();
+  const PyramidShape& shape = problem.shape;
+  SeparableParams params{};
+  params.batch = operands.narrow("the batch", shape.batch);
+  params.height = operands.narrow("the height", shape.height);
+  params.width = operands.narrow("the width", shape.width);
+  params.in_channels = operands.narrow("the number of channels", shape.channels);
+  params.weight_channels =
+      operands.narrow("the number of channels", operands.padded(shape.channels));
+  params.a = problem.x.data;
+  params.a_pitch = operands.narrow_pitch(problem.x);
+  params.out = out.data;
+  params.out_pitch = out.pitch;
+  params.scale = problem.scale;
+  params.shift = problem.shift;
+  params.shift_pitch = problem.shift_per_sample ? shape.out_channels : 0;
+  params.relu = problem.relu;
+  params.between_relu = problem.between_relu;
+  params.halo_pixels = choice.pixels;
+  params.most_taps = choice.taps;
+  int64_t first = 0;
+  for (size_t b = 0; b < problem.branches.size(); ++b) {
+    SeparableBranch& branch = params.branches[b];
+    branch.filter = problem.branches[b].filter;
+    branch.affine = problem.branches[b].affine;
+    branch.weight = problem.pointwise[b];
+    branch.out_channels = operands.narrow("the output channels", problem.out_channels[b]);
+    branch.out_channel = operands.narrow("the output channels", first);
+    first += problem.out_channels[b];
+  }
+  const DevicePlan& plan = *prepared.plan;
+  plan.describe(params);
+  if (plan.counters > 0) {
+    const int64_t bytes = plan.counters * int64_t(sizeof(uint32_t));
+    params.partials = operands.allocate(prepared.partial_bytes(operands.math()));
+    params.counters = static_cast<uint32_t*>(operands.allocate(bytes));
+    check_cuda(op, cudaMemsetAsync(params.counters, 0, size_t(bytes), operands.stream()));
+  }
+  check_cuda(op, launch_separable_sm80(operands.math(), prepared.shape, params, operands.stream()));
+  return true;
+}
+
+}  // namespace aspp::cuda

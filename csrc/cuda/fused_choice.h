@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Whether a separable pyramid is computed by the fused kernel or through memory: a pure function
+// that says why. Nothing of torch, nothing of CUDA.
+#pragma once
+
+#include <string>
+
+#include "../plan/plan.h"
+#include "fused_layout.h"
+
+namespace aspp::cuda {
+
+// What writing depthwise results to memory and reading them again costs, in taps of depthwise work
+// (as plan::kPointwiseTaps): an estimate.
+inline constexpr double kStoredTaps = 4;
+
+// Costs count taps of depthwise work on a pixel, its product with a tile's width of output channels
+// being kPointwiseTaps, summed over the branches. Fused, the taps are computed for each width.
+struct FusedChoice {
+  int shape = -1;                // of tile_shape; -1: through memory
+  int32_t pixels = 0, taps = 0;  // of the widest halo, of the branch with most
+  double fused = 0, stored = 0;  // costs
+  double fused_batch_norm = 0;   // the same where statistics of the depthwise results come first
+  double stored_batch_norm = 0;
+  std::string why_not;  // fused, in words; empty where it can be
+
+  bool is_fused() const { return shape >= 0 && fused <= stored; }
+  bool is_fused_in_batch_norm() const {
+    return shape >= 0 && fused_batch_norm <= stored_batch_norm;
+  }
+};
+
+inline FusedChoice choose_fused(Math math, const plan::Problem& problem, int64_t shared_bytes) {
+  FusedChoice choice;
+  const plan::Index area = problem.height * problem.width;
+  int64_t widest = 0, pixels = 0, taps = 0;
+  for (plan::Index b = 0; b < problem.branch_count(); ++b) {
+    const plan::Axis y = row_axis(problem, b, plan::Pass::separable);
+    const plan::Axis x = col_axis(problem, b, plan::Pass::separable);
+    const int64_t rows = live_taps(y, {0, y.size}).size(),
+                  columns = live_taps(x, {0, x.size}).size();
+    constexpr int64_t kRows = tile_shape(Math::float32, 1).m;
+    pixels = std::max(pixels, Halo::count(kRows, x.size, rows, columns, columns > 1 ? x.rate : 0));
+    taps = std::max(taps, rows * columns);
+    widest = std::max<int64_t>(widest, problem.branches[b].out_channels);
+  }
+  const auto fits = [&](int shape) {
+    constexpr int64_t kMost = 1 << 16;
+    return pixels <= kMost &&
+           FusedLayout(tile_shape(math, shape), math, int32_t(pixels), int32_t(taps)).total <=
+               shared_bytes;
+  };
+  if (math == Math::float64) {
+    choice.why_not = "float64 has no fused kernel";
+  } else if (taps > kMaxFusedTaps) {
+    choice.why_not =
+        plan::sentence("a branch has ", taps, " live taps, the fused kernel takes ", kMaxFusedTaps);
+  } else {
+    const int wide = pick_shape(math, widest, INT32_MAX);
+    for (int shape = wide; shape < kShapes && choice.shape < 0; ++shape)
+      if (fits(shape)) choice.shape = shape;
+    if (choice.shape < 0)
+      choice.why_not =
+          plan::sentence("a tile's halo of ", pixels, " pixels does not fit in a block's ",
+                         shared_bytes, " bytes of shared memory");
+  }
+  if (choice.shape < 0) return choice;
+  choice.pixels = int32_t(pixels);
+  choice.taps = int32_t(taps);
+  const int64_t n = tile_shape(math, choice.shape).n;
+  for (plan::Index b = 0; b < problem.branch_count(); ++b) {
+    const plan::Branch& branch = problem.branches[b];
+    if (branch.kernel.h * branch.kernel.w == 1) continue;  // the same both ways
+    const double live = double(live_pixel_taps(problem, b)) / double(area);
+    const double widths = double(plan::ceil_div(branch.out_channels, n));
+    const double products = widths * double(plan::kPointwiseTaps);
+    choice.fused += widths * live + products;
+    choice.stored += live + kStoredTaps + products;
+    choice.fused_batch_norm += live + widths * live + products;
+    choice.stored_batch_norm += live + kStoredTaps + products;
+  }
+  return choice;
+}
+
+}  // namespace aspp::cuda

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Depthwise sums from shared memory to the product's operand in shared memory.
+#pragma once
+
+#include "../ptx/memory.cuh"
+#include "../ptx/warp.cuh"
+#include "fused_loads.cuh"
+
+namespace aspp::cuda::sm80 {
+
+// The values of 16 bytes in the type of the sums, and back.
+template <class Memory, class Sum>
+struct ChunkValues {
+  static constexpr int kCount = 16 / int(sizeof(Memory));
+  Sum values[kCount];
+
+  __device__ __forceinline__ explicit ChunkValues(const ptx::Chunk& chunk) {
+    if constexpr (sizeof(Memory) == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        ptx::unpack<Memory>(chunk.words[i], values[2 * i], values[2 * i + 1]);
+    } else {
+      memcpy(values, &chunk, sizeof chunk);
+    }
+  }
+
+  __device__ __forceinline__ static ptx::Chunk rounded(const Sum (&values)[kCount]) {
+    ptx::Chunk chunk;
+    if constexpr (sizeof(Memory) == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        chunk.words[i] = ptx::pack<Memory>(values[2 * i], values[2 * i + 1]);
+    } else {
+      memcpy(&chunk, values, sizeof chunk);
+    }
+    return chunk;
+  }
+};
+
+// What a thread computes of A: the same 16 bytes of channels of kRows rows. Eight neighbouring
+// lanes have a row, so that its 128 bytes are read from all banks at once.
+template <class C>
+class FusedRows {
+  using Memory = typename C::Memory;
+  using Sum = typename C::Sum;
+  using Values = ChunkValues<Memory, Sum>;
+  static constexpr int kRowStep = C::kThreads / 8;
+  static constexpr int kRows = C::kTile.m / kRowStep;
+  static constexpr int kChunk = C::kChunk;
+
+ public:
+  // For the unit with this parity. Its tables must be complete.
+  __device__ __forceinline__ FusedRows(const FusedMemory<C>& memory, int parity, int thread)
+      : memory_(memory),
+        facts_(memory.unit(parity)),
+        taps_(memory.row_taps(parity)),
+        row_(thread / 8),
+        chunk_(thread % 8) {}
+
+  // A's rows for block `block` of the unit.
+  __device__ __forceinline__ void compute(int block) const {
+    const char* const pixels = memory_.pixels(block & 1) + row_ * 128 + chunk_ * 16;
+    char* const a = memory_.a(block & 1);
+    uint32_t live[kRows];  // read again for each block: registers are short
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) live[i] = taps_[row_ + i * kRowStep];
+    if (facts_.plain != 0) {  // a 1x1 of x itself; rows behind the unit's last are never stored
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const ptx::Chunk x =
+            live[i] != 0 ? ptx::load_chunk(pixels + i * kRowStep * 128) : ptx::Chunk{};
+        store(a, i, x);
+      }
+      return;
+    }
+    Sum sums[kRows][kChunk] = {};
+    const char* filter = memory_.filter(block & 1) + chunk_ * 16;
+    uint32_t tap = 1;
+    const int32_t columns = facts_.tap_columns, column_bytes = facts_.column_bytes;
+#pragma unroll 1
+    for (int32_t y = 0; y < facts_.tap_rows; ++y) {
+      const char* from = pixels + y * facts_.row_bytes;
+#pragma unroll 1
+      for (int32_t x = 0; x < columns; ++x) {
+        add_tap(sums, live, from, filter, tap);
+        from += column_bytes;
+        filter += 128;
+        tap <<= 1;
+      }
+    }
+    if (facts_.between != 0) add_between(sums, memory_.affine(block & 1));
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) store(a, i, Values::rounded(sums[i]));
+  }
+
+ private:
+  __device__ __forceinline__ void add_tap(Sum (&sums)[kRows][kChunk], const uint32_t (&live)[kRows],
+                                          const char* from, const char* filter,
+                                          uint32_t tap) const {
+    ptx::Chunk x[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = {};
+      if (live[i] & tap) x[i] = ptx::load_chunk(from + i * kRowStep * 128);
+    }
+    const Values weight(ptx::load_chunk(filter));
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if ((live[i] & tap) == 0) continue;  // nothing is multiplied by what is not there
+      const Values values(x[i]);
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) sums[i][c] += values.values[c] * weight.values[c];
+    }
+  }
+
+  __device__ __forceinline__ void add_between(Sum (&sums)[kRows][kChunk],
+                                              const char* affine) const {
+    const Sum* const scale = reinterpret_cast<const Sum*>(affine) + chunk_ * kChunk;
+    const Sum* const shift = scale + C::kTile.k;
+    const bool relu = facts_.relu != 0;
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        Sum& sum = sums[i][c];
+        sum = sum * scale[c] + shift[c];
+        if (relu) sum = sum < Sum(0) ? Sum(0) : sum;  // a NaN stays
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(char* a, int i, const ptx::Chunk& chunk) const {
+    ptx::store_chunk(a + C::TileA::offset(row_ + i * kRowStep, chunk_), chunk);
+  }
+
+  const FusedMemory<C>& memory_;
+  const FusedUnit& facts_;
+  const uint32_t* const taps_;  // of each row of the tile; bit t: tap t reads inside the map
+  const int32_t row_, chunk_;
+};
+
+}  // namespace aspp::cuda::sm80
