@@ -112,6 +112,13 @@ def _tile_lines(
     return [f"  tile    {tile}: {units} units on {target.processors} processors{cut}{tuned}"]
 
 
+def _separable_on_cuda(
+    x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int]
+) -> str:
+    """How CUDA's forward of a separable pyramid is computed, in words; empty for nothing to say."""
+    return ""
+
+
 def _work(
     x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int | None]
 ) -> tuple[float, float]:
@@ -159,14 +166,17 @@ def explain_pyramid(
     dtype = checks.dtype_name(x.dtype)
     problem = Problem(op, x, tuple(weights), given)
     by_triton = select(problem).name == "triton"
-    tile = _tile_lines(x, separable, kernels, rates, outs) if by_triton and n else []
+    details = _tile_lines(x, separable, kernels, rates, outs) if by_triton and n else []
+    if separable and n and IMPLEMENTATIONS[op][0].why_not(problem) is None:
+        way = _separable_on_cuda(x, kernels, rates, outs)
+        details += [f"  cuda    {way}"] if way else []
     lines = [
         f"{op}  {list(x.shape)} -> {channels} channels, {dtype}, {x.device}",
         "implementations",
         *_candidates(problem),
         "plan",
         *_plan_lines(x, kernels, rates, outs),
-        *tile,
+        *details,
         "work",
         f"  spatial    {useful / 1e9:.2f} GFLOP useful of {dense / 1e9:.2f} dense: "
         f"{1 - useful / dense:.1%} skipped",

@@ -66,4 +66,5 @@ def test_other_dtypes_are_not_concerned(name, dtype) -> None:
 def test_products_are_rounded(name) -> None:
     arguments = OPS[name].make(PROBLEMS["aspp"], torch.float32)
     exact, low = outputs(call_of(OPS[name])(*arguments)), outputs(in_tf32(name)(*arguments))
-    assert not any(map(torch.equal, exact, low))
+    pairs = [(e, t) for e, t in zip(exact, low, strict=True) if e.numel() > 0]
+    assert not any(torch.equal(e, t) for e, t in pairs)

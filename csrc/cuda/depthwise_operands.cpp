@@ -30,6 +30,7 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
                                                 const std::vector<int64_t>& rates,
                                                 const std::vector<Tensor>& between_scale,
                                                 const std::vector<Tensor>& between_shift) {
+  operands.narrow("the number of channels", operands.padded(channels));
   std::vector<DepthwiseBranch> branches;
   for (size_t b = 0; b < depthwise.size(); ++b) {
     DepthwiseBranch& branch = branches.emplace_back();

@@ -35,9 +35,9 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   if (shape.batch == 0) return out;
 
   Operands operands(kOp, x, math_of(x, tf32));
-  problem.x = operands.image(x);
   problem.branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  problem.x = operands.image(x);
   for (const Tensor& p : pointwise) problem.pointwise.push_back(operands.weight(p));
   problem.out_channels = out_channels_of(pointwise);
   problem.between_relu = between_relu;
@@ -83,9 +83,9 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
 
   Operands operands(kOp, x, math_of(x, tf32));
-  const Rows rows = operands.image(x);
   const std::vector<DepthwiseBranch> branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  const Rows rows = operands.image(x);
   std::vector<int64_t> first;  // channels of the branches in grads
   const Rows grads = operands.branch_image(grad, out_channels_of(pointwise), first);
   StoredBackward steps(operands, shape, rows, branches, between_relu);

@@ -49,16 +49,18 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
       const char* const from = thread.at(p.x, place.index, p.x_pitch);
 #pragma unroll
       for (int row = 0; row < kSide; ++row) {
-        const int32_t number = first_row + row - window.rows, dy = number * p.branch.rate_h;
-        if (number > window.rows || uint32_t(place.y + dy) >= uint32_t(p.shape.height)) continue;
+        const int32_t number = first_row + row - window.rows;
+        if (number > window.rows) continue;
+        const int32_t dy = number * p.branch.rate_h;
+        if (uint32_t(place.y + dy) >= uint32_t(p.shape.height)) continue;
         ptx::Chunk loaded[kSide];
         bool live[kSide];
 #pragma unroll
         for (int column = 0; column < kSide; ++column) {
           const int32_t number = first_column + column - window.columns;
-          const int32_t dx = number * p.branch.rate_w;
-          live[column] =
-              number <= window.columns && uint32_t(place.x + dx) < uint32_t(p.shape.width);
+          const bool exists = number <= window.columns;
+          const int32_t dx = exists ? number * p.branch.rate_w : 0;
+          live[column] = exists && uint32_t(place.x + dx) < uint32_t(p.shape.width);
           loaded[column] = {};
           const int64_t step = (int64_t(dy) * p.shape.width + dx) * p.x_pitch * E::kBytes;
           if (live[column]) loaded[column] = ptx::load_chunk(from + step);
