@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The CUDA kernels and their bindings on the CPU: the operators' own tests, with another library.
 
-``ASPP_EXT_CUDA=emulate`` builds a libaspp_cpu.so in which the pyramids, dense and separable, are the
-kernels of csrc/cuda, run by csrc/cuda/emulation. What follows from that is marked with
+``ASPP_EXT_CUDA=emulate`` builds a libaspp_cpu.so in which the pyramids, dense and separable, are
+the kernels of csrc/cuda, run by csrc/cuda/emulation. What follows from that is marked with
 ``table.EMULATED``.
 """
 
@@ -25,6 +25,7 @@ SUITES = {
     "separable forward": (["test_forward"], "separable"),
     "tf32": (["test_tf32"], ""),
     "calls": (["test_emulated_calls", "test_layouts", "test_cuda_limits"], ""),
+    "separable calls": (["test_emulated_separable"], ""),
     "statistics": (["test_emulated_statistics"], ""),
     "head": (["test_head_composed"], "not compile and not export"),
     "gradients": (["test_backward", "test_second_order"], f"{PYRAMIDS} and not gradgradcheck"),

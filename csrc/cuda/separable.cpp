@@ -72,19 +72,20 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_grad(kOp, grad, x, shape);
 
-  const bool nothing = shape.batch == 0;
-  const int64_t empty[] = {0};
-  Gradients result{
-      need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
-             : torch::stable::new_empty(x, {empty, 1}),
-      results(depthwise, need_depthwise, nothing), results(pointwise, need_pointwise, nothing),
-      results(between_scale, need_between, nothing), results(between_shift, need_between, nothing)};
-  if (nothing) return result;
-  auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
+  const auto make_results = [&](bool zero) -> Gradients {
+    const int64_t empty[] = {0};
+    return {need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
+                   : torch::stable::new_empty(x, {empty, 1}),
+            results(depthwise, need_depthwise, zero), results(pointwise, need_pointwise, zero),
+            results(between_scale, need_between, zero), results(between_shift, need_between, zero)};
+  };
+  if (shape.batch == 0) return make_results(true);
 
   Operands operands(kOp, x, math_of(x, tf32));
   const std::vector<DepthwiseBranch> branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
+  Gradients result = make_results(false);
+  auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
   const Rows rows = operands.image(x);
   std::vector<int64_t> first;  // channels of the branches in grads
   const Rows grads = operands.branch_image(grad, out_channels_of(pointwise), first);
