@@ -14,7 +14,7 @@ from ._autograd_key import unavailable as autograd_unavailable
 
 
 def why_not(x: Tensor, branches: int) -> str | None:
-    """The reason against a dense pyramid of x ``[N, C, H, W]``, or None."""
+    """The reason against a pyramid of x ``[N, C, H, W]``, or None."""
     if (missing := _native.cuda_missing or autograd_unavailable) is not None:
         return missing
     if x.device.type != "cuda":

@@ -37,7 +37,7 @@ cpu_missing: str | None = _load("aspp_cpu")
 
 
 emulated = bool(read_build_info().get("emulated"))
-"""Whether the CPU's dense pyramid is the CUDA kernels, run by csrc/cuda/emulation (for tests)."""
+"""Whether the CPU's pyramids are the CUDA kernels, run by csrc/cuda/emulation (for tests)."""
 
 
 def _load_cuda() -> str | None:

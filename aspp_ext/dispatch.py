@@ -81,8 +81,6 @@ def _cpu_why_not(problem: Problem) -> str | None:
 
 
 def _cuda_why_not(problem: Problem) -> str | None:
-    if problem.op == "atrous_separable_pyramid" or problem.depthwise:
-        return "there are no CUDA kernels for separable branches yet"
     return _cuda.why_not(problem.x, len(problem.weights))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aspp_ext import reference, testing
 from aspp_ext.ops.family import NATIVE, TRITON, Family
-from aspp_ext.testing import OPS, Branch, Problem
+from aspp_ext.testing import OPS, Branch, Op, Problem, Values
 
 FAMILIES = {"cuda": NATIVE, "triton": TRITON}
 STATISTICS, SEPARABLE = "atrous_pyramid_statistics", "atrous_separable_pyramid"
@@ -97,6 +97,34 @@ def integers(generator: torch.Generator, most: int, *size: int) -> Tensor:
     return torch.randint(-most, most + 1, size, generator=generator).double()
 
 
+def _separable_calls() -> dict[str, Op]:
+    """Those of the table; and, in one dtype, what is between without an epilogue, an epilogue per
+    sample without that, and each gradient alone."""
+    calls = {name: op for name, op in OPS.items() if name.startswith("separable")}
+    plain, both = calls["separable"], calls["separable_between_epilogue"]
+    backward = calls["separable_backward_between"]
+
+    def with_between(p: Problem, v: Values) -> tuple[Any, ...]:
+        return (*both.arguments(p, v)[:-3], None, None, False)
+
+    def with_epilogue(p: Problem, v: Values) -> tuple[Any, ...]:
+        vectors = v(p.out_channels), v(p.shape[0], p.out_channels)
+        return (*plain.arguments(p, v)[:-3], *vectors, True)
+
+    calls["separable_between"] = replace(both, arguments=with_between)
+    calls["separable_epilogue"] = replace(plain, arguments=with_epilogue)
+    for place, need in enumerate(("x", "depthwise", "pointwise", "between")):
+
+        def alone(p: Problem, v: Values, place: int = place) -> tuple[Any, ...]:
+            return (*backward.arguments(p, v)[:-4], *(i == place for i in range(4)))
+
+        calls[f"separable_backward_of_{need}"] = replace(backward, arguments=alone)
+    return calls
+
+
+SEPARABLE_CALLS = _separable_calls()
+
+
 def has_kernel(family: Family, name: str, device: str) -> bool:
     schema = family.op(name).default._schema.name
     return torch._C._dispatch_has_kernel_for_dispatch_key(schema, device.upper())
@@ -132,9 +160,10 @@ def drawn(shape: Shape) -> Drawn:
 
 @functools.cache
 def drawn_separable(shape: Shape, name: str) -> tuple[Any, list[Tensor]]:
-    """Arguments of an operator of the table, and its results."""
-    arguments = OPS[name].make(shape.problem, torch.float64, integer=True)
-    return arguments, testing.outputs(OPS[name].expected(*arguments))
+    """Arguments of one of SEPARABLE_CALLS, and its results."""
+    op = SEPARABLE_CALLS[name]
+    arguments = op.make(shape.problem, torch.float64, integer=True)
+    return arguments, testing.outputs(op.expected(*arguments))
 
 
 class Case:
@@ -150,8 +179,7 @@ class Case:
 
     def calls(self) -> Iterator[Call]:
         yield from self.dense()
-        # Float32 is never multiplied in TF32 there.
-        if not self.tf32 and has_kernel(self.family, SEPARABLE, self.device):
+        if has_kernel(self.family, SEPARABLE, self.device):
             yield from self.separable()
 
     def dense(self) -> Iterator[Call]:
@@ -194,11 +222,13 @@ class Case:
             )
 
     def separable(self) -> Iterator[Call]:
-        for name in (name for name in OPS if name.startswith("separable")):
+        for name, op in SEPARABLE_CALLS.items():
+            if name not in OPS and self.dtype != torch.bfloat16:
+                continue
             arguments, expected = drawn_separable(self.shape, name)
             here = testing.converted(arguments, self.dtype)
-            there = testing.converted(here, self.dtype, self.device)
-            run = OPS[name].operator(self.family)
+            there = (*testing.converted(here, self.dtype, self.device), self.tf32)
+            run = op.operator(self.family)
             yield Call(
                 name.replace("_", " "),
                 lambda run=run, there=there: testing.outputs(run(*there)),

@@ -63,13 +63,10 @@ class Kernels:
         return self.backend
 
 
-BY_CUDA = Kernels("cuda", NATIVE, PYRAMIDS, ("head",))
-BY_TRITON = Kernels(
-    "triton",
-    TRITON,
-    (*PYRAMIDS, *SEPARABLE),
-    tuple(name for name in OPS if name.startswith("head")),
-)
+OPERATORS = (*PYRAMIDS, *SEPARABLE)
+HEADS = tuple(name for name in OPS if name.startswith("head"))
+BY_CUDA = Kernels("cuda", NATIVE, OPERATORS, HEADS)
+BY_TRITON = Kernels("triton", TRITON, OPERATORS, HEADS)
 IMPLEMENTATIONS = (BY_CUDA, BY_TRITON)
 each_implementation = pytest.mark.parametrize("by", IMPLEMENTATIONS, ids=str)
 

@@ -17,7 +17,7 @@ from pretending import LAST, RESULT, Calls, on_cuda, pretend, pretend_a_gpu, pro
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
-from aspp_ext import _gpu, _native, verified
+from aspp_ext import _gpu, _native, explanation, verified
 from aspp_ext.__main__ import describe_implementations, describe_verified
 from aspp_ext.dispatch import Problem, select
 
@@ -45,7 +45,7 @@ def proven(device):
     return device
 
 
-OPS = ["atrous_pyramid", "aspp_inference"]
+OPS = ["atrous_pyramid", "atrous_separable_pyramid", "aspp_inference"]
 UNPROVEN = (
     "no committed result verifies the CUDA kernels on sm_90 yet; backend='cuda' or "
     "ASPP_EXT_BACKEND=cuda runs them anyway"
@@ -107,18 +107,6 @@ def test_the_limits_are_inclusive(proven) -> None:
     assert reasons(problem(shape=(1, 1, 1, 2**31 - 1)))["cuda"] is None
 
 
-def test_separable_branches_stay_with_the_reference(proven) -> None:
-    x, d, p = on_cuda(1, 8, 9, 9), on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
-    for call in (
-        Problem("atrous_separable_pyramid", x, (p,), (d,)),
-        Problem("aspp_inference", x, (p, p), (d,)),
-    ):
-        assert "no CUDA kernels for separable branches" in str(reasons(call)["cuda"])
-        assert select(call).name == "reference"
-    y = aspp_ext.atrous_separable_conv2d(x, d, p, 2)
-    assert (y.shape, y.device.type) == ((1, 4, 9, 9), "cuda")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_pyramid_runs_as_itself(dtype, proven) -> None:
     x, w, shift = (on_cuda(*s, dtype=dtype) for s in ((2, 8, 9, 9), (4, 8, 3, 3), (4,)))
@@ -129,6 +117,33 @@ def test_the_pyramid_runs_as_itself(dtype, proven) -> None:
     ((name, arguments),) = calls
     assert name == "atrous_pyramid"
     assert arguments[3:] == (None, shift, True, *tf32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_separable_pyramid_runs_as_itself(dtype, proven) -> None:
+    sizes = ((2, 8, 9, 9), (8, 1, 3, 3), (4, 8, 1, 1), (4,))
+    x, d, p, shift = (on_cuda(*s, dtype=dtype) for s in sizes)
+    with Calls() as calls:
+        y = aspp_ext.atrous_separable_conv2d(x, d, p, 2, shift=shift, activation="relu")
+    assert (y.shape, y.dtype, y.device.type) == ((2, 4, 9, 9), dtype, "cuda")
+    tf32 = [True] if dtype == torch.float32 else []
+    ((name, arguments),) = calls
+    assert name == "atrous_separable_pyramid"
+    assert arguments[6:] == (False, None, shift, True, *tf32)
+
+
+def test_a_head_with_branches_of_either_kind_runs_as_pyramids(proven) -> None:
+    x, d = on_cuda(2, 8, 9, 9, **LAST), on_cuda(8, 1, 3, 3)
+    p, w = on_cuda(4, 8, 1, 1, **LAST), on_cuda(4, 8, 3, 3, **LAST)
+    separable, dense = "atrous_separable_pyramid", "atrous_pyramid"
+    for depthwise, weights, names in (
+        ([None, d], [p, p], [separable, dense]),
+        ([None, d], [w, p], [dense, separable, dense]),
+    ):
+        rest = (on_cuda(8), None, None, on_cuda(5, 8), on_cuda(5))
+        with Calls() as calls:
+            y = aspp_ext.aspp_inference(x, depthwise, weights, [1, 2], *rest)
+        assert (y.shape, calls.names) == ((2, 5, 9, 9), names)
 
 
 def test_the_head_runs_as_two_pyramids(proven) -> None:
@@ -144,26 +159,33 @@ def test_the_head_runs_as_two_pyramids(proven) -> None:
 
 
 class Layer(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, separable: bool) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(on_cuda(4, 8, 3, 3))
+        self.depthwise = torch.nn.Parameter(on_cuda(8, 1, 3, 3)) if separable else None
+        self.weight = torch.nn.Parameter(on_cuda(4, 8, *((1, 1) if separable else (3, 3))))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return aspp_ext.atrous_pyramid(x, [self.weight], [2], activation="relu")
+        if self.depthwise is None:
+            return aspp_ext.atrous_pyramid(x, [self.weight], [2], activation="relu")
+        step = aspp_ext.atrous_separable_conv2d
+        return step(x, self.depthwise, self.weight, 2, activation="relu")
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_the_choice_is_traced(strict, pretended, fresh_compiler) -> None:
+@pytest.mark.parametrize("separable", [True, False])
+def test_the_choice_is_traced(separable, strict, pretended, fresh_compiler) -> None:
     """For any size: the limits of the kernels do not become limits of the program."""
     pretended.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layer, x = Layer(), on_cuda(2, 8, 9, 10)
+        layer, x = Layer(separable), on_cuda(2, 8, 9, 10)
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
     with torch.no_grad():
         program = torch.export.export(layer, (x,), dynamic_shapes=(dims,), strict=strict)
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
-    assert [str(node.target) for node in calls] == ["aspp_ext.atrous_pyramid.default"]
-    assert calls[0].args[2:] == ([2, 2], None, None, True, True)
+    name = "atrous_separable_pyramid" if separable else "atrous_pyramid"
+    ours = [node for node in calls if "aspp_ext" in str(node.target)]
+    assert [str(node.target) for node in ours] == [f"aspp_ext.{name}.default"]
+    assert ours[0].args[-4:] == (None, None, True, True)
 
 
 LOADED = [
@@ -190,6 +212,20 @@ def test_explain_says_which_device_and_why(device, capsys) -> None:
     device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
     text = aspp_ext.explain(x, [w], [2])
     assert f"runs this (sm_90, in TF32, verified by {RESULT.path})" in text
+
+
+def test_explain_says_how_a_separable_forward_is_computed(device) -> None:
+    """Where CUDA could run it."""
+    device.setattr(explanation, "_separable_on_cuda", lambda *_: "in one piece")
+    d, p = on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
+
+    def lines(x, p, **keywords):
+        return aspp_ext.explain(x, [p], [2], **keywords).splitlines()
+
+    assert "  cuda    in one piece" in lines(on_cuda(1, 8, 9, 9), p, depthwise_weights=[d])
+    assert "  cuda    in one piece" not in lines(on_cuda(1, 8, 9, 9), p)
+    device.setattr(_native, "cuda_missing", "libaspp_cuda.so was not built")
+    assert "  cuda    in one piece" not in lines(on_cuda(1, 8, 9, 9), p, depthwise_weights=[d])
 
 
 def test_the_report_lists_it(device) -> None:

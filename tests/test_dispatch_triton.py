@@ -78,8 +78,7 @@ def test_a_committed_result_makes_them_the_default(op, proven) -> None:
 @each_op
 def test_proven_kernels_in_cuda_come_first(op, proven) -> None:
     proven.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
-    separable = op == "atrous_separable_pyramid"
-    assert select(problem(op)).name == ("triton" if separable else "cuda")
+    assert select(problem(op)).name == "cuda"
 
 
 ON_THE_CPU = (

@@ -10,8 +10,6 @@ import pytest
 import torch
 from bad_inputs import BAD, VALID
 from gpu_cases import (
-    BY_CUDA,
-    BY_TRITON,
     DEVICE,
     IMPLEMENTATIONS,
     REAL,
@@ -157,13 +155,29 @@ def small(x, w0, w1, bias, scale, shift, backend="cuda", relu=True):
     return aspp_ext.atrous_pyramid(x, [w0, w1], [1, (2, 3)], **keywords, activation=activation)
 
 
+def small_separable(x, d, p, q, bias, scale, shift, between=None, backend="cuda"):
+    keywords = {"bias": bias, "scale": scale, "shift": shift, "backend": backend}
+    if between is not None:
+        keywords |= {"between": [between, None], "between_activation": "relu"}
+    return aspp_ext.atrous_separable_pyramid(x, [d, None], [p, q], [(1, 2), 1], **keywords)
+
+
 LEAVES = [(2, 3, 4, 5), (2, 3, 3, 3), (1, 3, 3, 1), (3,), (3,), (2, 3)]
+SEPARABLE_LEAVES = [(2, 3, 4, 5), (3, 1, 3, 3), (2, 3, 1, 1), (1, 3, 1, 1), (3,), (3,), (2, 3)]
 
 
 def test_gradcheck() -> None:
     leaves = [leaf(*s) for s in LEAVES]
     assert gradcheck(small, leaves, check_undefined_grad=True, check_forward_ad=True)
     assert gradgradcheck(small, leaves, check_fwd_over_rev=True)
+
+
+def test_separable_gradcheck() -> None:
+    leaves = [leaf(*s) for s in SEPARABLE_LEAVES]
+    assert gradcheck(small_separable, leaves, check_undefined_grad=True, check_forward_ad=True)
+    assert gradgradcheck(small_separable, leaves)
+    between = [leaf(3), leaf(3)]
+    assert gradcheck(lambda s, t, *rest: small_separable(*rest, (s, t)), [*between, *leaves])
 
 
 def dense_step(module, x, w0, w1, **keywords):
@@ -207,11 +221,16 @@ def test_gradients_of_a_training_step(run) -> None:
 
 
 @pytest.mark.parametrize("layout", ["expanded_batch", "expanded_plane", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    ("call", "sizes"),
+    [(small, LEAVES), (small_separable, SEPARABLE_LEAVES)],
+    ids=["pyramid", "separable"],
+)
 @each_implementation
-def test_gradient_of_any_layout(by, layout) -> None:
+def test_gradient_of_any_layout(by, call, sizes, layout) -> None:
     torch.backends.cudnn.allow_tf32 = False
-    leaves = [leaf(*s, dtype=by.widest) for s in LEAVES]
-    y = small(*leaves, backend=by.backend)
+    leaves = [leaf(*s, dtype=by.widest) for s in sizes]
+    y = call(*leaves, backend=by.backend)
     grad = laid_out(torch.randn_like(y), layout)
     got = torch.autograd.grad(y, leaves, grad, retain_graph=True)
     expected = torch.autograd.grad(y, leaves, grad.contiguous())
@@ -260,33 +279,33 @@ def test_the_device_is_well_after_a_refusal(by) -> None:
 def test_what_the_kernels_cannot_count_is_refused(by) -> None:
     one = torch.zeros(1, device=DEVICE)
     x, w = one.expand(2**11, 1, 2**10, 2**10), one.expand(1, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="pixels of the batch go up to 2147483647"):
-        aspp_ext.atrous_pyramid(x, [w], [1], backend=by.backend)
-    with pytest.raises(RuntimeError, match="branches go up to 64, got 65"):
-        aspp_ext.atrous_pyramid(one.expand(1, 1, 3, 3), [w] * 65, [1] * 65, backend=by.backend)
+    for name, lists in (("atrous_pyramid", ()), ("atrous_separable_pyramid", (w,))):
+        call = getattr(aspp_ext, name)
+        with pytest.raises(RuntimeError, match="pixels of the batch go up to 2147483647"):
+            call(x, *([d] for d in lists), [w], [1], backend=by.backend)
+        few, many = one.expand(1, 1, 3, 3), ([d] * 65 for d in lists)
+        with pytest.raises(RuntimeError, match="branches go up to 64, got 65"):
+            call(few, *many, [w] * 65, [1] * 65, backend=by.backend)
 
 
+@pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
 @each_implementation
-def test_sixty_four_branches(by) -> None:
+def test_sixty_four_branches(by, separable) -> None:
+    name = "atrous_separable_pyramid" if separable else "atrous_pyramid"
+    sizes = [(9, 1, 3, 3), (3, 9, 1, 1)] if separable else [(3, 9, 3, 3)]
     x = torch.randint(-2, 3, (1, 9, 11, 12)).to(DEVICE, torch.float32)
-    weights = [torch.randint(-1, 2, (3, 9, 3, 3)).to(x) for _ in range(64)]
+    weights = [[torch.randint(-1, 2, s).to(x) for _ in range(64)] for s in sizes]
     rates = list(range(1, 65))
-    got = aspp_ext.atrous_pyramid(x, weights, rates, backend=by.backend)
-    expected = reference.atrous_pyramid(x.double(), [w.double() for w in weights], rates)
+    got = getattr(aspp_ext, name)(x, *weights, rates, backend=by.backend)
+    expected = getattr(reference, name)(*converted((x, *weights), torch.float64), rates)
     assert torch.equal(got.double(), expected)
 
 
 @pytest.mark.large
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(
-    ("by", "separable"),
-    [
-        pytest.param(BY_CUDA, False, id="cuda"),
-        pytest.param(BY_TRITON, False, id="triton"),
-        pytest.param(BY_TRITON, True, id="triton-separable"),
-    ],
-)
+@pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
+@each_implementation
 def test_more_than_2_to_31_elements(by, separable, last) -> None:
     """Of the input and of the output: an offset of 32 bits would wrap."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -305,7 +324,10 @@ def test_more_than_2_to_31_elements(by, separable, last) -> None:
     assert torch.equal(expected, getattr(reference, name)(sample, *weights, [100])[0])
     assert all(torch.equal(image, expected) for image in y)
     if separable:
-        return
-    grad_input = by.family.op("atrous_pyramid_grad_input")
-    expected = grad_input(y[:1], *weights, [100, 100])[0]
-    assert all(torch.equal(image, expected) for image in grad_input(y, *weights, [100, 100]))
+        rest = (*weights, [100, 100], [], [], False, True, False, False, False)
+        backward = by.family.op("atrous_separable_pyramid_backward")
+        expected, got = (backward(y[:n], x[:n], *rest)[0] for n in (1, len(x)))
+    else:
+        grad_input = by.family.op("atrous_pyramid_grad_input")
+        expected, got = (grad_input(y[:n], *weights, [100, 100]) for n in (1, len(x)))
+    assert all(torch.equal(image, expected[0]) for image in got)

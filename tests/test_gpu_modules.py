@@ -18,12 +18,11 @@ from aspp_ext.testing import OPS, PROBLEMS, assert_no_worse_than_torch
 
 pytestmark = pytest.mark.gpu
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
-DENSE = [name for name in PAIRS if "separable" not in name]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
 
-@pytest.fixture(params=DENSE)
+@pytest.fixture(params=PAIRS)
 def pair(request) -> Pair:
     return PAIRS[request.param]
 
@@ -34,8 +33,7 @@ def forced(monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", "cuda")
 
 
-# Whose kernels run which kind of head.
-HEADS = [(by, separable) for by in IMPLEMENTATIONS for separable in (False, True)[: len(by.heads)]]
+HEADS = [(by, separable) for by in IMPLEMENTATIONS for separable in (False, True)]
 each_head = pytest.mark.parametrize(
     ("by", "separable"), HEADS, ids=[f"{by}-{'separable' if s else 'dense'}" for by, s in HEADS]
 )
@@ -99,7 +97,7 @@ OF_TRITON = [name for name in PAIRS if name.startswith("fused")]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("by", "name"),
-    [(by, name) for by in IMPLEMENTATIONS for name in (OF_TRITON if by is BY_TRITON else DENSE)],
+    [(by, name) for by in IMPLEMENTATIONS for name in (OF_TRITON if by is BY_TRITON else PAIRS)],
     ids=str,
 )
 def test_autocast(by, name, dtype, monkeypatch) -> None:
@@ -116,12 +114,13 @@ def test_autocast(by, name, dtype, monkeypatch) -> None:
     assert (got - oracle).abs().max() <= allowed
 
 
-def test_folded_weights_are_read_in_place(monkeypatch) -> None:
+@pytest.mark.parametrize("separable", [False, True], ids=["dense", "separable"])
+def test_folded_weights_are_read_in_place(separable, monkeypatch) -> None:
     """channels_last with stride 1 over C, which neither kernel nor cuDNN has to copy."""
     calls = []
     real = fused.aspp_inference
     monkeypatch.setattr(fused, "aspp_inference", lambda *a: calls.append(a) or real(*a))
-    ours = randomise(ASPP(16, [2, 4], 8)).eval().to(DEVICE)
+    ours = randomise(ASPP(16, [2, 4], 8, separable=separable)).eval().to(DEVICE)
     with torch.no_grad():
         ours(torch.randn(1, 16, 9, 9, device=DEVICE))
     _, _, weights, _, _, pool, _, project, _ = calls[0]
@@ -178,8 +177,9 @@ def test_inference_in_a_graph(pair) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compile(training, fresh_compiler) -> None:
-    original, ours = (m.train(training) for m in on_device(PAIRS["ours dense"]))
+@pytest.mark.parametrize("name", [name for name in PAIRS if name.startswith("ours")])
+def test_compile(name, training, fresh_compiler) -> None:
+    original, ours = (m.train(training) for m in on_device(PAIRS[name]))
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     for x in (features(2).to(DEVICE), features(3, height=8, width=5).to(DEVICE)):
         if training:
@@ -194,8 +194,8 @@ def test_compile(training, fresh_compiler) -> None:
 
 
 @pytest.mark.parametrize("name", ["ours separable", "fused smp separable"])
-def test_separable_heads_run_by_the_reference(name, monkeypatch) -> None:
-    """In float64, which no kernel on CUDA has for them."""
+def test_separable_heads_run_unasked(name, monkeypatch) -> None:
+    """By whatever a committed result has verified, or the reference."""
     monkeypatch.delenv("ASPP_EXT_BACKEND")
     original, ours = (m.eval() for m in on_device(PAIRS[name]))
     x = features().to(DEVICE)
@@ -205,16 +205,18 @@ def test_separable_heads_run_by_the_reference(name, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])
+@pytest.mark.parametrize("head", ["head", "head_separable"])
 @each_layout
-def test_inference_operator(layout, pool) -> None:
-    x, _, weights, rates, shift, *rest = OPS["head"].make(
+def test_inference_operator(layout, head, pool) -> None:
+    x, depthwise, weights, rates, shift, *rest = OPS[head].make(
         PROBLEMS["aspp"], torch.float64, device=DEVICE
     )
+    depthwise = [d if d.numel() else None for d in depthwise]
     if not pool:
         rest = [None, None, rest[2][:, : shift.numel()], rest[3]]
     x = x.contiguous(memory_format=layout)
     pairs = [(rates[i], rates[i + 1]) for i in range(0, len(rates), 2)]
-    arguments = (x, [None] * len(weights), weights, pairs, shift, *rest)
+    arguments = (x, depthwise, weights, pairs, shift, *rest)
     got = aspp_ext.aspp_inference(*arguments, backend=DEVICE)
     torch.testing.assert_close(got, reference.aspp_inference(*arguments), **TIGHT)
     assert got.is_contiguous(memory_format=layout)

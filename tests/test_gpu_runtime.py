@@ -201,14 +201,29 @@ def test_the_first_call_of_a_process_may_be_captured() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def dense(x: Tensor, weights: list[Tensor], rates: list[int], **keywords) -> Tensor:
+    return aspp_ext.atrous_pyramid(x, weights, rates, **keywords)
+
+
+def separable(x: Tensor, weights: list[Tensor], rates: list[int], **keywords) -> Tensor:
+    """Of the first kernel of each weight and of its middle."""
+    depthwise = [w[:1].movedim(0, 1).contiguous() for w in weights]
+    pointwise = [w[:, :, w.size(2) // 2, w.size(3) // 2, None, None] for w in weights]
+    return aspp_ext.atrous_separable_pyramid(x, depthwise, pointwise, rates, **keywords)
+
+
+each_function = pytest.mark.parametrize("function", [dense, separable], ids=["dense", "separable"])
+
+
+@each_function
 @each_implementation
-def test_a_captured_training_step(by) -> None:
+def test_a_captured_training_step(by, function) -> None:
     """Work lists in a graph stay where they are, whatever is computed afterwards."""
     x, w = integers("pyramid", SLICED)[:2]
     leaves = [x.float().requires_grad_(), *(t.float().requires_grad_() for t in w)]
 
     def step():
-        y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], [1, 6], backend=by.backend)
+        y = function(leaves[0], leaves[1:], [1, 6], backend=by.backend)
         return torch.autograd.grad(y.square().sum(), leaves)
 
     expected = step()
@@ -218,7 +233,7 @@ def test_a_captured_training_step(by) -> None:
         got = step()
     for size in range(3, 40):
         other = torch.ones(1, 8, size, size + 1, device="cuda")
-        by.family.op("atrous_pyramid")(other, [torch.ones_like(other[..., :3, :3])], [1, 1])
+        function(other, [torch.ones_like(other[..., :3, :3])], [1], backend=by.backend)
     graph.replay()
     assert_equal(list(got), list(expected))
 
@@ -256,12 +271,13 @@ def step(module, x: Tensor, weights: list[Tensor], **keywords) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@each_function
 @each_implementation
-def test_compile_with_gradients(by, backend, fresh_compiler, monkeypatch) -> None:
+def test_compile_with_gradients(by, function, backend, fresh_compiler, monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
 
     def forward(x, *weights):
-        return aspp_ext.atrous_pyramid(x, list(weights), [1, 2], activation="relu")
+        return function(x, list(weights), [1, 2], activation="relu")
 
     compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
     weights = [torch.randn(s, device="cuda").requires_grad_() for s in ((4, 5, 1, 1), (4, 5, 3, 3))]
@@ -273,48 +289,53 @@ def test_compile_with_gradients(by, backend, fresh_compiler, monkeypatch) -> Non
         torch.testing.assert_close(got, expected)
 
 
+@each_function
 @each_implementation
-def test_compile_with_graphs(by, fresh_compiler, monkeypatch) -> None:
+def test_compile_with_graphs(by, function, fresh_compiler, monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
     w = torch.randn(6, 5, 3, 3, device="cuda")
     compiled = torch.compile(
-        lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True, mode="reduce-overhead"
+        lambda x: function(x, [w], [2]), fullgraph=True, mode="reduce-overhead"
     )
     for _ in range(5):
         x = torch.randn(2, 5, 7, 9, device="cuda")
         with torch.no_grad():
             got = compiled(x).clone()
-        assert torch.equal(got, aspp_ext.atrous_pyramid(x, [w], [2]))
+        assert torch.equal(got, function(x, [w], [2]))
 
 
+@each_function
 @each_implementation
-def test_compile_follows_the_tf32_switch(by, fresh_compiler, monkeypatch) -> None:
+def test_compile_follows_the_tf32_switch(by, function, fresh_compiler, monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", by.backend)
     x, w = torch.randn(1, 64, 9, 9, device="cuda"), torch.randn(32, 64, 3, 3, device="cuda")
-    compiled = torch.compile(lambda x: aspp_ext.atrous_pyramid(x, [w], [2]), fullgraph=True)
-    op = by.family.op("atrous_pyramid")
+    compiled = torch.compile(lambda x: function(x, [w], [2]), fullgraph=True)
+    found = []
     try:
         for tf32 in (True, False, True):
             torch.backends.cudnn.allow_tf32 = tf32
-            assert torch.equal(compiled(x), op(x, [w], [2, 2], None, None, False, tf32))
+            found.append(compiled(x))
+            assert torch.equal(found[-1], function(x, [w], [2]))
     finally:
         torch.backends.cudnn.allow_tf32 = True
-    exact, rounded = (op(x, [w], [2, 2], None, None, False, tf32) for tf32 in (False, True))
-    assert not torch.equal(exact, rounded)
+    rounded, exact, again = found
+    assert torch.equal(rounded, again)
+    assert not torch.equal(rounded, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_function
 @each_implementation
-def test_autocast(by, dtype) -> None:
+def test_autocast(by, function, dtype) -> None:
     x, w = torch.randn(2, 5, 7, 9, device="cuda"), torch.randn(6, 5, 3, 3, device="cuda")
     leaves = [x.requires_grad_(), w.requires_grad_()]
     with torch.autocast("cuda", dtype):
-        y = aspp_ext.atrous_pyramid(x, [w], [2], backend=by.backend)
-        again = aspp_ext.atrous_pyramid(x.to(dtype), [w], [2], backend=by.backend)
+        y = function(x, [w], [2], backend=by.backend)
+        again = function(x.to(dtype), [w], [2], backend=by.backend)
     assert y.dtype == dtype
     assert torch.equal(y, again)
     got = torch.autograd.grad(y.float().square().sum(), leaves)
-    low = aspp_ext.atrous_pyramid(x.to(dtype), [w.to(dtype)], [2], backend=by.backend)
+    low = function(x.to(dtype), [w.to(dtype)], [2], backend=by.backend)
     assert torch.equal(y, low)
     expected = torch.autograd.grad(low.float().square().sum(), leaves)
     assert all(g.dtype == torch.float32 for g in got)

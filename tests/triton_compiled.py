@@ -54,7 +54,7 @@ def dense_calls(width: int, dtype: torch.dtype, tf32: bool) -> None:
     operators.atrous_pyramid_grad_weight(grad, x, kernels, [width] * BRANCHES, rates, tf32)
 
 
-def separable_calls(width: int, channels: int, dtype: torch.dtype) -> None:
+def separable_calls(width: int, channels: int, dtype: torch.dtype, tf32: bool = False) -> None:
     """On few pixels: sums over many channels are cut, and over many taps where those are few."""
     rates = [1, 1, 2, 2, 3, 3, 4, 4]
     x, grad = (last(1, c, 8, 8, dtype=dtype) for c in (channels, BRANCHES * width))
@@ -64,9 +64,9 @@ def separable_calls(width: int, channels: int, dtype: torch.dtype) -> None:
     between = [torch.empty(d.size(0), dtype=dtype) for d in depthwise]
     vector = torch.empty(BRANCHES * width, dtype=dtype)
     arguments = (x, depthwise, pointwise, rates, between, between, True)
-    operators.atrous_separable_pyramid(*arguments, vector, vector, True)
-    operators.atrous_separable_pyramid(*arguments, vector, vector[None], True)
-    operators.atrous_separable_pyramid_backward(grad, *arguments, True, True, True, True)
+    operators.atrous_separable_pyramid(*arguments, vector, vector, True, tf32)
+    operators.atrous_separable_pyramid(*arguments, vector, vector[None], True, tf32)
+    operators.atrous_separable_pyramid_backward(grad, *arguments, *[True] * 4, tf32)
 
 
 def asked_for(gpu: str) -> list[Compilation]:
@@ -79,6 +79,8 @@ def asked_for(gpu: str) -> list[Compilation]:
                 separable_calls(width, 1024, dtype)
                 separable_calls(width, 64, dtype)
             dense_calls(width, torch.float32, True)
+            separable_calls(width, 1024, torch.float32, True)
+            separable_calls(width, 64, torch.float32, True)
         return [c for c in device.compilations if thorough or c.kernel in PRODUCTS]
 
 

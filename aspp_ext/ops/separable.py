@@ -54,8 +54,8 @@ def atrous_separable_pyramid(
     """All depthwise-separable atrous convolutions of a pyramid, concatenated over channels.
 
     Branch b is ``pointwise_b(act(scale_b * depthwise_b(x) + shift_b))`` (DeepLab v3+, arXiv
-    1802.02611, section 3.1); the depthwise result never exists as a whole. On CUDA float32
-    products of the 1x1s are in TF32 where PyTorch's switches allow it for convolutions.
+    1802.02611, section 3.1). On CUDA float32 products of the 1x1s are in TF32 where PyTorch's
+    switches allow it for convolutions.
 
     Args:
         x: ``[N, C, H, W]``; any memory format.

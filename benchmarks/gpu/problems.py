@@ -54,6 +54,14 @@ PROBLEMS = (
 # The CUDA kernels' (forward, forward + backward): how many times as fast as the best of PyTorch
 SPEEDS = {"large": (1.0, 1.1), "small": (1.0, 1.1), "single": (2.0, 1.5), "wide": (1.0, 1.0)}
 
+# The separable operator's, shape and mode: how many times as fast as the best of PyTorch and as
+# eager NCHW
+SEPARABLE_SPEEDS = {
+    ("large", "inference"): (1.2, 2.5),
+    ("single", "inference"): (2.5, 3.0),
+    ("large", "training"): (1.2, 2.0),
+}
+
 CUDA, TRITON = "aspp_ext cuda", "aspp_ext triton"
 TARGETS = (
     *(
@@ -67,6 +75,12 @@ TARGETS = (
     ),
     Target(on_gpu("operator", "large", "training"), "memory", 0.6, CUDA),
     Target(on_gpu("module", "large", "training"), "memory", 0.6, CUDA),
+    *(
+        Target(separable("operator", *where), against, ratio, CUDA)
+        for where, ratios in SEPARABLE_SPEEDS.items()
+        for against, ratio in zip(("pytorch", "eager NCHW"), ratios, strict=True)
+    ),
+    Target(separable("operator", "large"), "memory", 0.4, CUDA),
     Target(on_gpu("operator", "large"), "pytorch", 1.3, TRITON),
     Target(separable("operator", "large"), "pytorch", 1.3, TRITON),
     Target(separable("operator", "large"), "eager NCHW", 2.0, TRITON),
