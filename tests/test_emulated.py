@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The CUDA kernels and their bindings on the CPU: the operators' own tests, with another library.
 
-``ASPP_EXT_CUDA=emulate`` builds a libaspp_cpu.so in which the dense pyramid is the kernels of
-csrc/cuda, run by csrc/cuda/emulation. What follows from that is marked with ``table.EMULATED``.
+``ASPP_EXT_CUDA=emulate`` builds a libaspp_cpu.so in which the pyramids, dense and separable, are
+the kernels of csrc/cuda, run by csrc/cuda/emulation. What follows from that is marked with
+``table.EMULATED``.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ROOT / "build/emulated"
-DENSE = "not separable and not inference and not head"
-# name: files and what of them; together they take two minutes on two cores
+PYRAMIDS = "not inference and not head"
+# name: files and what of them; together they take four minutes on two cores
 SUITES = {
-    "forward": (["test_forward"], DENSE),
+    "forward": (["test_forward"], f"{PYRAMIDS} and not separable"),
+    "separable forward": (["test_forward"], "separable"),
     "tf32": (["test_tf32"], ""),
     "calls": (["test_emulated_calls", "test_layouts", "test_cuda_limits"], ""),
+    "separable calls": (["test_emulated_separable"], ""),
     "statistics": (["test_emulated_statistics"], ""),
     "head": (["test_head_composed"], "not compile and not export"),
-    "gradients": (["test_backward", "test_second_order"], f"{DENSE} and not gradgradcheck"),
-    "contract": (["test_contract", "test_opcheck", "test_autocast", "test_fuzz"], DENSE),
-    "system": (["test_compile", "test_large", "test_threads", "test_modules"], DENSE),
+    "gradients": (["test_backward", "test_second_order"], f"{PYRAMIDS} and not gradgradcheck"),
+    "contract": (["test_contract", "test_opcheck", "test_autocast", "test_fuzz"], PYRAMIDS),
+    "system": (["test_compile", "test_large", "test_threads", "test_modules"], PYRAMIDS),
 }
-SLOW = {"second gradients": (["test_backward"], f"{DENSE} and gradgradcheck")}
+SLOW = {"second gradients": (["test_backward"], f"{PYRAMIDS} and gradgradcheck")}
 each_suite = pytest.mark.parametrize(
     "name", [*SUITES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
