@@ -32,7 +32,7 @@ LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
 SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
 EMULATED = _native.emulated
-"""Whether the CPU's dense pyramid is the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
+"""Whether the CPU's pyramids are the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
 
 INTERPRETED = _triton.interpreted
 """Whether Triton's operators are tested, and no others, interpreted: test_interpreted.py."""
