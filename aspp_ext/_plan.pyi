@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 Pass = Literal["forward", "grad_input", "grad_weight", "separable"]
-Order = Literal["regions", "merged", "linear", "cheapest"]
+Order = Literal["regions", "merged", "linear", "cheapest", "phases"]
 
 class Interval:
     """[begin, end). Unpacks, hashes and compares like the tuple (begin, end)."""
@@ -376,4 +376,52 @@ def work_list(
     """The problem's plan, balanced for so many workers, of which fewer may get units.
 
     Raises ValueError where workers is not in [1, 2**24] or a number does not fit in 32 bits.
+    """
+
+class FusedChoice:
+    """Whether CUDA's separable forward is computed by the fused kernel or through memory.
+
+    Costs count taps of depthwise work on a pixel, summed over the branches with depthwise taps; the
+    1x1 to a tile's width of output channels counts as four.
+    """
+
+    @property
+    def shape(self) -> int:
+        """Of the fused kernel's tiles, 0 the widest; -1 where it cannot run."""
+
+    @property
+    def halo_pixels(self) -> int:
+        """Pixels that a tile reads, of the branch with most."""
+
+    @property
+    def most_taps(self) -> int:
+        """Live taps of the branch with most."""
+
+    @property
+    def fused(self) -> float: ...
+    @property
+    def stored(self) -> float: ...
+    @property
+    def fused_batch_norm(self) -> float:
+        """The cost where statistics of the depthwise results have to come first."""
+
+    @property
+    def stored_batch_norm(self) -> float: ...
+    @property
+    def why_not(self) -> str:
+        """Why the fused kernel cannot run; empty where it can."""
+
+    @property
+    def is_fused(self) -> bool: ...
+    @property
+    def is_fused_in_batch_norm(self) -> bool: ...
+
+def choose_fused(
+    problem: Problem,
+    math: Literal["bfloat16", "float16", "tf32", "float32", "float64"],
+    shared_bytes: int,
+) -> FusedChoice:
+    """The choice for blocks of at most so much shared memory.
+
+    Raises ValueError for another math.
     """

@@ -8,6 +8,7 @@
 #include <optional>
 #include <variant>
 
+#include "cuda/fused_choice.h"
 #include "plan/plan.h"
 
 namespace py = pybind11;
@@ -244,6 +245,34 @@ void bind_work_list(py::module_& module) {
       py::arg("tile") = Tile{}, py::arg("workers") = 1);
 }
 
+void bind_fused_choice(py::module_& module) {
+  using aspp::cuda::FusedChoice;
+  using aspp::cuda::Math;
+  py::class_<FusedChoice>(module, "FusedChoice")
+      .def_readonly("shape", &FusedChoice::shape)
+      .def_readonly("halo_pixels", &FusedChoice::pixels)
+      .def_readonly("most_taps", &FusedChoice::taps)
+      .def_readonly("fused", &FusedChoice::fused)
+      .def_readonly("stored", &FusedChoice::stored)
+      .def_readonly("fused_batch_norm", &FusedChoice::fused_batch_norm)
+      .def_readonly("stored_batch_norm", &FusedChoice::stored_batch_norm)
+      .def_readonly("why_not", &FusedChoice::why_not)
+      .def_property_readonly("is_fused", &FusedChoice::is_fused)
+      .def_property_readonly("is_fused_in_batch_norm", &FusedChoice::is_fused_in_batch_norm);
+  module.def(
+      "choose_fused",
+      [](const Problem& problem, const std::string& math, Index shared_bytes) {
+        constexpr std::string_view kNames[] = {"bfloat16", "float16", "tf32", "float32", "float64"};
+        for (int i = 0; i < aspp::cuda::kMaths; ++i)
+          if (kNames[i] == math) return choose_fused(Math(i), problem, shared_bytes);
+        throw std::invalid_argument(
+            sentence("plan: math must be 'bfloat16', 'float16', 'tf32', 'float32' or 'float64' but "
+                     "is '",
+                     math, "'"));
+      },
+      py::arg("problem"), py::arg("math"), py::arg("shared_bytes"));
+}
+
 void bind_problem(py::module_& module) {
   py::class_<Branch>(module, "Branch")
       .def(py::init([](const OneOrTwo& kernel, const OneOrTwo& rate, Index out_channels) {
@@ -313,4 +342,5 @@ PYBIND11_MODULE(_plan, module) {
   bind_work(module);
   bind_problem(module);
   bind_work_list(module);
+  bind_fused_choice(module);
 }

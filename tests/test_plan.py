@@ -236,7 +236,7 @@ BAD = [
     ),
     (lambda: pyramid(1, 3, 3).regions(1), "branch must be in [0, 1) but is 1"),
     (lambda: pyramid(1, 3, 3).plan("back"), "'grad_weight' or 'separable' but is 'back'"),
-    (lambda: pyramid(1, 3, 3).plan(order="best"), "'linear' or 'cheapest' but is 'best'"),
+    (lambda: pyramid(1, 3, 3).plan(order="best"), "'cheapest' or 'phases' but is 'best'"),
     (lambda: pyramid(1, 3, 3).cost("grad_weight"), "or 'separable' (see weight_cost) but pass is"),
     (lambda: pyramid(2**20, 2**10, 2**10).plan(), "at most 16777216 tiles of pixels but has"),
     (lambda: _plan.Tile(m=0), "a tile must be >= 1 on each side but is Tile(m=0"),

@@ -88,7 +88,7 @@ class FusedLoads {
         thread_(thread) {}
 
   // The tables of a unit, and the loads of its first block and of the pixels of its second, in two
-  // groups. Nobody may be using anything of the unit before except the tables of its parity.
+  // groups. Of the unit before, others may still be at the product of its last block and behind it.
   __device__ __forceinline__ void begin(const WorkUnit& unit, int parity) {
     const WorkRegion& region = p_.regions[unit.region];
     const FusedRegion fused(p_, region, C::kTile.m);
@@ -111,7 +111,7 @@ class FusedLoads {
       filter_ = filter + int64_t(element) * p_.weight_channels * kBytes + thread_ % 8 * 16;
     }
     affine_ = static_cast<const char*>(branch.affine);
-    ptx::sync_block();  // the tables are complete
+    ptx::sync_block();  // the tables are complete, and all have done with A and B
     load_pixels(0);
     ptx::cp_async_commit();
     load_pixels(1);

@@ -37,40 +37,45 @@ struct ChunkValues {
   }
 };
 
-// What a thread computes of A: the same 16 bytes of channels of kRows rows. Eight neighbouring
-// lanes have a row, so that its 128 bytes are read from all banks at once.
+// What a thread computes of A: the same 16 bytes of channels of kRows neighbouring rows. Eight
+// neighbouring lanes have a row, so that its 128 bytes are read from all banks at once, and a warp
+// has 4 * kRows neighbouring pixels, at most of which a tap is live throughout or dead throughout.
 template <class C>
 class FusedRows {
   using Memory = typename C::Memory;
   using Sum = typename C::Sum;
   using Values = ChunkValues<Memory, Sum>;
-  static constexpr int kRowStep = C::kThreads / 8;
-  static constexpr int kRows = C::kTile.m / kRowStep;
+  static constexpr int kRows = C::kTile.m * 8 / C::kThreads;
   static constexpr int kChunk = C::kChunk;
 
  public:
-  // For the unit with this parity. Its tables must be complete.
+  // For the unit with this parity, whose tables must be complete.
   __device__ __forceinline__ FusedRows(const FusedMemory<C>& memory, int parity, int thread)
       : memory_(memory),
         facts_(memory.unit(parity)),
-        taps_(memory.row_taps(parity)),
-        row_(thread / 8),
-        chunk_(thread % 8) {}
+        taps_(memory.row_taps(parity) + thread / 8 * kRows),
+        row_(thread / 8 * kRows),
+        chunk_(thread % 8) {
+    everywhere_ = ~0u;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      everywhere_ &= taps_[i];
+      somewhere_ |= taps_[i];
+    }
+    for (int lanes = 8; lanes < 32; lanes *= 2) {
+      everywhere_ &= ptx::shuffle_xor(everywhere_, lanes);
+      somewhere_ |= ptx::shuffle_xor(somewhere_, lanes);
+    }
+  }
 
   // A's rows for block `block` of the unit.
   __device__ __forceinline__ void compute(int block) const {
     const char* const pixels = memory_.pixels(block & 1) + row_ * 128 + chunk_ * 16;
     char* const a = memory_.a(block & 1);
-    uint32_t live[kRows];  // read again for each block: registers are short
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) live[i] = taps_[row_ + i * kRowStep];
     if (facts_.plain != 0) {  // a 1x1 of x itself; rows behind the unit's last are never stored
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const ptx::Chunk x =
-            live[i] != 0 ? ptx::load_chunk(pixels + i * kRowStep * 128) : ptx::Chunk{};
-        store(a, i, x);
-      }
+      for (int i = 0; i < kRows; ++i)
+        store(a, i, taps_[i] != 0 ? ptx::load_chunk(pixels + i * 128) : ptx::Chunk{});
       return;
     }
     Sum sums[kRows][kChunk] = {};
@@ -82,7 +87,10 @@ class FusedRows {
       const char* from = pixels + y * facts_.row_bytes;
 #pragma unroll 1
       for (int32_t x = 0; x < columns; ++x) {
-        add_tap(sums, live, from, filter, tap);
+        if (everywhere_ & tap)
+          add_tap(sums, from, filter);
+        else if (somewhere_ & tap)
+          add_tap_where_live(sums, from, filter, tap);
         from += column_bytes;
         filter += 128;
         tap <<= 1;
@@ -94,23 +102,29 @@ class FusedRows {
   }
 
  private:
-  __device__ __forceinline__ void add_tap(Sum (&sums)[kRows][kChunk], const uint32_t (&live)[kRows],
-                                          const char* from, const char* filter,
-                                          uint32_t tap) const {
+  __device__ __forceinline__ void add_tap(Sum (&sums)[kRows][kChunk], const char* from,
+                                          const char* filter) const {
     ptx::Chunk x[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      x[i] = {};
-      if (live[i] & tap) x[i] = ptx::load_chunk(from + i * kRowStep * 128);
-    }
+    for (int i = 0; i < kRows; ++i) x[i] = ptx::load_chunk(from + i * 128);
     const Values weight(ptx::load_chunk(filter));
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if ((live[i] & tap) == 0) continue;  // nothing is multiplied by what is not there
-      const Values values(x[i]);
+    for (int i = 0; i < kRows; ++i) add_product(sums[i], Values(x[i]), weight);
+  }
+
+  // Nothing is multiplied by what is not there.
+  __device__ __forceinline__ void add_tap_where_live(Sum (&sums)[kRows][kChunk], const char* from,
+                                                     const char* filter, uint32_t tap) const {
+    const Values weight(ptx::load_chunk(filter));
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) sums[i][c] += values.values[c] * weight.values[c];
-    }
+    for (int i = 0; i < kRows; ++i)
+      if (taps_[i] & tap) add_product(sums[i], Values(ptx::load_chunk(from + i * 128)), weight);
+  }
+
+  __device__ __forceinline__ static void add_product(Sum (&sum)[kChunk], const Values& x,
+                                                     const Values& weight) {
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) sum[c] += x.values[c] * weight.values[c];
   }
 
   __device__ __forceinline__ void add_between(Sum (&sums)[kRows][kChunk],
@@ -130,13 +144,14 @@ class FusedRows {
   }
 
   __device__ __forceinline__ void store(char* a, int i, const ptx::Chunk& chunk) const {
-    ptx::store_chunk(a + C::TileA::offset(row_ + i * kRowStep, chunk_), chunk);
+    ptx::store_chunk(a + C::TileA::offset(row_ + i, chunk_), chunk);
   }
 
   const FusedMemory<C>& memory_;
   const FusedUnit& facts_;
-  const uint32_t* const taps_;  // of each row of the tile; bit t: tap t reads inside the map
+  const uint32_t* const taps_;  // of the thread's rows. Bit t: tap t reads inside the map
   const int32_t row_, chunk_;
+  uint32_t everywhere_, somewhere_ = 0;  // the same for all, for any of the warp's rows
 };
 
 }  // namespace aspp::cuda::sm80

@@ -58,7 +58,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         }
       }
     }
-    ptx::sync_block();  // all have done with the last block
     const WarpPlace place = place_of<C>(ptx::thread_again());
     if (u + 1 < end) loads.begin(p.units[u + 1], (u + 1) & 1);
     if (unit.slices > 1 && !Slices<C>::combine(p, unit, sums, memory.flag(), thread, active))
