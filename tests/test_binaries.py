@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = _native.library_dir() / "libaspp_cuda.so"
 PASSES = ("forward", "grad_input", "grad_weight")  # csrc/plan/units.h
 MATHS = ("bfloat16", "float16", "tf32", "float32", "float64")  # csrc/cuda/params.h
+DEPTHWISE = ("depthwise_kernel", "between_grad_kernel")
+DEPTHWISE += ("depthwise_grad_weight_kernel", "depthwise_grad_input_kernel")
 MOST_REGISTERS = 255
 REGISTERS_OF_A_PROCESSOR = 65536
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -133,6 +135,9 @@ def test_every_architecture_has_every_kernel(architectures, usage) -> None:
         others = " ".join(function for a, function in usage if a == architecture)
         assert "transpose_kernel" in others
         assert "combine_kernel" in others
+        for kernel in DEPTHWISE:
+            found = re.findall(rf"{kernel}I\w*?4MathE(\d)", others)
+            assert {MATHS[int(math)] for math in found} == set(MATHS) - {"tf32"}, kernel
 
 
 def test_nothing_is_kept_in_local_memory(usage, instructions) -> None:
@@ -146,6 +151,8 @@ def test_registers_are_within_the_launch_bounds(usage) -> None:
     """256 threads of a block, and of as many blocks as the tile's bounds ask for, fit."""
     for (architecture, function), numbers in usage.items():
         assert numbers["REG"] <= MOST_REGISTERS
+        if any(f"{kernel}I" in function for kernel in DEPTHWISE):
+            assert 2 * 256 * 8 * -(-numbers["REG"] // 8) <= REGISTERS_OF_A_PROCESSOR
         if kernel_of(architecture, function):
             assert 256 * 8 * -(-numbers["REG"] // 8) <= REGISTERS_OF_A_PROCESSOR
 

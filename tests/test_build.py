@@ -147,6 +147,7 @@ def test_emulated_kernels_take_the_place_of_the_cpu_binding(repository):
     emulated = "#ifndef ASPP_EMULATE\n#error not emulated\n#endif\n#include <cuda_runtime.h>\n"
     sources = {
         "cpu/pyramid.cpp": "#error not left out\n",
+        "cpu/separable.cpp": "#error not left out\n",
         "cuda/pyramid.cpp": emulated,
         "cuda/kernels/fill_sm80.cu": emulated + "Emulated kernel;\n",
         "cuda/kernels/fill_sm90.cu": "#error cannot be emulated\n",

@@ -78,3 +78,56 @@ def test_pixels_far_apart(monkeypatch) -> None:
     assert torch.equal(out, expected.bfloat16())
     (grad,) = torch.ops.aspp_ext.atrous_pyramid_grad_weight(out, x, [1, 3], [3], [1, 1])
     assert grad.isfinite().all()
+
+
+def refused_separable(x: torch.Tensor, depthwise: torch.Tensor, count: int, sentence: str) -> None:
+    ops, pointwise = torch.ops.aspp_ext, nothing(1, x.size(1), 1, 1)
+    grad = nothing(x.size(0), count, *x.shape[2:])
+    lists = ([depthwise] * count, [pointwise] * count, [1, 1] * count, [], [])
+    for call in (
+        lambda: ops.atrous_separable_pyramid(x, *lists),
+        lambda: ops.atrous_separable_pyramid_backward(grad, x, *lists, False, *[True] * 4),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        assert sentence in str(error.value)
+
+
+def test_separable_refusals() -> None:
+    one, many = torch.ones(1, 2, 1, 2), nothing(2**16, 1, 2**15, 1)
+    sentence = "a pyramid must have at most 64 branches on CUDA, got 65"
+    refused_separable(one, torch.ones(2, 1, 3, 3), 65, sentence)
+    sentence = f"x must have at most {EDGE} pixels on CUDA, got 65536 * 32768 * 1"
+    refused_separable(many, torch.ones(1, 1, 1, 3), 1, sentence)
+    channels = nothing(1, EDGE - 1, 1, 1)
+    sentence = "the number of channels must fit in 32 bits on CUDA, got 2147483648"
+    refused_separable(channels, nothing(EDGE - 1, 1, 1, 1), 1, sentence)
+
+
+def test_64_separable_branches() -> None:
+    x, depthwise, pointwise = (
+        torch.ones(1, 2, 1, 2),
+        torch.ones(2, 1, 1, 3),
+        torch.ones(1, 2, 1, 1),
+    )
+    lists = ([depthwise] * 64, [pointwise] * 64, [1, 1] * 64, [], [])
+    out = torch.ops.aspp_ext.atrous_separable_pyramid(x, *lists)
+    assert torch.equal(out, torch.full((1, 64, 1, 2), 4.0))
+    grads = torch.ops.aspp_ext.atrous_separable_pyramid_backward(
+        torch.ones_like(out), x, *lists, False, True, True, True, False
+    )
+    assert torch.equal(grads[0], torch.full_like(x, 128.0))
+
+
+def test_separable_kernels_beyond_the_cpus_limit() -> None:
+    """Most of the taps are outside the map."""
+    x, depthwise = torch.ones(1, 1, 3, 40), torch.ones(1, 1, 1, 1025)
+    lists = ([depthwise], [torch.ones(1, 1, 1, 1)], [1, 1], [], [])
+    out = torch.ops.aspp_ext.atrous_separable_pyramid(x, *lists)
+    assert torch.equal(out, torch.full_like(x, 40.0))
+    grads = torch.ops.aspp_ext.atrous_separable_pyramid_backward(
+        out, x, *lists, False, True, True, True, False
+    )
+    live = torch.arange(-512, 513).abs().clamp(max=40)
+    assert torch.equal(grads[0], torch.full_like(x, 1600.0))
+    assert torch.equal(grads[1][0].flatten(), 40.0 * 3 * (40.0 - live))

@@ -39,6 +39,7 @@ SUITES = {
     "separable through memory": Suite(["test_forward"], f"{FORWARD} and not float64", "stored"),
     "tf32": Suite(["test_tf32"]),
     "calls": Suite(["test_emulated_calls", "test_layouts", "test_cuda_limits"]),
+    "separable calls": Suite(["test_emulated_separable"]),
     "statistics": Suite(["test_emulated_statistics"]),
     "head": Suite(["test_head_composed"], "not compile and not export"),
     "gradients": Suite(["test_backward", "test_second_order"], f"{PYRAMIDS} and not gradgradcheck"),

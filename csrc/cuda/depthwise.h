@@ -77,7 +77,12 @@ struct DepthwiseParams {
   } branch[kMaxBranches];
 };
 
-// The gradient of what is between. back [P, back_pitch] is that of what the 1x1 reads.
+// The gradient of what is between. back [P, back_pitch] is that of what the 1x1 reads; with z as
+// above and masked = relu ? (z <= 0 ? 0 : back) : back
+//   of e      masked * scale, or masked * scale + a + b * e with a correction
+//   of scale  the sum of masked * e        of shift  the sum of masked
+// Where what is between is a batch norm of this batch, one launch makes the sums, of which its
+// gradient's a and b are made, and a second one writes.
 struct BetweenGradParams {
   DepthwiseShape shape;
   const void* x;
@@ -90,6 +95,7 @@ struct BetweenGradParams {
   void* out;   // null for none: what the 1x1 reads, [P, out_pitch]
   int64_t out_pitch;
   void* sums;  // null for none: per tile of pixels, of scale and of shift [tiles, 2, pitch]
+  const void* correction;  // null for none: a and b [2, pitch], of type Sum; excludes sums
 };
 
 // The gradient of depthwise weights: sums over parts of the pixels, of the taps that are inside the

@@ -7,22 +7,25 @@ const void* depthwise_filter(Operands& operands, const Tensor& weight) {
   return operands.weight(torch::stable::transpose(weight, 0, 1));
 }
 
-void set_affines(Operands& operands, int64_t channels, const std::vector<Tensor>& scale,
-                 const std::vector<Tensor>& shift, std::vector<DepthwiseBranch>& branches) {
+std::vector<const void*> pack_pairs(Operands& operands, int64_t channels,
+                                    const std::vector<Tensor>& first,
+                                    const std::vector<Tensor>& second) {
   const Math math = operands.math();
   const int64_t pitch = operands.padded(channels);
   const int64_t bytes = 2 * pitch * (math == Math::float64 ? 8 : 4);
   PackAffineParams params{};
   params.channels = operands.narrow("the number of channels", channels);
   params.pitch = operands.narrow("the number of channels", pitch);
-  for (size_t b = 0; b < scale.size(); ++b) {
-    if (scale[b].numel() == 0) continue;
-    params.of_sums = scale[b].scalar_type() == ScalarType::Float && math != Math::float64;
-    void* out = operands.allocate(bytes);
-    branches[b].affine = out;
-    params.branch[params.branches++] = {operands.vector(scale[b]), operands.vector(shift[b]), out};
+  std::vector<const void*> packed(first.size(), nullptr);
+  for (size_t b = 0; b < first.size(); ++b) {
+    if (first[b].numel() == 0) continue;
+    params.of_sums = operands.is_sum(first[b]);
+    void* const out = operands.allocate(bytes);
+    packed[b] = out;
+    params.branch[params.branches++] = {operands.vector(first[b]), operands.vector(second[b]), out};
   }
   check_cuda(operands.op(), launch_pack_affine_sm80(math, params, operands.stream()));
+  return packed;
 }
 
 std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t channels,
@@ -41,7 +44,9 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
     branch.taps = operands.narrow("the taps", depthwise[b].size(2) * depthwise[b].size(3));
     branch.filter = depthwise_filter(operands, depthwise[b]);
   }
-  set_affines(operands, channels, between_scale, between_shift, branches);
+  const std::vector<const void*> affines =
+      pack_pairs(operands, channels, between_scale, between_shift);
+  for (size_t b = 0; b < affines.size(); ++b) branches[b].affine = affines[b];
   return branches;
 }
 

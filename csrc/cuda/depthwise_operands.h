@@ -18,9 +18,10 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
 
 // Its two parts. The filter [C, 1, kh, kw] as [kh * kw, padded C].
 const void* depthwise_filter(Operands& operands, const Tensor& weight);
-// Sets `affine` of the branches that have something between.
-void set_affines(Operands& operands, int64_t channels, const std::vector<Tensor>& scale,
-                 const std::vector<Tensor>& shift, std::vector<DepthwiseBranch>& branches);
+// Two vectors [C] per branch as [2, padded C] of type Sum; null where they are empty.
+std::vector<const void*> pack_pairs(Operands& operands, int64_t channels,
+                                    const std::vector<Tensor>& first,
+                                    const std::vector<Tensor>& second);
 
 DepthwiseShape depthwise_shape(const Operands& operands, const PyramidShape& x);
 

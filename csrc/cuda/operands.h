@@ -27,6 +27,10 @@ class Operands {
 
   const char* op() const { return op_; }
   Math math() const { return math_; }
+  // Whether the tensor is of the type that sums are of: float64 for float64, else float32.
+  bool is_sum(const Tensor& t) const {
+    return t.scalar_type() == (math_ == Math::float64 ? ScalarType::Double : ScalarType::Float);
+  }
   cudaStream_t stream() const { return stream_.get(); }
 
   Rows image(const Tensor& t);  // [N, C, H, W] -> [N * H * W, C]

@@ -72,60 +72,23 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_grad(kOp, grad, x, shape);
 
-  const bool nothing = shape.batch == 0;
-  const int64_t empty[] = {0};
-  Gradients result{
-      need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
-             : torch::stable::new_empty(x, {empty, 1}),
-      results(depthwise, need_depthwise, nothing), results(pointwise, need_pointwise, nothing),
-      results(between_scale, need_between, nothing), results(between_shift, need_between, nothing)};
-  if (nothing) return result;
-  auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
+  const auto make_results = [&](bool zero) -> Gradients {
+    const int64_t empty[] = {0};
+    return {need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
+                   : torch::stable::new_empty(x, {empty, 1}),
+            results(depthwise, need_depthwise, zero), results(pointwise, need_pointwise, zero),
+            results(between_scale, need_between, zero), results(between_shift, need_between, zero)};
+  };
+  if (shape.batch == 0) return make_results(true);
 
   Operands operands(kOp, x, math_of(x, tf32));
   const std::vector<DepthwiseBranch> branches =
       depthwise_branches(operands, shape.channels, depthwise, rates, between_scale, between_shift);
-  const Rows rows = operands.image(x);
-  std::vector<int64_t> first;  // channels of the branches in grads
-  const Rows grads = operands.branch_image(grad, out_channels_of(pointwise), first);
-  StoredBackward steps(operands, shape, rows, branches, between_relu);
-
-  const int64_t pixels = shape.batch * shape.height * shape.width;
-  // Of one branch after the other, but what the gradient of x waits for.
-  Rows back, stored;
-  std::vector<Rows> for_x;
-  for (size_t b = 0; b < branches.size(); ++b) {
-    const bool is_plain = branches[b].filter == nullptr;
-    const bool has_between = branches[b].affine != nullptr;
-    const bool for_depthwise = need_depthwise && !is_plain;
-    const bool for_between = need_between && has_between;
-    const bool needs_back = need_x || for_depthwise || for_between;
-    Rows operand = rows;
-    if (need_pointwise && !is_plain) {
-      if (stored.data == nullptr) stored = operands.allocate_rows(pixels, shape.channels);
-      operand = stored;
-    }
-    if (needs_back) {
-      if (need_x || back.data == nullptr) back = operands.allocate_rows(pixels, shape.channels);
-      steps.back(grads, first[b], pointwise[b], back);
-    }
-    if (needs_back && has_between) {
-      std::optional<std::pair<Tensor, Tensor>> vectors;
-      if (for_between) vectors.emplace(of_scale[b], of_shift[b]);
-      steps.between(b, back, need_x || for_depthwise ? back.data : nullptr,
-                    need_pointwise ? operand : Rows{}, vectors);
-    } else if (need_pointwise && !is_plain) {
-      steps.operand(b, operand);
-    }
-    if (need_pointwise) steps.pointwise(grads, first[b], operand, of_pointwise[b]);
-    if (for_depthwise) steps.depthwise(b, back, of_depthwise[b]);
-    if (need_x) for_x.push_back(back);
-  }
-  if (need_x) {
-    const Rows target = operands.image_target(of_x);
-    steps.input(for_x, target);
-    operands.deliver(target, of_x);
-  }
+  Gradients result = make_results(false);
+  auto& [of_x, of_depthwise, of_pointwise, of_scale, of_shift] = result;
+  SeparableGradients to{std::nullopt, of_depthwise, of_pointwise, of_scale, of_shift};
+  if (need_x) to.x = of_x;
+  stored_backward(operands, shape, operands.image(x), branches, between_relu, pointwise, grad, to);
   return result;
 }
 

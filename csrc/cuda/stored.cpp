@@ -64,4 +64,61 @@ void stored_forward(Operands& operands, const SeparableProblem& problem, const R
   }
 }
 
+DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
+                                      const PyramidShape& shape, const Rows& x,
+                                      const std::vector<DepthwiseBranch>& branches) {
+  const Math math = operands.math();
+  const auto type = math == Math::float64 ? ScalarType::Double : ScalarType::Float;
+  const int64_t size[] = {int64_t(branches.size()) * shape.channels};
+  const auto per_channel = [&] {
+    Tensor t = with_memory([&] { return torch::stable::new_empty(like, {size, 1}, type); });
+    return torch::stable::zero_(t);
+  };
+  const DepthwiseMoments moments{per_channel(), per_channel()};
+
+  DepthwiseParams params{};
+  CombineParams combine{};
+  params.shape = depthwise_shape(operands, shape);
+  params.x = x.data;
+  params.x_pitch = x.pitch;
+  const int columns = depthwise_columns(math);
+  const int64_t tiles =
+      depthwise_tiles(params.shape) * depthwise_column_tiles(params.shape, columns);
+  for (size_t b = 0; b < branches.size(); ++b) {
+    if (branches[b].filter == nullptr) continue;
+    const int64_t own = params.branches++;
+    params.branch[own] = {branches[b], nullptr};
+    combine.branch[own] = {
+        operands.narrow("the tiles of all branches", own * tiles),
+        operands.narrow("the tiles of a branch", tiles),
+        operands.narrow("the channels of all branches", int64_t(b) * shape.channels),
+        params.shape.channels};
+  }
+  if (params.branches == 0) return moments;
+  const int64_t parts = params.branches * tiles;
+  const int64_t bytes = parts * columns * (math == Math::float64 ? 8 : 4);
+  combine.tile_means = params.tile_means = operands.allocate(bytes);
+  combine.tile_squares = params.tile_squares = operands.allocate(bytes);
+  params.tile_counts = static_cast<int32_t*>(operands.allocate(parts * int64_t(sizeof(int32_t))));
+  combine.tile_counts = params.tile_counts;
+  combine.mean = moments.mean.data_ptr();
+  combine.squares = moments.squares.data_ptr();
+  combine.rows = 1;
+  combine.tile_n = columns;
+  combine.branches = params.branches;
+  check_cuda(operands.op(), launch_depthwise_sm80(math, params, operands.stream()));
+  check_cuda(operands.op(), launch_combine_sm80(math, combine, operands.stream()));
+  return moments;
+}
+
+DepthwiseMoments depthwise_statistics(const char* op, const Tensor& x,
+                                      const std::vector<Tensor>& depthwise,
+                                      const std::vector<int64_t>& rates) {
+  Operands operands(op, x, math_of(x, false));
+  const PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 0};
+  const std::vector<DepthwiseBranch> branches =
+      depthwise_branches(operands, shape.channels, depthwise, rates, {}, {});
+  return depthwise_statistics(operands, x, shape, operands.image(x), branches);
+}
+
 }  // namespace aspp::cuda

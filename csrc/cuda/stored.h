@@ -44,16 +44,20 @@ class StoredBackward {
   void pointwise(const Rows& grad, int64_t first_channel, const Rows& operand, const Tensor& to);
   // What the 1x1 of branch b reads.
   void operand(size_t b, const Rows& to);
-  // The gradient of what is between: of e to `grad` (null for nowhere; may be back), of scale and
-  // shift to vectors [C], and what the 1x1 reads to `operand` (null for nowhere).
-  void between(size_t b, const Rows& back, void* grad, const Rows& operand,
-               const std::optional<std::pair<Tensor, Tensor>>& vectors);
+  // The gradient of what is between: of e to `grad` (null for nowhere; may be back), and what the
+  // 1x1 reads to `operand` (null for nowhere). correction: null, or as BetweenGradParams has it.
+  void between(size_t b, const Rows& back, void* grad, const Rows& operand, const void* correction);
+  // The same with those of scale and shift, vectors [C] in the tensors' dtype or of type Sum.
+  void between(size_t b, const Rows& back, void* grad, const Rows& operand, const Tensor& scale,
+               const Tensor& shift);
   // Of the depthwise weight, from that of e.
   void depthwise(size_t b, const Rows& grad, const Tensor& to);
   // Of x, from those of all branches' e, or of x where a branch is plain.
   void input(const std::vector<Rows>& grads, const Rows& to);
 
  private:
+  void between(BetweenGradParams& params, size_t b, const Rows& back, void* grad,
+               const Rows& operand);
   int64_t sum_bytes() const { return operands_.math() == Math::float64 ? 8 : 4; }
   void sum_parts(const SumPartsParams& params);
 
@@ -64,5 +68,35 @@ class StoredBackward {
   const bool relu_;
   DepthwiseShape pixels_;
 };
+
+// Where a call's gradients go to: one tensor per branch, or an empty list where they are not
+// needed.
+struct SeparableGradients {
+  std::optional<Tensor> x;                    // [N, C, H, W]
+  std::vector<Tensor> depthwise, pointwise;   // contiguous
+  std::vector<Tensor> scale, shift;           // [C], in the tensors' dtype or of type Sum
+  std::vector<const void*> corrections = {};  // per branch, as BetweenGradParams; or empty
+};
+
+// Where what is between is a batch norm of this batch: one call for `scale` and `shift`, of whose
+// sums its gradient's corrections are made (and added up over processes before that), and one call
+// with those corrections for the others.
+void stored_backward(Operands& operands, const PyramidShape& shape, const Rows& x,
+                     const std::vector<DepthwiseBranch>& branches, bool between_relu,
+                     const std::vector<Tensor>& pointwise, const Tensor& grad,
+                     const SeparableGradients& to);
+
+// Of the rounded e of all branches, per channel: the mean, and the sum of squared differences from
+// it. [branches * C] of type Sum; zeros where a branch is plain. Nothing is stored but sums.
+struct DepthwiseMoments {
+  Tensor mean, squares;
+};
+DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
+                                      const PyramidShape& shape, const Rows& x,
+                                      const std::vector<DepthwiseBranch>& branches);
+// The same from tensors that have been checked.
+DepthwiseMoments depthwise_statistics(const char* op, const Tensor& x,
+                                      const std::vector<Tensor>& depthwise,
+                                      const std::vector<int64_t>& rates);
 
 }  // namespace aspp::cuda

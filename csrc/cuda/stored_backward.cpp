@@ -60,9 +60,8 @@ void StoredBackward::operand(size_t b, const Rows& to) {
   check_cuda(operands_.op(), launch_depthwise_sm80(operands_.math(), params, operands_.stream()));
 }
 
-void StoredBackward::between(size_t b, const Rows& back, void* grad, const Rows& operand,
-                             const std::optional<std::pair<Tensor, Tensor>>& vectors) {
-  BetweenGradParams params{};
+void StoredBackward::between(BetweenGradParams& params, size_t b, const Rows& back, void* grad,
+                             const Rows& operand) {
   params.shape = pixels_;
   params.x = x_.data;
   params.x_pitch = x_.pitch;
@@ -73,22 +72,34 @@ void StoredBackward::between(size_t b, const Rows& back, void* grad, const Rows&
   params.grad = grad;
   params.out = operand.data;
   params.out_pitch = operand.pitch;
-  const int64_t tiles = depthwise_tiles(pixels_), pitch = pixels_.pitch;
-  if (vectors.has_value()) params.sums = operands_.allocate(tiles * 2 * pitch * sum_bytes());
   check_cuda(operands_.op(),
              launch_between_grad_sm80(operands_.math(), params, operands_.stream()));
-  if (!vectors.has_value()) return;
+}
+
+void StoredBackward::between(size_t b, const Rows& back, void* grad, const Rows& operand,
+                             const void* correction) {
+  BetweenGradParams params{};
+  params.correction = correction;
+  between(params, b, back, grad, operand);
+}
+
+void StoredBackward::between(size_t b, const Rows& back, void* grad, const Rows& operand,
+                             const Tensor& scale, const Tensor& shift) {
+  const int64_t tiles = depthwise_tiles(pixels_), pitch = pixels_.pitch;
+  BetweenGradParams params{};
+  params.sums = operands_.allocate(tiles * 2 * pitch * sum_bytes());
+  between(params, b, back, grad, operand);
   SumPartsParams parts{};
-  parts.sums = params.sums;
   parts.parts = tiles;
   parts.part_step = 2 * pitch;
   parts.kernel_h = parts.kernel_w = parts.window_h = parts.window_w = 1;
-  parts.out = vectors->first.data_ptr();
   parts.channel_step = 1;
-  sum_parts(parts);
-  parts.sums = static_cast<const char*>(params.sums) + pitch * sum_bytes();
-  parts.out = vectors->second.data_ptr();
-  sum_parts(parts);
+  parts.out_is_sum = operands_.is_sum(scale);
+  for (int row = 0; row < 2; ++row) {
+    parts.sums = static_cast<const char*>(params.sums) + row * pitch * sum_bytes();
+    parts.out = (row == 0 ? scale : shift).data_ptr();
+    sum_parts(parts);
+  }
 }
 
 void StoredBackward::depthwise(size_t b, const Rows& grad, const Tensor& to) {
@@ -143,6 +154,56 @@ void StoredBackward::input(const std::vector<Rows>& grads, const Rows& to) {
   params.phase = std::max(params.phase, 1);
   check_cuda(operands_.op(),
              launch_depthwise_grad_input_sm80(operands_.math(), params, operands_.stream()));
+}
+
+void stored_backward(Operands& operands, const PyramidShape& shape, const Rows& x,
+                     const std::vector<DepthwiseBranch>& branches, bool between_relu,
+                     const std::vector<Tensor>& pointwise, const Tensor& grad,
+                     const SeparableGradients& to) {
+  std::vector<int64_t> channels, first;  // of the branches in grads
+  for (const Tensor& p : pointwise) channels.push_back(p.size(0));
+  const Rows grads = operands.branch_image(grad, channels, first);
+  StoredBackward steps(operands, shape, x, branches, between_relu);
+  const int64_t pixels = shape.batch * shape.height * shape.width;
+  // Of one branch after the other, but what the gradient of x waits for.
+  Rows back, stored;
+  std::vector<Rows> for_x;
+  for (size_t b = 0; b < branches.size(); ++b) {
+    const bool is_plain = branches[b].filter == nullptr;
+    const bool has_between = branches[b].affine != nullptr;
+    const bool for_depthwise = !to.depthwise.empty() && !is_plain;
+    const bool for_between = !to.scale.empty() && has_between;
+    const bool for_pointwise = !to.pointwise.empty();
+    const bool needs_back = to.x.has_value() || for_depthwise || for_between;
+    Rows operand = x;
+    if (for_pointwise && !is_plain) {
+      if (stored.data == nullptr) stored = operands.allocate_rows(pixels, shape.channels);
+      operand = stored;
+    }
+    if (needs_back) {
+      if (to.x.has_value() || back.data == nullptr)
+        back = operands.allocate_rows(pixels, shape.channels);
+      steps.back(grads, first[b], pointwise[b], back);
+    }
+    if (needs_back && has_between) {
+      void* const of_e = to.x.has_value() || for_depthwise ? back.data : nullptr;
+      const Rows for_product = for_pointwise ? operand : Rows{};
+      if (for_between)
+        steps.between(b, back, of_e, for_product, to.scale[b], to.shift[b]);
+      else
+        steps.between(b, back, of_e, for_product,
+                      to.corrections.empty() ? nullptr : to.corrections[b]);
+    } else if (for_pointwise && !is_plain) {
+      steps.operand(b, operand);
+    }
+    if (for_pointwise) steps.pointwise(grads, first[b], operand, to.pointwise[b]);
+    if (for_depthwise) steps.depthwise(b, back, to.depthwise[b]);
+    for_x.push_back(back);
+  }
+  if (!to.x.has_value()) return;
+  const Rows target = operands.image_target(*to.x);
+  steps.input(for_x, target);
+  operands.deliver(target, *to.x);
 }
 
 }  // namespace aspp::cuda

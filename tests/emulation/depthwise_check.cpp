@@ -73,23 +73,38 @@ Branch draw_branch(Case& c, bool plain) {
   return b;
 }
 
-// What is between, packed by the kernel for that.
-bool draw_affine(Case& c, Branch& b) {
+// Two values per channel, as they are given and as the kernel for that packs them.
+struct Pair {
+  std::unique_ptr<Matrix> given;   // [2, C] in the tensors' dtype or of type Sum
+  std::unique_ptr<Memory> packed;  // [2, padded C] of type Sum
+};
+
+bool draw_pair(const Case& c, Pair& pair) {
   const bool of_sums = draw(0, 1);
-  b.affine = std::make_unique<Matrix>(of_sums ? c.sum() : c.math, 2, c.shape.channels, 0);
-  b.packed = std::make_unique<Memory>(size_t(2 * c.shape.pitch * cuda::bytes_of(c.sum())));
-  const char* const values = static_cast<const char*>(b.affine->memory.data);
+  pair.given = std::make_unique<Matrix>(of_sums ? c.sum() : c.math, 2, c.shape.channels, 0);
+  pair.packed = std::make_unique<Memory>(size_t(2 * c.shape.pitch * cuda::bytes_of(c.sum())));
+  const Matrix& given = *pair.given;
+  const char* const values = static_cast<const char*>(given.memory.data);
   cuda::PackAffineParams p{};
   p.channels = c.shape.channels, p.pitch = c.shape.pitch, p.branches = 1, p.of_sums = of_sums;
-  p.branch[0] = {values, values + b.affine->pitch * cuda::bytes_of(b.affine->math), b.packed->data};
+  p.branch[0] = {values, values + given.pitch * cuda::bytes_of(given.math), pair.packed->data};
   if (launch_pack_affine_sm80(c.math, p, nullptr) != cudaSuccess) return false;
-  b.taps.affine = b.packed->data;
   for (int row = 0; row < 2; ++row)
     for (int channel = 0; channel < c.shape.pitch; ++channel)
-      if (differs(c, get(c.sum(), b.packed->data, row * c.shape.pitch + channel),
-                  channel < c.shape.channels ? b.affine->at(row, channel) : 0, "the packed affine",
-                  row, channel))
+      if (differs(c, get(c.sum(), pair.packed->data, row * c.shape.pitch + channel),
+                  channel < c.shape.channels ? given.at(row, channel) : 0, "a packed pair", row,
+                  channel))
         return false;
+  return true;
+}
+
+// What is between.
+bool draw_affine(const Case& c, Branch& b) {
+  Pair pair;
+  if (!draw_pair(c, pair)) return false;
+  b.affine = std::move(pair.given);
+  b.packed = std::move(pair.packed);
+  b.taps.affine = b.packed->data;
   return true;
 }
 
@@ -271,7 +286,11 @@ bool run_between_grad(Case& c) {
   Values g(size_t(c.pixels * channels));
   for (int64_t p = 0; p < c.pixels; ++p)
     for (int i = 0; i < channels; ++i) g[size_t(p * channels + i)] = back.at(p, i);
-  const bool in_place = draw(0, 1), stored = draw(0, 3) > 0, summed = draw(0, 3) > 0;
+  Pair correction;
+  const bool corrected = draw(0, 2) == 0;
+  if (corrected && !draw_pair(c, correction)) return false;
+  const bool in_place = draw(0, 1), stored = draw(0, 3) > 0;
+  const bool summed = !corrected && draw(0, 3) > 0, written = corrected || draw(0, 3) > 0;
   Matrix& target = in_place ? back : grad;
   const Memory sums(
       size_t(cuda::depthwise_tiles(c.shape) * 2 * c.shape.pitch * cuda::bytes_of(c.sum())));
@@ -281,9 +300,10 @@ bool run_between_grad(Case& c) {
   p.x = x.memory.data, p.x_pitch = x.pitch;
   p.back = back.memory.data, p.back_pitch = back.pitch;
   p.branch = b.taps, p.relu = c.relu;
-  p.grad = target.memory.data;
+  p.grad = written ? target.memory.data : nullptr;
   p.out = stored ? out.memory.data : nullptr, p.out_pitch = out.pitch;
   p.sums = summed ? sums.data : nullptr;
+  p.correction = corrected ? correction.packed->data : nullptr;
   if (launch_between_grad_sm80(c.math, p, nullptr) != cudaSuccess) return false;
 
   const Values e = taps_of(c, b, x);
@@ -296,8 +316,10 @@ bool run_between_grad(Case& c) {
       const double masked = c.relu && z <= 0 ? 0 : g[at];
       of[0][size_t(i)] += masked * e[at];
       of[1][size_t(i)] += masked;
-      if (differs(c, target.at(pixel, i), rounded(c.math, masked * b.affine->at(0, i)),
-                  "the gradient of e", pixel, i))
+      double of_e = masked * b.affine->at(0, i);
+      if (corrected) of_e += correction.given->at(0, i) + correction.given->at(1, i) * e[at];
+      if (written &&
+          differs(c, target.at(pixel, i), rounded(c.math, of_e), "the gradient of e", pixel, i))
         return false;
     }
   for (int row = 0; summed && row < 2; ++row) {

@@ -8,7 +8,7 @@ namespace aspp::cuda {
 namespace sm80 {
 namespace {
 
-template <Math kMath>
+template <Math kMath, bool kCorrected>
 __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     between_grad_kernel(const __grid_constant__ BetweenGradParams p) {
   using E = Elements<kMath>;
@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   DepthwiseSums<kMath> sums = {};
   add_taps<kMath, false>(sums, thread, p.shape, p.branch, p.x, p.x_pitch, places);
 
-  const Affine<kMath> affine(p.branch, p.shape, thread);
+  const Affine<kMath> affine(p.branch.affine, p.shape, thread);
+  const Affine<kMath> correction(kCorrected ? p.correction : nullptr, p.shape, thread);
   Sum of_between[2 * E::kCount] = {};  // of scale, of shift
 #pragma unroll
   for (int i = 0; i < kDepthwiseShare; ++i) {
@@ -40,13 +41,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
       of_between[e] += back[e] * sums[i][e];
       of_between[E::kCount + e] += back[e];
       back[e] *= affine.scale[e];
+      if constexpr (kCorrected) back[e] += correction.scale[e] + correction.shift[e] * sums[i][e];
     }
     if (p.grad != nullptr)
       ptx::store_chunk(thread.at(p.grad, pixel, p.back_pitch), E::rounded(back));
     if (p.out != nullptr)
       ptx::store_chunk(thread.at(p.out, pixel, p.out_pitch), E::rounded(values));
   }
-  if (p.sums == nullptr) return;
+  if (kCorrected || p.sums == nullptr) return;
   auto* const of_warps = reinterpret_cast<Sum*>(shared + kPlaceBytes);
   sum_over_rows(of_between, of_warps, threadIdx.x, [&](int lane, int i, Sum total) {
     const int64_t channel = int64_t(column_tile) * Elements<kMath>::kColumns + lane * E::kCount;
@@ -63,8 +65,11 @@ cudaError_t launch(const BetweenGradParams& p, cudaStream_t stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const size_t bytes = kPlaceBytes + kDepthwiseWarps * 2 * Elements<kMath>::kColumns *
                                          sizeof(typename Elements<kMath>::Sum);
-  return ptx::launch(between_grad_kernel<kMath>, "between_grad_kernel", int(blocks),
-                     kDepthwiseThreads, bytes, stream, p);
+  if (p.correction != nullptr && p.sums != nullptr) return cudaErrorInvalidValue;
+  const auto kernel = p.correction != nullptr ? between_grad_kernel<kMath, true>
+                                              : between_grad_kernel<kMath, false>;
+  return ptx::launch(kernel, "between_grad_kernel", int(blocks), kDepthwiseThreads, bytes, stream,
+                     p);
 }
 
 }  // namespace

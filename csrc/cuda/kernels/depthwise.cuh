@@ -176,20 +176,20 @@ __device__ __forceinline__ void add_taps(DepthwiseSums<kMath>& sums,
   }
 }
 
-// e * scale + shift of a chunk's channels; with nothing between e.
+// Two values for each of a chunk's channels: scale and shift; with nothing between 1 and 0.
 template <Math kMath>
 struct Affine {
   typename Elements<kMath>::Values scale, shift;
 
-  __device__ __forceinline__ Affine(const DepthwiseBranch& branch, const DepthwiseShape& shape,
+  __device__ __forceinline__ Affine(const void* values, const DepthwiseShape& shape,
                                     const DepthwiseThread<kMath>& thread) {
     using E = Elements<kMath>;
-    const auto* const values = static_cast<const typename E::Sum*>(branch.affine);
 #pragma unroll
     for (int e = 0; e < E::kCount; ++e) scale[e] = 1, shift[e] = 0;
     if (values == nullptr || !thread.inside) return;
-    E::load_sums(values + thread.channel, scale);
-    E::load_sums(values + shape.pitch + thread.channel, shift);
+    const auto* const from = static_cast<const typename E::Sum*>(values) + thread.channel;
+    E::load_sums(from, scale);
+    E::load_sums(from + shape.pitch, shift);
   }
 };
 

@@ -32,6 +32,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   const DepthwiseThread<kMath> thread(p.shape, column_tile, threadIdx.x);
   const Phases phases(p.shape.height, p.shape.width, p.branch.rate_h);
 
+  const int64_t pixel_bytes = p.x_pitch * E::kBytes, row_bytes = p.shape.width * pixel_bytes;
+  const int64_t step = p.branch.rate_w * pixel_bytes;
+  const int64_t first_dx = (first_column - window.columns) * step;
+
   Sum sums[kSide * kSide * E::kCount] = {};
   const int64_t tiles = depthwise_tiles(p.shape);
   const auto end = int32_t(tiles * (part + 1) / p.parts);
@@ -47,23 +51,25 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
       typename E::Values grad;
       E::load(thread.at(p.grad, place.index, p.grad_pitch), grad);
       const char* const from = thread.at(p.x, place.index, p.x_pitch);
+      bool live[kSide];
+#pragma unroll
+      for (int column = 0; column < kSide; ++column) {
+        const int32_t number = first_column + column - window.columns;
+        live[column] = number <= window.columns &&
+                       uint32_t(place.x + number * p.branch.rate_w) < uint32_t(p.shape.width);
+      }
 #pragma unroll
       for (int row = 0; row < kSide; ++row) {
         const int32_t number = first_row + row - window.rows;
         if (number > window.rows) continue;
         const int32_t dy = number * p.branch.rate_h;
         if (uint32_t(place.y + dy) >= uint32_t(p.shape.height)) continue;
+        const char* const of_row = from + dy * row_bytes + first_dx;
         ptx::Chunk loaded[kSide];
-        bool live[kSide];
 #pragma unroll
         for (int column = 0; column < kSide; ++column) {
-          const int32_t number = first_column + column - window.columns;
-          const bool exists = number <= window.columns;
-          const int32_t dx = exists ? number * p.branch.rate_w : 0;
-          live[column] = exists && uint32_t(place.x + dx) < uint32_t(p.shape.width);
           loaded[column] = {};
-          const int64_t step = (int64_t(dy) * p.shape.width + dx) * p.x_pitch * E::kBytes;
-          if (live[column]) loaded[column] = ptx::load_chunk(from + step);
+          if (live[column]) loaded[column] = ptx::load_chunk(of_row + column * step);
         }
 #pragma unroll
         for (int column = 0; column < kSide; ++column) {

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
   }
   void* const out = p.branch[b].out;
   if (out == nullptr || !thread.inside) return;
-  const Affine<kMath> affine(branch, p.shape, thread);
+  const Affine<kMath> affine(branch.affine, p.shape, thread);
   const bool cut = p.relu != 0 && branch.affine != nullptr;
 #pragma unroll
   for (int i = 0; i < kDepthwiseShare; ++i) {
