@@ -20,9 +20,12 @@ plan::Problem plan_of(const SeparableProblem& problem) {
   return {shape.batch, shape.height, shape.width, std::move(branches), shape.channels};
 }
 
-std::string_view wish() {
+std::string_view wish(const char* op) {
   const char* const given = std::getenv("ASPP_EXT_SEPARABLE");
-  return given == nullptr ? "" : given;
+  const std::string_view wish = given == nullptr ? "" : given;
+  require(wish.empty() || wish == "fused" || wish == "stored", op,
+          ": ASPP_EXT_SEPARABLE must be fused or stored, got '", wish, "'");
+  return wish;
 }
 
 // Whether there is a plan.
@@ -30,7 +33,7 @@ bool prepare(Operands& operands, const SeparableProblem& problem, Prepared& prep
              FusedChoice& choice) {
   cudaError_t error = cudaSuccess;
   try {
-    error = prepare_separable(plan_cache(), operands.math(), plan_of(problem), wish(),
+    error = prepare_separable(plan_cache(), operands.math(), plan_of(problem), wish(operands.op()),
                               operands.stream(), prepared, choice);
   } catch (const std::logic_error& refusal) {
     refuse(operands.op(), ": ", refusal.what());
