@@ -164,7 +164,7 @@ def _every_forward() -> list[Bad]:
                 f"atrous_rates[{last}] must be <= 2147483647, got {2**63 - 1}",
                 {"rates": [*rates, 2**63 - 1]}),
         ]  # fmt: skip
-        for name in {"scale", "shift"} & set(VALID[op]):
+        for name in [n for n in ("scale", "shift") if n in VALID[op]]:
             found += [
                 Bad(op, f"{name} too short", f"{name} {PER_OUTPUT}, got shape [6]", {name: t(6)}),
                 Bad(op, f"{name} of rank 0", f"{name} {PER_OUTPUT}, got shape []", {name: t()}),
