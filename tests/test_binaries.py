@@ -23,14 +23,14 @@ from aspp_ext import _native
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = _native.library_dir() / "libaspp_cuda.so"
-PASSES = ("forward", "grad_input", "grad_weight")  # csrc/plan/units.h
+PASSES = ("forward", "grad_input", "grad_weight", "separable")  # csrc/plan/problem.h
 MATHS = ("bfloat16", "float16", "tf32", "float32", "float64")  # csrc/cuda/params.h
 DEPTHWISE = ("depthwise_kernel", "between_grad_kernel")
 DEPTHWISE += ("depthwise_grad_weight_kernel", "depthwise_grad_input_kernel")
 MOST_REGISTERS = 255
 REGISTERS_OF_A_PROCESSOR = 65536
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-NAME = re.compile(r"pyramid_kernelI.*4PassE(\d).*4MathE(\d)ELi(\d)E")
+NAME = re.compile(r"(?:pyramid|separable)_kernelI.*4PassE(\d).*4MathE(\d)ELi(\d)E")
 
 
 def find_cuobjdump() -> str | None:
@@ -51,7 +51,7 @@ pytestmark = [
 
 
 class Kernel(NamedTuple):
-    """A pyramid kernel of one architecture."""
+    """A dense or a fused separable kernel of one architecture."""
 
     architecture: str
     pass_: str
@@ -100,7 +100,7 @@ def usage() -> dict[tuple[str, str], dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def instructions() -> dict[Kernel, Counter[str]]:
-    """Per pyramid kernel how often an instruction is in it, as HMMA.16816.F32.BF16."""
+    """Per kernel with products how often an instruction is in it, as HMMA.16816.F32.BF16."""
     found: dict[Kernel, Counter[str]] = defaultdict(Counter)
     for architecture, function, line in functions(dump("--dump-sass")):
         if (match := INSTRUCTION.match(line)) and (kernel := kernel_of(architecture, function)):
@@ -125,7 +125,9 @@ def count(counts: Counter[str], prefix: str) -> int:
 def test_every_architecture_has_every_kernel(architectures, usage) -> None:
     """The same tiles everywhere: which of them runs is chosen at run time."""
     kernels = {k for key in usage if (k := kernel_of(*key))}
-    assert {(k.pass_, k.math) for k in kernels} == set(itertools.product(PASSES, MATHS))
+    missing = ("separable", "float64")  # goes through memory
+    expected = set(itertools.product(PASSES, MATHS)) - {missing}
+    assert {(k.pass_, k.math) for k in kernels} == expected
     tiles = {k[1:] for k in kernels}
     for architecture in architectures:
         if architecture.startswith("compute_"):
@@ -181,7 +183,7 @@ def test_tensor_cores_take_their_operands_by_matrices(instructions) -> None:
         turned = sum(n for name, n in counts.items() if re.match(r"LDSM.*MT88", name))
         plain = count(counts, "LDSM") - turned
         assert bool(plain) == (kernel.pass_ != "grad_weight"), kernel
-        assert bool(turned) == (kernel.pass_ != "forward"), kernel
+        assert bool(turned) == (kernel.pass_ not in ("forward", "separable")), kernel
     tf32 = {k: count(c, "LDSM") for k, c in instructions.items() if k.math == "tf32"}
     assert all(bool(n) == (k.pass_ != "grad_weight") for k, n in tf32.items())
 

@@ -10,7 +10,11 @@ import pytest
 
 KERNELS = "csrc/cuda/kernels/*.cu"
 HOST = ("csrc/plan/*.cpp", "csrc/cuda/plan_cache.cpp")
-EVERY_SHAPE = "every_launch_is_legal_and_the_second_call_only_launches"
+EVERY_SHAPE = [
+    "every_launch_is_legal_and_the_second_call_only_launches",
+    "every_fused_launch_is_legal_and_asked_for",
+    "the_fused_kernel_is_refused_in_words_where_it_cannot_run",
+]
 CACHE = [
     "a_plan_is_made_once_on_a_stream_of_its_own",
     "the_plan_used_longest_ago_goes_first",
@@ -41,7 +45,7 @@ def check(program: Path, *names: str, **variables: str) -> None:
 
 
 def test_every_launch(launches) -> None:
-    check(launches["plain"], EVERY_SHAPE)
+    check(launches["plain"], *EVERY_SHAPE)
 
 
 @pytest.mark.parametrize("variant", emulated.VARIANTS)
@@ -51,7 +55,7 @@ def test_plan_cache(launches, variant) -> None:
 
 def test_every_test_of_the_program_runs() -> None:
     text = (emulated.ROOT / "tests/emulation/launches.cpp").read_text()
-    assert text.count("\nTEST(") == len(CACHE) + 1
+    assert text.count("\nTEST(") == len(CACHE) + len(EVERY_SHAPE)
 
 
 @pytest.mark.parametrize("variant", emulated.VARIANTS)

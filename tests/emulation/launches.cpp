@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cuda/prepare.h"
+#include "cuda/separable.h"
 
 using namespace aspp;
 using namespace aspp::cuda;
@@ -37,6 +38,8 @@ class Random {
  private:
   std::mt19937 engine_;
 };
+
+const Problem& small(int batch = 2);
 
 cudaStream_t new_stream(unsigned flags = cudaStreamNonBlocking) {
   cudaStream_t stream;
@@ -119,7 +122,77 @@ TEST(every_launch_is_legal_and_the_second_call_only_launches) {
   emulation::set_devices({emulation::kDevices[0]});
 }
 
-const Problem& small(int batch = 2) {
+// The fused kernel runs where, and only where, the choice says so: it is the only one to know
+// whether a halo fits.
+TEST(every_fused_launch_is_legal_and_asked_for) {
+  emulation::set_dry_run(true);
+  for (const emulation::Device& device : emulation::kDevices) {
+    emulation::set_devices({device});
+    PlanCache cache(16);
+    const cudaStream_t stream = new_stream();
+    Random random(unsigned(device.major * 10 + device.minor));
+    int fused = 0, stored = 0;
+    for (int i = 0; i < 20; ++i) {
+      const Problem problem = random.problem();
+      for (int m = 0; m < kMaths; ++m) {
+        const auto math = static_cast<Math>(m);
+        for (const char* wish : {"", "stored"}) {
+          Prepared prepared;
+          FusedChoice choice;
+          EQUAL(prepare_separable(cache, math, problem, wish, stream, prepared, choice),
+                cudaSuccess);
+          EQUAL(choice.shape < 0, !choice.why_not.empty());
+          EQUAL(prepared.plan != nullptr, choice.is_fused() && *wish == 0);
+          if (prepared.plan == nullptr) {
+            ++stored;
+            continue;
+          }
+          ++fused;
+          SeparableParams params{};
+          prepared.plan->describe(params);
+          params.halo_pixels = choice.pixels;
+          params.most_taps = choice.taps;
+          const FusedLayout layout(tile_shape(math, prepared.shape), math, choice.pixels,
+                                   choice.taps);
+          HOLDS(size_t(layout.total) <= device.shared_optin);
+          emulation::clear_log();
+          EQUAL(launch_separable_sm80(math, prepared.shape, params, stream), cudaSuccess);
+          EQUAL(emulation::count("launch"), size_t(1));
+          const emulation::Event event = emulation::log().back();
+          HOLDS(event.stream == stream && int(event.grid.x) == prepared.plan->workers);
+          EQUAL(int(event.shared_bytes), layout.total);
+          HOLDS(prepared.plan->workers <= device.processors);
+        }
+      }
+    }
+    HOLDS(stored > 0);
+    EQUAL(fused > 0, device.shared_optin > 99 * emulation::kKiB);  // two tiles and two halos
+    EQUAL(cudaStreamDestroy(stream), cudaSuccess);
+  }
+  emulation::set_dry_run(false);
+  emulation::set_devices({emulation::kDevices[0]});
+}
+
+TEST(the_fused_kernel_is_refused_in_words_where_it_cannot_run) {
+  PlanCache cache(4);
+  Prepared prepared;
+  FusedChoice choice;
+  const Problem wide(1, 40, 400, {{{3, 3}, {9, 60}, 8}}, 8), many(1, 20, 20, {{{7, 7}, {1, 1}, 8}});
+  const auto refusal = [&](Math math, const Problem& problem) -> std::string {
+    try {
+      prepare_separable(cache, math, problem, "fused", nullptr, prepared, choice);
+      return "";
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+  };
+  HOLDS(refusal(Math::bfloat16, wide).find("a tile's halo of 744 pixels") != std::string::npos);
+  HOLDS(refusal(Math::bfloat16, many).find("49 live taps") != std::string::npos);
+  HOLDS(refusal(Math::float64, small()).find("float64") != std::string::npos);
+  HOLDS(refusal(Math::bfloat16, small()).empty());
+}
+
+const Problem& small(int batch) {
   static std::vector<Problem> problems;
   while (int(problems.size()) <= batch)
     problems.push_back({int(problems.size()), 5, 7, {{{3, 3}, {2, 1}, 9}, {{1, 1}, {1, 1}, 4}}, 6});
@@ -149,6 +222,7 @@ void check_contents(const SharedPlan& plan, int batch) {
   EQUAL(plan->tiles, list.tiles);
   HOLDS(same(params.units, list.units) && same(params.worker_begin, list.worker_begin));
   HOLDS(same(params.regions, list.regions) && same(params.taps, list.taps));
+  HOLDS(same(params.runs, list.runs));
 }
 
 TEST(a_plan_is_made_once_on_a_stream_of_its_own) {

@@ -47,14 +47,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return __shfl_sync(mask, value, int(aspp::cuda::emulation::current("shuffle").lane) ^ lanes);
 }
 
-inline int __any_sync(unsigned mask, int predicate) {
-  namespace emulation = aspp::cuda::emulation;
-  if (mask != ~0u) emulation::fail("__any_sync: only the full mask is modelled");
-  emulation::Exchange exchange{uint64_t(predicate != 0), 0, 0};
-  emulation::together(emulation::kAny, &exchange);
-  return int(exchange.result);
-}
-
 inline unsigned atomicAdd(unsigned* word, unsigned value) {
   return aspp::cuda::emulation::atomic_add(word, value);
 }

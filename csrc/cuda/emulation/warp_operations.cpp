@@ -110,14 +110,6 @@ ASPP_PLAIN void shuffle(void* const* lanes) {
   }
 }
 
-ASPP_PLAIN void any(void* const* lanes) {
-  uint64_t result = 0;
-  for (unsigned lane = 0; lane < kWarp; ++lane)
-    result |= static_cast<const Exchange*>(lanes[lane])->value;
-  for (unsigned lane = 0; lane < kWarp; ++lane)
-    static_cast<Exchange*>(lanes[lane])->result = result;
-}
-
 }  // namespace
 
 constinit const Operation kMmaBf16{"mma_m16n8k16_bf16", multiply_halves<bfloat16_to_float>};
@@ -126,6 +118,5 @@ constinit const Operation kMmaTf32{"mma_m16n8k8_tf32", multiply_tf32};
 constinit const Operation kLdmatrix{"ldmatrix_x4", load_matrices};
 constinit const Operation kLdmatrixTrans{"ldmatrix_x4_trans", load_transposed};
 constinit const Operation kShuffle{"shuffle", shuffle};
-constinit const Operation kAny{"any", any};
 
 }  // namespace aspp::cuda::emulation

@@ -27,6 +27,6 @@ struct Exchange {
   unsigned lane;
   uint64_t result;
 };
-extern const Operation kShuffle, kAny;
+extern const Operation kShuffle;
 
 }  // namespace aspp::cuda::emulation

@@ -7,11 +7,9 @@
 
 #include "../depthwise.h"
 #include "../ptx/block.cuh"
-#include "../ptx/convert.cuh"
-#include "../ptx/memory.cuh"
 #include "../ptx/warp.cuh"
+#include "elements.cuh"
 #include "phases.cuh"
-#include "warp_math.cuh"
 
 namespace aspp::cuda::sm80 {
 
@@ -21,56 +19,6 @@ inline constexpr int kDepthwiseRows = kDepthwiseThreads / kDepthwiseLanes;
 inline constexpr int kDepthwiseShare = kDepthwisePixels / kDepthwiseRows;  // pixels of a thread
 inline constexpr int kDepthwiseWarps = kDepthwiseThreads / 32;
 inline constexpr int kPlaceBytes = kDepthwisePixels * int(sizeof(Place));
-
-// A chunk's elements as sums are.
-template <Math kMath>
-struct Elements {
-  using Memory = typename Element<kMath>::Memory;
-  using Sum = typename Element<kMath>::Sum;
-  static constexpr int kCount = chunk_of(kMath);
-  static constexpr int kBytes = bytes_of(kMath);
-  static constexpr int kColumns = depthwise_columns(kMath);  // of a tile
-  using Values = Sum[kCount];
-
-  __device__ __forceinline__ static void widen(const ptx::Chunk& chunk, Values& values) {
-    if constexpr (kMath == Math::bfloat16) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        values[i] = __uint_as_float(i % 2 == 0 ? chunk.words[i / 2] << 16
-                                               : chunk.words[i / 2] & 0xffff0000u);
-    } else {
-      Memory elements[kCount];
-      memcpy(elements, &chunk, sizeof chunk);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = ptx::to_float(elements[i]);
-    }
-  }
-
-  __device__ __forceinline__ static ptx::Chunk rounded(const Values& values) {
-    ptx::Chunk chunk;
-    if constexpr (sizeof(Memory) == 2) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += 2)
-        chunk.words[i / 2] = ptx::pack<Memory>(values[i], values[i + 1]);
-    } else {
-      memcpy(&chunk, values, sizeof chunk);
-    }
-    return chunk;
-  }
-
-  __device__ __forceinline__ static void load(const void* from, Values& values) {
-    widen(ptx::load_chunk(from), values);
-  }
-
-  // Values of type Sum.
-  __device__ __forceinline__ static void load_sums(const Sum* from, Values& values) {
-#pragma unroll
-    for (int i = 0; i < kCount; i += 16 / int(sizeof(Sum))) {
-      const ptx::Chunk chunk = ptx::load_chunk(from + i);
-      memcpy(values + i, &chunk, sizeof chunk);
-    }
-  }
-};
 
 // Where a thread works: its channels and its pixels.
 template <Math kMath>
@@ -204,11 +152,6 @@ struct Affine {
     E::load_sums(from + shape.pitch, shift);
   }
 };
-
-template <class Sum>
-__device__ __forceinline__ Sum relu(Sum value) {
-  return value < Sum(0) ? Sum(0) : value;  // a NaN stays
-}
 
 // Adds `values` over the block's rows and gives visit(lane, i, total) each of the 8 * kCount totals
 // once, i below kCount. `shared` has room for kDepthwiseWarps * 8 * kCount; a barrier must lie

@@ -2,49 +2,20 @@
 // Depthwise sums from shared memory to the product's operand in shared memory.
 #pragma once
 
-#include "../ptx/memory.cuh"
 #include "../ptx/warp.cuh"
+#include "elements.cuh"
 #include "fused_loads.cuh"
 
 namespace aspp::cuda::sm80 {
-
-// The values of 16 bytes in the type of the sums, and back.
-template <class Memory, class Sum>
-struct ChunkValues {
-  static constexpr int kCount = 16 / int(sizeof(Memory));
-  Sum values[kCount];
-
-  __device__ __forceinline__ explicit ChunkValues(const ptx::Chunk& chunk) {
-    if constexpr (sizeof(Memory) == 2) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        ptx::unpack<Memory>(chunk.words[i], values[2 * i], values[2 * i + 1]);
-    } else {
-      memcpy(values, &chunk, sizeof chunk);
-    }
-  }
-
-  __device__ __forceinline__ static ptx::Chunk rounded(const Sum (&values)[kCount]) {
-    ptx::Chunk chunk;
-    if constexpr (sizeof(Memory) == 2) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        chunk.words[i] = ptx::pack<Memory>(values[2 * i], values[2 * i + 1]);
-    } else {
-      memcpy(&chunk, values, sizeof chunk);
-    }
-    return chunk;
-  }
-};
 
 // What a thread computes of A: the same 16 bytes of channels of kRows neighbouring rows. Eight
 // neighbouring lanes have a row, so that its 128 bytes are read from all banks at once, and a warp
 // has 4 * kRows neighbouring pixels, at most of which a tap is live throughout or dead throughout.
 template <class C>
 class FusedRows {
-  using Memory = typename C::Memory;
-  using Sum = typename C::Sum;
-  using Values = ChunkValues<Memory, Sum>;
+  using E = Elements<C::kMath>;
+  using Sum = typename E::Sum;
+  using Values = typename E::Values;
   static constexpr int kRows = C::kTile.m * 8 / C::kThreads;
   static constexpr int kChunk = C::kChunk;
 
@@ -78,7 +49,7 @@ class FusedRows {
         store(a, i, taps_[i] != 0 ? ptx::load_chunk(pixels + i * 128) : ptx::Chunk{});
       return;
     }
-    Sum sums[kRows][kChunk] = {};
+    Values sums[kRows] = {};
     const char* filter = memory_.filter(block & 1) + chunk_ * 16;
     uint32_t tap = 1;
     const int32_t columns = facts_.tap_columns, column_bytes = facts_.column_bytes;
@@ -98,47 +69,50 @@ class FusedRows {
     }
     if (facts_.between != 0) add_between(sums, memory_.affine(block & 1));
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) store(a, i, Values::rounded(sums[i]));
+    for (int i = 0; i < kRows; ++i) store(a, i, E::rounded(sums[i]));
   }
 
  private:
-  __device__ __forceinline__ void add_tap(Sum (&sums)[kRows][kChunk], const char* from,
+  __device__ __forceinline__ void add_tap(Values (&sums)[kRows], const char* from,
                                           const char* filter) const {
     ptx::Chunk x[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) x[i] = ptx::load_chunk(from + i * 128);
-    const Values weight(ptx::load_chunk(filter));
+    Values weight;
+    E::load(filter, weight);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) add_product(sums[i], Values(x[i]), weight);
+    for (int i = 0; i < kRows; ++i) add_product(sums[i], x[i], weight);
   }
 
   // Nothing is multiplied by what is not there.
-  __device__ __forceinline__ void add_tap_where_live(Sum (&sums)[kRows][kChunk], const char* from,
+  __device__ __forceinline__ void add_tap_where_live(Values (&sums)[kRows], const char* from,
                                                      const char* filter, uint32_t tap) const {
-    const Values weight(ptx::load_chunk(filter));
+    Values weight;
+    E::load(filter, weight);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      if (taps_[i] & tap) add_product(sums[i], Values(ptx::load_chunk(from + i * 128)), weight);
+      if (taps_[i] & tap) add_product(sums[i], ptx::load_chunk(from + i * 128), weight);
   }
 
-  __device__ __forceinline__ static void add_product(Sum (&sum)[kChunk], const Values& x,
+  __device__ __forceinline__ static void add_product(Values& sum, const ptx::Chunk& chunk,
                                                      const Values& weight) {
+    Values x;
+    E::widen(chunk, x);
 #pragma unroll
-    for (int c = 0; c < kChunk; ++c) sum[c] += x.values[c] * weight.values[c];
+    for (int c = 0; c < kChunk; ++c) sum[c] += x[c] * weight[c];
   }
 
-  __device__ __forceinline__ void add_between(Sum (&sums)[kRows][kChunk],
-                                              const char* affine) const {
+  __device__ __forceinline__ void add_between(Values (&sums)[kRows], const char* affine) const {
     const Sum* const scale = reinterpret_cast<const Sum*>(affine) + chunk_ * kChunk;
     const Sum* const shift = scale + C::kTile.k;
-    const bool relu = facts_.relu != 0;
+    const bool cut = facts_.relu != 0;
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         Sum& sum = sums[i][c];
         sum = sum * scale[c] + shift[c];
-        if (relu) sum = sum < Sum(0) ? Sum(0) : sum;  // a NaN stays
+        if (cut) sum = relu(sum);
       }
     }
   }

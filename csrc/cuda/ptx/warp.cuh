@@ -23,7 +23,4 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kAllLanes, value, mask);
 }
 
-// Whether `value` is true in any lane.
-__device__ __forceinline__ bool any(bool value) { return __any_sync(kAllLanes, value) != 0; }
-
 }  // namespace aspp::cuda::ptx
