@@ -23,6 +23,8 @@ FIND_TORCH = import importlib.metadata as m; d = m.distribution("torch"); \
 SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 EMULATED := $(CURDIR)/build/emulated
+# The head is composed of these, or the CPU's own.
+EMULATED_OPERATORS = 'not inference and not head'
 EMULATE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py layouts.py opcheck.py)
 INTERPRET_TESTS = $(addprefix tests/test_,forward.py backward.py layouts.py contract.py opcheck.py \
 	autocast.py interpreted_kernels.py interpreted_faults.py interpreted_modules.py)
@@ -76,7 +78,7 @@ build: $(VENV)/installed
 	$(PY) setup.py build_ext --inplace
 
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: build
 	$(PY) benchmarks/run.py $(ARGS)
@@ -99,7 +101,7 @@ format: $(VENV)/linters
 emulate: build
 	ASPP_EXT_CUDA=emulate ASPP_EXT_LIBRARY_DIR=$(EMULATED) $(PY) setup.py build_ext --inplace
 	ASPP_EXT_LIBRARY_DIR=$(EMULATED) \
-	  $(PY) -m pytest -k 'pyramid or separable or layout' $(EMULATE_TESTS) $(ARGS)
+	  $(PY) -m pytest -k $(EMULATED_OPERATORS) $(EMULATE_TESTS) $(ARGS)
 
 interpret: build
 	TRITON_INTERPRET=1 ASPP_EXT_BACKEND=triton OMP_NUM_THREADS=1 \
@@ -115,7 +117,7 @@ sanitize-emulated: build
 	ASPP_EXT_CUDA=emulate ASPP_EXT_LIBRARY_DIR=$(EMULATED)-sanitized \
 	  CXXFLAGS='$(SANITIZE_FLAGS)' $(PY) setup.py build_ext --inplace
 	$(RUN_SANITIZED) ASPP_EXT_LIBRARY_DIR=$(EMULATED)-sanitized \
-	  $(PY) -m pytest -m 'not slow' -k 'pyramid or separable or layout' \
+	  $(PY) -m pytest -m 'not slow' -k $(EMULATED_OPERATORS) \
 	  $(addprefix tests/test_,contract.py layouts.py) $(ARGS)
 
 clean:

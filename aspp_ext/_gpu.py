@@ -29,6 +29,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 def amd_architecture(device: torch.device) -> str:
     """With what it can switch on and off, like "gfx942:sramecc+:xnack-"."""
     return torch.cuda.get_device_properties(device).gcnArchName

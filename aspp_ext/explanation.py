@@ -125,10 +125,8 @@ def _separable_on_cuda(
         return ""
     n, c, h, w = (int(s) for s in x.shape)
     problem = _plan.Problem(n, h, w, _branches(kernels, rates, outs), in_channels=c)
-    math = "tf32" if allows_tf32(x) else str(x.dtype).removeprefix("torch.")
-    properties = torch.cuda.get_device_properties(x.device)
-    choice = _plan.choose_fused(problem, math, properties.shared_memory_per_block_optin)
-    return describe_choice(choice)
+    math: Any = "tf32" if allows_tf32(x) else checks.dtype_name(x.dtype)
+    return describe_choice(_plan.choose_fused(problem, math, _gpu.shared_bytes(x.device)))
 
 
 def describe_choice(choice: _plan.FusedChoice) -> str:

@@ -8,8 +8,10 @@ which are divided, may be off by rounding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from aspp_ext.testing import OPS, Branch, Op, Problem, Values
 
 FAMILIES = {"cuda": NATIVE, "triton": TRITON}
 STATISTICS, SEPARABLE = "atrous_pyramid_statistics", "atrous_separable_pyramid"
+WAY = "ASPP_EXT_SEPARABLE"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,20 @@ class Call(NamedTuple):
     run: Callable[[], Sequence[Tensor]]
     expected: list[Tensor]
     rounded: tuple[int, ...] = ()
+
+
+@contextlib.contextmanager
+def separable_way(way: str) -> Iterator[None]:
+    """Which way CUDA's separable forward takes inside: "fused", "stored", "" for its own choice."""
+    before = os.environ.get(WAY)
+    os.environ[WAY] = way
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAY]
+        else:
+            os.environ[WAY] = before
 
 
 def integers(generator: torch.Generator, most: int, *size: int) -> Tensor:
@@ -229,11 +246,15 @@ class Case:
             here = testing.converted(arguments, self.dtype)
             there = (*testing.converted(here, self.dtype, self.device), self.tf32)
             run = op.operator(self.family)
-            yield Call(
-                name.replace("_", " "),
-                lambda run=run, there=there: testing.outputs(run(*there)),
-                expected,
-            )
+
+            def call(way: str = "", run: Any = run, there: Any = there) -> list[Tensor]:
+                with separable_way(way):
+                    return testing.outputs(run(*there))
+
+            name = name.replace("_", " ")
+            yield Call(name, call, expected)
+            if self.family is NATIVE and op.name == SEPARABLE and self.dtype == torch.bfloat16:
+                yield Call(f"{name}, stored", functools.partial(call, "stored"), expected)
 
 
 def calls_of(variant: Variant, implementation: str, device: str) -> list[Call]:

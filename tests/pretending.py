@@ -29,6 +29,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "missing", None)
     monkeypatch.setattr(_triton, "interpreted", False)
     monkeypatch.setattr(_gpu, "has_device", lambda: True)
+    monkeypatch.setattr(_gpu, "shared_bytes", lambda device: 227 << 10)
     pretend(monkeypatch, 9, 0)
     for key in list(verified.VERIFIED):
         monkeypatch.delitem(verified.VERIFIED, key)

@@ -17,7 +17,7 @@ from pretending import LAST, RESULT, Calls, on_cuda, pretend, pretend_a_gpu, pro
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
-from aspp_ext import _gpu, _native, explanation, verified
+from aspp_ext import _gpu, _native, verified
 from aspp_ext.__main__ import describe_implementations, describe_verified
 from aspp_ext.dispatch import Problem, select
 
@@ -216,16 +216,19 @@ def test_explain_says_which_device_and_why(device, capsys) -> None:
 
 def test_explain_says_how_a_separable_forward_is_computed(device) -> None:
     """Where CUDA could run it."""
-    device.setattr(explanation, "_separable_on_cuda", lambda *_: "in one piece")
-    d, p = on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
+    x, d, p = on_cuda(1, 8, 9, 9), on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
 
-    def lines(x, p, **keywords):
-        return aspp_ext.explain(x, [p], [2], **keywords).splitlines()
+    def said(x, d, p) -> list[str]:
+        text = aspp_ext.explain(x, [p], [2], depthwise_weights=None if d is None else [d])
+        return [line for line in text.splitlines() if line.startswith("  cuda    ")][1:]
 
-    assert "  cuda    in one piece" in lines(on_cuda(1, 8, 9, 9), p, depthwise_weights=[d])
-    assert "  cuda    in one piece" not in lines(on_cuda(1, 8, 9, 9), p)
+    (line,) = said(x, d, p)
+    assert line.startswith("  cuda    fused, ")
+    (line,) = said(*(t.double() for t in (x, d, p)))
+    assert line.startswith("  cuda    through memory: float64 ")
+    assert not said(x, None, p)
     device.setattr(_native, "cuda_missing", "libaspp_cuda.so was not built")
-    assert "  cuda    in one piece" not in lines(on_cuda(1, 8, 9, 9), p, depthwise_weights=[d])
+    assert not said(x, d, p)
 
 
 def test_the_report_lists_it(device) -> None:

@@ -10,10 +10,11 @@ import ctypes
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from table import EMULATED, PYRAMIDS, oracle_of
+from table import EMULATED, PYRAMIDS, SEPARABLE, oracle_of
 
 from aspp_ext import _native
 from aspp_ext.ops.head_composed import aspp_inference
@@ -55,22 +56,34 @@ def emulation() -> Iterator[Emulation]:
     found.set("seed", 0)
 
 
+OPERATORS = (*PYRAMIDS, *SEPARABLE)
+WAYS = "ASPP_EXT_SEPARABLE"
+each_operator = pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, "") for name in OPERATORS]
+    + [(name, way) for name in SEPARABLE if "backward" not in name for way in ("fused", "stored")],
+)
+
+
 def kernels(events: list[dict]) -> Counter[str]:
     return Counter(e["kernel"].partition("<")[0] for e in events if e["call"] == "launch")
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
-def test_the_second_call_of_a_shape_only_launches(name, emulation) -> None:
+@each_operator
+def test_the_second_call_of_a_shape_only_launches(name, way, emulation, monkeypatch) -> None:
     """No allocation but PyTorch's, no copy, no wait; and all of it on the caller's stream."""
+    monkeypatch.setenv(WAYS, way)
     op = OPS[name]
-    arguments = op.make(SLICED, torch.bfloat16, integer=True)
+    new = replace(SLICED, shape=(1, 1024, 9, 10 + len(f"{name} {way}")))
+    arguments = op.make(new, torch.bfloat16, integer=True)
     emulation.set("stream", 1)
     first, events = emulation.calls_of(op.native, *arguments)
     assert {"cudaMalloc", "cudaStreamSynchronize"} <= {e["call"] for e in events}
     second, events = emulation.calls_of(op.native, *arguments)
     assert all(map(torch.equal, first, second))
     assert {e["call"] for e in events} <= ALLOWED
-    assert kernels(events)["pyramid_kernel"] == 1
+    if name in PYRAMIDS:
+        assert kernels(events)["pyramid_kernel"] == 1
     used = {e["stream"] for e in events if e["call"] in ("launch", "cudaMemsetAsync")}
     assert len(used) == 1
     assert used != {0}
@@ -86,6 +99,28 @@ def test_channels_last_is_read_in_place(name, emulation) -> None:
     assert found == {"pyramid_kernel": 1}
 
 
+@pytest.mark.parametrize("way", ["", "stored"])
+@pytest.mark.parametrize("between", [False, True])
+def test_a_separable_forward_is_one_launch_or_two(between, way, emulation, monkeypatch) -> None:
+    """And what packs depthwise weights and what is between, which are small."""
+    monkeypatch.setenv(WAYS, way)
+    op = OPS["separable_between_epilogue" if between else "separable"]
+    _, events = emulation.calls_of(op.native, *op.make(IN_PLACE, torch.bfloat16))
+    found = kernels(events)
+    assert (found.pop("transpose_kernel"), found.pop("pack_affine_kernel", 0)) == (1, int(between))
+    stored = {"depthwise_kernel": 1, "pyramid_kernel": 1}
+    assert found == (stored if way else {"separable_kernel": 1})
+
+
+@pytest.mark.parametrize("name", [name for name in SEPARABLE if "backward" in name])
+def test_a_separable_backward_reads_channels_last_in_place(name, emulation) -> None:
+    op = OPS[name]
+    _, events = emulation.calls_of(op.native, *op.make(IN_PLACE, torch.bfloat16))
+    found = kernels(events)
+    assert found["transpose_kernel"] == 1, "of depthwise weights"
+    assert found["pyramid_kernel"] == 2 * len(BRANCHES), "two gradients of each 1x1"
+
+
 def test_the_head_runs_as_two_launches(emulation) -> None:
     """With the weights as ``fold`` lays them out on CUDA."""
     x, depthwise, weights, *rest = OPS["head"].make(IN_PLACE, torch.bfloat16)
@@ -98,7 +133,7 @@ def test_the_head_runs_as_two_launches(emulation) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", PYRAMIDS)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_exact_with_the_tiles_of_every_architecture(name, architecture, emulation) -> None:
     emulation.set("architecture", architecture)
     op = OPS[name]
@@ -111,8 +146,9 @@ def test_exact_with_the_tiles_of_every_architecture(name, architecture, emulatio
             assert {e["result"] for e in events} == {"cudaSuccess"}
 
 
-@pytest.mark.parametrize("name", PYRAMIDS)
-def test_the_order_of_blocks_and_threads_changes_no_bit(name, emulation) -> None:
+@each_operator
+def test_the_order_of_blocks_and_threads_changes_no_bit(name, way, emulation, monkeypatch) -> None:
+    monkeypatch.setenv(WAYS, way)
     arguments = OPS[name].make(SLICED, torch.float32)
     expected = outputs(OPS[name].native(*arguments))
     for seed in range(1, 6):
@@ -121,7 +157,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit(name, emulation) -> None
 
 
 def test_an_empty_batch_launches_nothing(emulation) -> None:
-    for name in PYRAMIDS:
+    for name in OPERATORS:
         _, events = emulation.calls_of(
             OPS[name].native, *OPS[name].make(PROBLEMS["empty_batch"], torch.float32)
         )

@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from bad_inputs import BAD, VALID
 from gpu_cases import (
+    BY_CUDA,
+    BY_TRITON,
     DEVICE,
     IMPLEMENTATIONS,
     REAL,
@@ -22,6 +27,7 @@ from gpu_cases import (
 )
 from table import (
     SEEN,
+    SEPARABLE,
     check_error_law,
     check_float64,
     check_integers,
@@ -79,13 +85,15 @@ def test_float64(run, problem) -> None:
 def test_nan_reaches_everything_that_sees_it(run, problem) -> None:
     """And nothing else, but for the channel of a weight where rectangles are merged."""
     op = OPS[run.name]
-    if run.name.startswith("separable_backward"):  # like PyTorch's, it may reach more taps
+    if run.by is BY_TRITON and run.name.startswith("separable_backward"):
+        # Like PyTorch's, it may reach more taps.
         arguments = op.make(problem, run.dtype, device=DEVICE)
         for leaf in tensors_in(arguments):
             for nan, seen in nan_and_seen(run, op, arguments, leaf):
                 assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"
         return
-    check_nan(run, op, problem, run.dtype, DEVICE, run.name != "pyramid_grad_weight")
+    alone = run.name == "pyramid_grad_weight" or (run.by is BY_CUDA and run.name in SEPARABLE)
+    check_nan(run, op, problem, run.dtype, DEVICE, merged=not alone)
 
 
 @each_run(run for run in RUNS if run.name == "pyramid")
@@ -100,15 +108,56 @@ def test_infinity_reaches_everything_that_sees_it(run) -> None:
     assert not got.cpu()[~expected.isfinite()].isfinite().any()
 
 
+@contextlib.contextmanager
+def refused_where_it_does_not_fit() -> Iterator[None]:
+    """The fused kernel, where it is asked for."""
+    try:
+        yield
+    except RuntimeError as refusal:
+        if "the fused kernel cannot run" not in str(refusal):
+            raise
+        pytest.skip(str(refusal).partition("\n")[0])
+
+
+each_way = pytest.mark.parametrize("way", ["fused", "stored"])
+FORWARD = [name for name in SEPARABLE if "backward" not in name]
+
+
+@each_way
+@each_case(
+    lambda run, _: run.by is BY_CUDA and run.name in FORWARD and run.dtype == torch.bfloat16,
+    PROBLEMS.values(),
+)
+def test_either_way_of_a_separable_forward_is_exact(run, problem, way, monkeypatch) -> None:
+    """In one kernel and through memory, whichever it would choose."""
+    monkeypatch.setenv("ASPP_EXT_SEPARABLE", way)
+    arguments = OPS[run.name].make(problem, run.dtype, integer=True, device=DEVICE)
+    with refused_where_it_does_not_fit():
+        check_integers(run, OPS[run.name], arguments)
+
+
+@each_way
+@pytest.mark.parametrize("problem", REAL)
+@pytest.mark.parametrize("name", FORWARD)
+def test_either_way_is_exact_at_real_sizes(name, problem, way, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_SEPARABLE", way)
+    with refused_where_it_does_not_fit():
+        check_real_sizes(BY_CUDA, name, problem, [(torch.bfloat16, False), (torch.float32, True)])
+
+
 @pytest.mark.parametrize("problem", REAL)
 @each_operator()
 def test_real_sizes_are_exact(by, name, problem) -> None:
+    check_real_sizes(by, name, problem, by.precisions(name))
+
+
+def check_real_sizes(by, name, problem, precisions) -> None:
     """Sums of small integers are exact in float32, whatever the order, and are rounded once."""
     op = OPS[name]
     wide = op.make(real(problem), torch.float64, integer=True, device=DEVICE)
     got = {
         (dtype, tf32): outputs(by.call(name, tf32)(*converted(wide, dtype)))
-        for dtype, tf32 in by.precisions(name)
+        for dtype, tf32 in precisions
     }
     torch.use_deterministic_algorithms(False)  # cuDNN's are slow, and here all are exact
     expected = outputs(op.expected(*wide))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from benchmarks.gpu import calls, counters, device, kernels, problems, run
 from benchmarks.gpu import peers as gpu_peers
 
 CPU = ["--device", "cpu"]
+WAY = "ASPP_EXT_SEPARABLE"
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -168,6 +170,24 @@ def test_a_separable_backward_reads_more_than_a_forward():
     pixels, weights = 8 * 9 * 9, 32 * 32 * 4 + 3 * 9 * 32
     assert forward.compulsory_bytes == 2 * (pixels * (32 + 4 * 32) + weights)
     assert backward.compulsory_bytes == 2 * (pixels * (2 * 32 + 4 * 32) + 2 * weights)
+
+
+def test_a_separable_forward_of_cuda_is_timed_through_memory_too(monkeypatch):
+    there = SimpleNamespace(backends=["cuda"])
+    problem = problems.for_a_dry_run(problems.separable("operator", "large"))
+    monkeypatch.setattr(calls.Ours, "why_not", lambda *_: None)
+    named, absent = calls.calls(there, [problem])
+    assert not absent
+    (stored,) = (call for call in named if call.what == "forward separable NHWC, stored")
+    assert stored.name == "cuda-forward-separable-NHWC-stored"
+    seen = []
+    monkeypatch.setattr(
+        calls, "forward", lambda call: lambda: seen.append((call.what, os.environ[WAY]))
+    )
+    monkeypatch.delenv(WAY, raising=False)
+    stored.build()()
+    assert seen == [("forward separable NHWC", "stored")]
+    assert WAY not in os.environ
 
 
 def test_the_breakdown_adds_up():

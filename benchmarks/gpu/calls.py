@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.device import Host
-from benchmarks.gpu.peers import LAYOUTS, Ours
+from benchmarks.gpu.peers import LAYOUTS, Ours, with_variable
 from benchmarks.problems import Problem
 from benchmarks.roofline import ITEM_BYTES, work_of
 
@@ -29,7 +29,7 @@ class NamedCall:
     @property
     def name(self) -> str:
         """As a word of a command line."""
-        return f"{self.implementation} {self.what}".replace(" ", "-")
+        return f"{self.implementation} {self.what}".replace(",", "").replace(" ", "-")
 
     def build(self) -> Call:
         return self.make(self)
@@ -62,6 +62,12 @@ def operator(call: NamedCall, name: str) -> Any:
 def forward(call: NamedCall) -> Call:
     layout = call.what.split()[-1]
     return Ours(layout, call.implementation).build(*call.problem.build())
+
+
+def forward_stored(call: NamedCall) -> Call:
+    """CUDA's separable forward through memory, whatever it would choose."""
+    own, way = call.what.rsplit(", ", 1)
+    return with_variable(forward(replace(call, what=own)), "ASPP_EXT_SEPARABLE", way)
 
 
 def gradient(call: NamedCall) -> Call:
@@ -108,6 +114,9 @@ def calls(
             for layout in reversed(LAYOUTS):
                 what = f"forward {separable}{layout}"
                 named.append(NamedCall(backend, what, problem, forward))
+            if backend == "cuda" and problem.separable:
+                what = "forward separable NHWC, stored"
+                named.append(NamedCall(backend, what, problem, forward_stored))
             faces = ["backward separable"] if problem.separable else ["grad_input", "grad_weight"]
             named += [NamedCall(backend, f"{face} NHWC", problem, gradient) for face in faces]
     return named, absent

@@ -49,6 +49,24 @@ def with_search(call: peers.Call, benchmark: bool) -> peers.Call:
     return switched
 
 
+def with_variable(call: peers.Call, name: str, value: str) -> peers.Call:
+    """The call with a variable of the environment that it reads."""
+
+    @functools.wraps(call)
+    def changed() -> tuple[Tensor, ...]:
+        before = os.environ.get(name)
+        os.environ[name] = value
+        try:
+            return call()
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+    return changed
+
+
 class Eager(peers.Eager):
     """The module as it stands, with cuDNN's heuristics or its search among algorithms."""
 
@@ -91,19 +109,7 @@ class Ours(peers.Ours):
     def build(self, module: nn.Module, example: Tensor) -> peers.Call:
         # PyTorch's own convolutions in an aspp_ext module get the search too.
         call = with_search(super().build(module, example), True)
-
-        def forced() -> tuple[Tensor, ...]:
-            before = os.environ.get(BACKEND)
-            os.environ[BACKEND] = self.backend
-            try:
-                return call()
-            finally:
-                if before is None:
-                    del os.environ[BACKEND]
-                else:
-                    os.environ[BACKEND] = before
-
-        return forced
+        return with_variable(call, BACKEND, self.backend)
 
 
 class Compiled:
