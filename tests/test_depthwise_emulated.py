@@ -91,8 +91,8 @@ FAULTS = {
     ),
     "column_not_tested": (
         "depthwise.cuh",
-        "(live_rows >> i & 1) != 0 && uint32_t(x[i] + dx) < uint32_t(shape.width)",
-        "(live_rows >> i & 1) != 0 && uint32_t(x[i] + dx) <= uint32_t(shape.width)",
+        "(live_rows >> i & 1) != 0 && uint32_t(x[i]) + dx < uint32_t(shape.width)",
+        "(live_rows >> i & 1) != 0 && uint32_t(x[i]) + dx <= uint32_t(shape.width)",
         ("depthwise_grad_input", 3),
         "plain",
         None,

@@ -78,18 +78,23 @@ __device__ __forceinline__ void add_taps(DepthwiseSums<kMath>& sums,
                                          const void* image, int64_t pitch, const Place* places) {
   using E = Elements<kMath>;
   const TapWindow window(branch, shape);
-  const char* from[kDepthwiseShare];
+  const int64_t pixel_bytes = pitch * E::kBytes, filter_bytes = int64_t(shape.pitch) * E::kBytes;
+  int64_t at[kDepthwiseShare];  // of the pixels, in bytes
   int32_t y[kDepthwiseShare], x[kDepthwiseShare];
   uint32_t valid = 0;
 #pragma unroll
   for (int i = 0; i < kDepthwiseShare; ++i) {
     const Place place = places[thread.row + i * kDepthwiseRows];
     valid |= uint32_t(thread.inside && place.index >= 0) << i;
-    from[i] = thread.at(image, place.index, pitch);
+    at[i] = place.index * pixel_bytes;
+    ptx::keep(at[i]);
     y[i] = place.y;
     x[i] = place.x;
   }
-  const int32_t first = branch.kernel_h / 2 * branch.kernel_w + branch.kernel_w / 2;
+  // What changes from column to column; the rest of a loop's addresses is worked out once.
+  const int32_t rate = kMirrored ? -branch.rate_w : branch.rate_w;
+  const int64_t rate_bytes = rate * pixel_bytes;
+  const int64_t centre = int64_t(branch.kernel_h / 2) * branch.kernel_w + branch.kernel_w / 2;
   for (int32_t row = -window.rows; row <= window.rows; ++row) {
     const int32_t dy = (kMirrored ? -row : row) * branch.rate_h;
     uint32_t live_rows = 0;
@@ -97,21 +102,28 @@ __device__ __forceinline__ void add_taps(DepthwiseSums<kMath>& sums,
     for (int i = 0; i < kDepthwiseShare; ++i)
       live_rows |= uint32_t(uint32_t(y[i] + dy) < uint32_t(shape.height)) << i;
     live_rows &= valid;
+    ptx::keep(live_rows);
     if (live_rows == 0) continue;
+    const int64_t first = centre + int64_t(row) * branch.kernel_w - window.columns;
+    const char* filter = thread.at(branch.filter, first, shape.pitch);
+    const int32_t first_dx = -window.columns * rate;
+    auto dx = uint32_t(first_dx);
+    const int64_t step = int64_t(dy) * shape.width + first_dx;
+    const char* from = thread.at(image, step, pitch);
     for (int32_t column = -window.columns; column <= window.columns; ++column) {
-      const int32_t dx = (kMirrored ? -column : column) * branch.rate_w;
-      const int64_t step = (int64_t(dy) * shape.width + dx) * pitch * E::kBytes;
-      const int64_t tap = first + int64_t(row) * branch.kernel_w + column;
       ptx::Chunk loaded[kDepthwiseShare];
       bool live[kDepthwiseShare];
 #pragma unroll
       for (int i = 0; i < kDepthwiseShare; ++i) {
-        live[i] = (live_rows >> i & 1) != 0 && uint32_t(x[i] + dx) < uint32_t(shape.width);
+        live[i] = (live_rows >> i & 1) != 0 && uint32_t(x[i]) + dx < uint32_t(shape.width);
         loaded[i] = {};
-        if (live[i]) loaded[i] = ptx::load_chunk(from[i] + step);
+        if (live[i]) loaded[i] = ptx::load_chunk(from + at[i]);
       }
       typename E::Values weight;
-      E::load(thread.at(branch.filter, tap, shape.pitch), weight);
+      E::load(filter, weight);
+      filter += filter_bytes;
+      from += rate_bytes;
+      dx += uint32_t(rate);
 #pragma unroll
       for (int i = 0; i < kDepthwiseShare; ++i) {
         if (!live[i]) continue;

@@ -34,6 +34,19 @@ __device__ __forceinline__ void store_chunk(void* p, const Chunk& chunk) {
 #endif
 }
 
+// The compiler forgets how `value`, of 4 or 8 bytes, was made: it keeps it in a register and does
+// not work it out again wherever it is used.
+template <class T>
+__device__ __forceinline__ void keep([[maybe_unused]] T& value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+#if !defined(ASPP_EMULATE)
+  if constexpr (sizeof(T) == 4)
+    asm volatile("" : "+r"(value));
+  else
+    asm volatile("" : "+l"(value));
+#endif
+}
+
 // Before an atomic: whoever reads that atomic's result sees what this thread wrote, and what it saw
 // at its last barrier. After one: this thread sees what came before the atomics it read. No barrier
 // may come between fence and atomic.
