@@ -78,7 +78,7 @@ build: $(VENV)/installed
 	$(PY) setup.py build_ext --inplace
 
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 bench: build
 	$(PY) benchmarks/run.py $(ARGS)

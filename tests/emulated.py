@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -85,10 +86,12 @@ def build(name: str, variants: list[str], *sources: str) -> dict[str, Path]:
         programs[variant] = ROOT / program
     file = ROOT / BUILD / f"{name}.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(graph) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     ninja = [find_ninja(), "-f", str(file.relative_to(ROOT)), "-j", jobs]
-    ran = subprocess.run(ninja, cwd=ROOT, capture_output=True, text=True)
+    with open(file.parent / "lock", "w") as lock:  # programs share objects, test processes do not
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file.write_text("\n".join(graph) + "\n")
+        ran = subprocess.run(ninja, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return programs
 

@@ -21,6 +21,18 @@ struct DepthwiseBranch {
   int32_t taps;  // kernel_h * kernel_w
 };
 
+// Weights [C, taps] of every branch become [taps, padded C], with zeros in the padding.
+struct PackFiltersParams {
+  int32_t channels, pitch;  // C, padded C
+  int32_t branches;
+  int32_t most_taps;  // of a branch
+  struct {
+    const void* weight;
+    void* out;
+    int32_t taps;
+  } branch[kMaxBranches];
+};
+
 // Scale and shift [C] of every branch become [2, padded C] of type Sum, with zeros in the padding.
 struct PackAffineParams {
   int32_t channels, pitch;  // C, padded C
@@ -154,6 +166,8 @@ __host__ __device__ constexpr int64_t depthwise_groups(const DepthwiseShape& sha
   return (rows / kDepthwiseGroup + 1) * (columns / kDepthwiseGroup + 1);
 }
 
+cudaError_t launch_pack_filters_sm80(Math math, const PackFiltersParams& params,
+                                     cudaStream_t stream);
 cudaError_t launch_pack_affine_sm80(Math math, const PackAffineParams& params, cudaStream_t stream);
 cudaError_t launch_depthwise_sm80(Math math, const DepthwiseParams& params, cudaStream_t stream);
 cudaError_t launch_between_grad_sm80(Math math, const BetweenGradParams& params,

@@ -3,8 +3,22 @@
 
 namespace aspp::cuda {
 
-const void* depthwise_filter(Operands& operands, const Tensor& weight) {
-  return operands.weight(torch::stable::transpose(weight, 0, 1));
+void set_filters(Operands& operands, int64_t channels, const std::vector<Tensor>& depthwise,
+                 std::vector<DepthwiseBranch>& branches) {
+  const int64_t pitch = operands.padded(channels), bytes = bytes_of(operands.math());
+  PackFiltersParams params{};
+  params.channels = operands.narrow("the number of channels", channels);
+  params.pitch = operands.narrow("the number of channels", pitch);
+  for (size_t b = 0; b < depthwise.size(); ++b) {
+    const int32_t taps = branches[b].taps;
+    if (taps == 0) continue;
+    check_size(operands.op(), "an operand", {taps, pitch});
+    void* const out = operands.allocate(taps * pitch * bytes);
+    branches[b].filter = out;
+    params.most_taps = std::max(params.most_taps, taps);
+    params.branch[params.branches++] = {operands.vector(depthwise[b]), out, taps};
+  }
+  check_cuda(operands.op(), launch_pack_filters_sm80(operands.math(), params, operands.stream()));
 }
 
 std::vector<const void*> pack_pairs(Operands& operands, int64_t channels,
@@ -42,8 +56,8 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
     branch.kernel_h = operands.narrow("the kernel's height", depthwise[b].size(2));
     branch.kernel_w = operands.narrow("the kernel's width", depthwise[b].size(3));
     branch.taps = operands.narrow("the taps", depthwise[b].size(2) * depthwise[b].size(3));
-    branch.filter = depthwise_filter(operands, depthwise[b]);
   }
+  set_filters(operands, channels, depthwise, branches);
   const std::vector<const void*> affines =
       pack_pairs(operands, channels, between_scale, between_shift);
   for (size_t b = 0; b < affines.size(); ++b) branches[b].affine = affines[b];

@@ -16,8 +16,9 @@ std::vector<DepthwiseBranch> depthwise_branches(Operands& operands, int64_t chan
                                                 const std::vector<Tensor>& between_scale,
                                                 const std::vector<Tensor>& between_shift);
 
-// Its two parts. The filter [C, 1, kh, kw] as [kh * kw, padded C].
-const void* depthwise_filter(Operands& operands, const Tensor& weight);
+// Its parts, one launch each. Sets `filter` of the branches that have taps, of [C, 1, kh, kw].
+void set_filters(Operands& operands, int64_t channels, const std::vector<Tensor>& depthwise,
+                 std::vector<DepthwiseBranch>& branches);
 // Two vectors [C] per branch as [2, padded C] of type Sum; null where they are empty.
 std::vector<const void*> pack_pairs(Operands& operands, int64_t channels,
                                     const std::vector<Tensor>& first,

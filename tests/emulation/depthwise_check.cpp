@@ -98,6 +98,38 @@ bool draw_pair(const Case& c, Pair& pair) {
   return true;
 }
 
+// The filters, from weights [C, taps], by the kernel that packs them.
+bool right_filters(const Case& c) {
+  std::vector<std::unique_ptr<Memory>> weights, packed;
+  auto params = std::make_unique<cuda::PackFiltersParams>();
+  cuda::PackFiltersParams& p = *params;
+  p.channels = c.shape.channels, p.pitch = c.shape.pitch;
+  for (const Branch& b : c.branches) {
+    if (!b.filter) continue;
+    const int taps = b.taps.taps;
+    weights.push_back(
+        std::make_unique<Memory>(size_t(c.shape.channels * taps * cuda::bytes_of(c.math))));
+    packed.push_back(std::make_unique<Memory>(b.filter->memory.bytes));
+    for (int channel = 0; channel < c.shape.channels; ++channel)
+      for (int tap = 0; tap < taps; ++tap)
+        put(c.math, weights.back()->data, channel * taps + tap, b.filter->at(tap, channel));
+    p.most_taps = std::max(p.most_taps, taps);
+    p.branch[p.branches++] = {weights.back()->data, packed.back()->data, taps};
+  }
+  if (launch_pack_filters_sm80(c.math, p, nullptr) != cudaSuccess) return false;
+  int made = 0;
+  for (const Branch& b : c.branches) {
+    if (!b.filter) continue;
+    const void* const got = packed[size_t(made++)]->data;
+    for (int tap = 0; tap < b.taps.taps; ++tap)
+      for (int channel = 0; channel < c.shape.pitch; ++channel)
+        if (differs(c, get(c.math, got, tap * c.shape.pitch + channel), b.filter->at(tap, channel),
+                    "a packed filter", tap, channel))
+          return false;
+  }
+  return true;
+}
+
 // What is between.
 bool draw_affine(const Case& c, Branch& b) {
   Pair pair;
@@ -412,6 +444,7 @@ bool run_grad_input(Case& c) {
 }
 
 bool run(Case& c) {
+  if (!right_filters(c)) return false;
   switch (c.kernel) {
     case forward: return run_forward(c);
     case between_grad: return run_between_grad(c);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Around the depthwise kernels: what is between becomes what they read, and sums of parts become
-// gradients, always in the same order.
+// Around the depthwise kernels: weights and what is between become what they read, and sums of
+// parts become gradients, always in the same order.
 #include "../depthwise.h"
 #include "../ptx/block.cuh"
 #include "../ptx/convert.cuh"
@@ -14,6 +14,34 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChannels = 8;  // of a block: 32 bytes, what memory delivers at a time
 constexpr int kLanes = kThreads / kChannels;  // parts that it adds side by side
+
+constexpr int kTaps = 32;  // of a block that packs weights
+
+// Blocks: [branches, of 32 taps, of 256 channels].
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pack_filters_kernel(const __grid_constant__ PackFiltersParams p) {
+  const int columns = (p.pitch + kThreads - 1) / kThreads;
+  const int groups = (p.most_taps + kTaps - 1) / kTaps;
+  const int column = blockIdx.x % columns, rest = blockIdx.x / columns;
+  const auto& branch = p.branch[rest / groups];
+  const int64_t channel = int64_t(column) * kThreads + threadIdx.x;
+  if (channel >= p.pitch) return;
+  const T* const from = static_cast<const T*>(branch.weight) + channel * branch.taps;
+  T* const to = static_cast<T*>(branch.out) + channel;
+  const int first = rest % groups * kTaps, end = min(first + kTaps, branch.taps);
+  for (int tap = first; tap < end; ++tap)
+    to[int64_t(tap) * p.pitch] = channel < p.channels ? from[tap] : T{};
+}
+
+template <class T>
+cudaError_t launch_filters(const PackFiltersParams& p, cudaStream_t stream) {
+  const int64_t columns = (int64_t(p.pitch) + kThreads - 1) / kThreads;
+  const int64_t blocks = columns * ((p.most_taps + kTaps - 1) / kTaps) * p.branches;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return ptx::launch(pack_filters_kernel<T>, "pack_filters_kernel", int(blocks), kThreads, 0,
+                     stream, p);
+}
 
 // Blocks: [branches, of 256 values].
 template <class From, class Sum>
@@ -78,6 +106,15 @@ cudaError_t launch_sum(const SumPartsParams& p, cudaStream_t stream) {
 
 }  // namespace
 }  // namespace sm80
+
+cudaError_t launch_pack_filters_sm80(Math math, const PackFiltersParams& params,
+                                     cudaStream_t stream) {
+  switch (bytes_of(math)) {
+    case 2: return sm80::launch_filters<uint16_t>(params, stream);
+    case 4: return sm80::launch_filters<uint32_t>(params, stream);
+    default: return sm80::launch_filters<uint64_t>(params, stream);
+  }
+}
 
 cudaError_t launch_pack_affine_sm80(Math math, const PackAffineParams& params,
                                     cudaStream_t stream) {
