@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 Pass = Literal["forward", "grad_input", "grad_weight", "separable"]
+Math = Literal["bfloat16", "float16", "tf32", "float32", "float64"]
 Order = Literal["regions", "merged", "linear", "cheapest", "phases"]
 
 class Interval:
@@ -423,7 +424,7 @@ class FusedChoice:
 
 def choose_fused(
     problem: Problem,
-    math: Literal["bfloat16", "float16", "tf32", "float32", "float64"],
+    math: Math,
     shared_bytes: int,
 ) -> FusedChoice:
     """The choice for blocks of at most so much shared memory.
