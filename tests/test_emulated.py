@@ -27,6 +27,7 @@ SUITES = {
     "calls": (["test_emulated_calls", "test_layouts", "test_cuda_limits"], ""),
     "separable calls": (["test_emulated_separable"], ""),
     "statistics": (["test_emulated_statistics"], ""),
+    "norm": (["test_separable_norm"], ""),
     "head": (["test_head_composed"], "not compile and not export"),
     "gradients": (["test_backward", "test_second_order"], f"{PYRAMIDS} and not gradgradcheck"),
     "contract": (["test_contract", "test_opcheck", "test_autocast", "test_fuzz"], PYRAMIDS),

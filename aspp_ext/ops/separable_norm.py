@@ -121,13 +121,15 @@ def _check_norms(x: Tensor, depthwise: Sequence[Tensor], norms: Any) -> None:
             raise TypeError(
                 f"{_OP}: norms[{b}] must be None or (weight, bias), got {type(pair).__name__}"
             )
-        if (pair is None) != (depthwise[b].numel() == 0):
-            rule = (
-                "(weight, bias) where the branch has a" if pair is None else "None where it has no"
-            )
+        if pair is None and depthwise[b].numel():
             raise ValueError(
-                f"{_OP}: norms[{b}] must be {rule} depthwise weight, got "
-                f"{'None' if pair is None else 'a pair'}"
+                f"{_OP}: norms[{b}] must be (weight, bias) where the branch has a depthwise "
+                "weight, got None"
+            )
+        if pair is not None and not depthwise[b].numel():
+            raise ValueError(
+                f"{_OP}: norms[{b}] must be None where the branch has no depthwise weight, got a "
+                "pair"
             )
         for name, t in zip(("weight", "bias"), pair or (), strict=False):
             if t is not None:
