@@ -14,7 +14,7 @@ from norm_checks import made, operator
 from table import EMULATED, LOW, dtype_id
 from test_emulated_calls import Emulation, kernels
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from aspp_ext.ops import (
     atrous_separable_pyramid,
@@ -355,3 +355,23 @@ def test_bad_input(why, backend) -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference"):
         atrous_separable_pyramid_batch_norm(**VALID, backend="tpu")
+
+
+@by_kernels
+def test_forward_mode_and_transforms_are_pytorchs() -> None:
+    call = made(SMALL, torch.float64, "cpu")
+
+    def result(x: Tensor) -> Tensor:
+        moved = copy.copy(call)
+        moved.x = x
+        return moved(activation_between=None)[0]
+
+    x, tangent = call.x, torch.randn_like(call.x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        got = forward_ad.unpack_dual(result(dual)).tangent
+    difference = (result(x + 1e-6 * tangent) - result(x - 1e-6 * tangent)) / 2e-6
+    torch.testing.assert_close(got, difference, rtol=1e-6, atol=1e-6)
+    leaf = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(result(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: result(x).square().sum())(x), expected)

@@ -4,7 +4,8 @@
 The depthwise results are as large as the input, once per branch, and cheap: after the pass that
 computes their statistics, CUDA's kernels compute them once more where that costs less than to store
 and read them. The gradient computes them again in any case. Triton has no kernels for this: there,
-on the CPU and in the reference it is PyTorch's operators one after the other.
+on the CPU, in the reference, in forward mode and under torch.func it is PyTorch's operators one
+after the other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _native
 from ..dispatch import Problem, select
@@ -72,7 +74,7 @@ def atrous_separable_pyramid_batch_norm(
     Raises:
         ValueError, TypeError: as :func:`aspp_ext.atrous_separable_pyramid`; also norms that do not
             fit the branches, an eps that is not above 0, and a batch of one pixel.
-        NotImplementedError: second and forward-mode derivatives, where kernels compute this.
+        NotImplementedError: a second derivative in reverse mode, where kernels compute this.
     """
     checks.check_tensor(_OP, "x", x)
     checks.check_list(_OP, "depthwise_weights", depthwise_weights)
@@ -101,12 +103,22 @@ def atrous_separable_pyramid_batch_norm(
     implementation = select(problem, backend)
     weight, bias = (_joint(x, norms, i) for i in (0, 1))
     relu = activation_between == "relu"
-    if implementation.name == "cuda" or (implementation.name == "cpu" and _native.emulated):
+    has_kernels = implementation.name == "cuda" or (
+        implementation.name == "cpu" and _native.emulated
+    )
+    if has_kernels and not _is_transformed():
         return _SeparableBatchNorm.apply(
             *(len(pointwise), rates, relu, eps, allows_tf32(x)),
             *(_stores(x, depthwise, pointwise, rates), x, weight, bias, *depthwise, *pointwise),
         )
     return _composed(x, depthwise, pointwise, rates, weight, bias, eps, relu)
+
+
+def _is_transformed() -> bool:
+    """In forward mode or under torch.func, whose derivatives PyTorch's operators alone have."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _check_norms(x: Tensor, depthwise: Sequence[Tensor], norms: Any) -> None:
