@@ -15,6 +15,7 @@ from table import EMULATED, LOW, dtype_id
 from test_emulated_calls import Emulation, kernels
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._pytree import tree_map_only
 
 from aspp_ext.ops import (
     atrous_separable_pyramid,
@@ -375,3 +376,88 @@ def test_forward_mode_and_transforms_are_pytorchs() -> None:
     leaf = x.detach().requires_grad_()
     (expected,) = torch.autograd.grad(result(leaf).square().sum(), leaf)
     torch.testing.assert_close(torch.func.grad(lambda x: result(x).square().sum())(x), expected)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "statistics": {"x": t(2, 6, 5, 7), "depthwise": [D, t(0)], "rates": [2, 3, 1, 1]},
+    "": {
+        "x": t(2, 6, 5, 7),
+        "depthwise": [D, t(0)],
+        "pointwise": P,
+        "rates": [2, 3, 1, 1],
+        "scale": t(12),
+        "shift": t(12),
+        "relu": True,
+        "stored": [t(2, 6, 5, 7)],
+    },
+}
+STEPS["_sums"] = {"grad": t(2, 7, 5, 7), **STEPS[""]}
+del STEPS["_sums"]["stored"]
+STEPS["_backward"] = STEPS["_sums"] | {"a": t(12), "b": t(12)}
+STEPS["_backward"] |= {"need_x": True, "need_depthwise": True, "need_pointwise": True}
+EACH = "must have one value per branch and channel (12), got shape"
+BAD_STEPS = [
+    ("statistics", {"x": t(0, 6, 5, 7)}, "statistics need at least one sample, got a batch of 0"),
+    ("statistics", {"depthwise": [], "rates": []},
+        "depthwise_weights must hold at least one branch, got an empty list"),
+    ("statistics", {"rates": [2, 3]}, "atrous_rates must have one rate per branch, got 1 for 2 "
+        "branches"),
+    ("statistics", {"depthwise": [t(0), t(5, 1, 3, 3)]},
+        "depthwise_weights[1] must be [6, 1, kh, kw], got shape [5, 1, 3, 3]"),
+    ("statistics", {"depthwise": [t(6, 1, 3, 3, dtype=F64), t(0)]},
+        "depthwise_weights[0] must have x's dtype float32, got float64"),
+    ("", {"scale": t(6)}, f"scale {EACH} [6]"),
+    ("", {"shift": t(12, 1)}, f"shift {EACH} [12, 1]"),
+    ("", {"scale": t(12, dtype=BF16)},
+        "scale must have the dtype of x's sums float32, got bfloat16"),
+    ("", {"stored": [t(2, 6, 5, 7)] * 2},
+        "stored must be empty or have one entry per branch with a depthwise weight, got 2 for 1 "
+        "branches"),
+    ("", {"stored": [t(2, 6, 5, 6)]},
+        "stored[0] must have x's shape [2, 6, 5, 7], got shape [2, 6, 5, 6]"),
+    ("", {"stored": [t(2, 6, 5, 7, dtype=F64)]},
+        "stored[0] must have x's dtype float32, got float64"),
+    ("_sums", {"grad": t(2, 8, 5, 7)},
+        "grad must have the output's shape [2, 7, 5, 7], got [2, 8, 5, 7]"),
+    ("_sums", {"shift": t(12, dtype=F64)},
+        "shift must have the dtype of x's sums float32, got float64"),
+    ("_backward", {"grad": t(2, 7, 5, 7, dtype=BF16)},
+        "grad must have x's dtype float32, got bfloat16"),
+    ("_backward", {"a": t(6)}, f"a {EACH} [6]"),
+    ("_backward", {"b": t(12, dtype=BF16)},
+        "b must have the dtype of x's sums float32, got bfloat16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("step", STEPS)
+def test_refusals_of_the_steps(step, device) -> None:
+    """The kernels and the fakes refuse in the same words."""
+    if device == "cpu" and not EMULATED:
+        pytest.skip("needs the library of test_emulated.py")
+
+    def call(change: dict[str, Any]) -> None:
+        arguments = tree_map_only(Tensor, lambda t: t.to(device), STEPS[step] | change)
+        operator(step)(*arguments.values())
+
+    call({})
+    for of_step, change, sentence in BAD_STEPS:
+        if of_step == step:
+            with pytest.raises((RuntimeError, ValueError, TypeError)) as refusal:
+                call(change)
+            assert str(refusal.value).partition("\n")[0] == f"{OP}: {sentence}"
+
+
+@by_kernels
+def test_an_empty_batch_of_the_steps() -> None:
+    empty = {"x": t(0, 6, 5, 7), "grad": t(0, 7, 5, 7), "stored": [t(0, 6, 5, 7)]}
+
+    def call(step: str) -> Any:
+        changed = {k: empty.get(k, v) for k, v in STEPS[step].items()}
+        return operator(step)(*changed.values())
+
+    assert call("").shape == (0, 7, 5, 7)
+    assert not any(v.any() for v in call("_sums"))
+    of_x, *lists = call("_backward")
+    assert of_x.shape == (0, 6, 5, 7)
+    assert not any(v.any() for tensors in lists for v in tensors)
