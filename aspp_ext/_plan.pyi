@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 Pass = Literal["forward", "grad_input", "grad_weight", "separable"]
+Math = Literal["bfloat16", "float16", "tf32", "float32", "float64"]
 Order = Literal["regions", "merged", "linear", "cheapest", "phases"]
 
 class Interval:
@@ -398,15 +399,20 @@ class FusedChoice:
         """Live taps of the branch with most."""
 
     @property
-    def fused(self) -> float: ...
+    def fused(self) -> float:
+        """0 where it cannot run, as halo_pixels and most_taps."""
+
     @property
     def stored(self) -> float: ...
     @property
-    def fused_batch_norm(self) -> float:
-        """The cost where statistics of the depthwise results have to come first."""
+    def recomputed_batch_norm(self) -> float:
+        """The cost where the depthwise results' statistics come first, and the results are then
+        computed once more, fused or through memory."""
 
     @property
-    def stored_batch_norm(self) -> float: ...
+    def stored_batch_norm(self) -> float:
+        """The same where the statistics' pass stores the results and another normalises them."""
+
     @property
     def why_not(self) -> str:
         """Why the fused kernel cannot run; empty where it can."""
@@ -414,11 +420,11 @@ class FusedChoice:
     @property
     def is_fused(self) -> bool: ...
     @property
-    def is_fused_in_batch_norm(self) -> bool: ...
+    def recomputes_in_batch_norm(self) -> bool: ...
 
 def choose_fused(
     problem: Problem,
-    math: Literal["bfloat16", "float16", "tf32", "float32", "float64"],
+    math: Math,
     shared_bytes: int,
 ) -> FusedChoice:
     """The choice for blocks of at most so much shared memory.

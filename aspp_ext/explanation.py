@@ -13,6 +13,7 @@ from . import _gpu, _native, _triton
 from .dispatch import IMPLEMENTATIONS, Problem, select
 from .ops import checks
 from .ops.precision import allows_tf32
+from .ops.separable_choice import fused_choice
 from .verified import VERIFIED
 
 if TYPE_CHECKING:
@@ -119,28 +120,24 @@ def _separable_on_cuda(
     x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int]
 ) -> str:
     """How CUDA's forward of a separable pyramid is computed: fused, or through memory."""
-    from . import _plan
-
-    if not x.is_cuda:
-        return ""
-    n, c, h, w = (int(s) for s in x.shape)
-    problem = _plan.Problem(n, h, w, _branches(kernels, rates, outs), in_channels=c)
-    math: Any = "tf32" if allows_tf32(x) else checks.dtype_name(x.dtype)
-    return describe_choice(_plan.choose_fused(problem, math, _gpu.shared_bytes(x.device)))
+    return describe_choice(fused_choice(x, kernels, rates, outs)) if x.is_cuda else ""
 
 
 def describe_choice(choice: _plan.FusedChoice) -> str:
     """In words; costs count taps of depthwise work on a pixel, of all branches."""
-    if choice.why_not:
-        return f"through memory: {choice.why_not}"
 
-    def way(fused: bool, by_fused: float, by_stored: float) -> str:
-        costs = (by_fused, by_stored) if fused else (by_stored, by_fused)
-        names = ("fused", "through memory") if fused else ("through memory", "fused")
-        return f"{names[0]}, {costs[0]:.1f} taps a pixel against {costs[1]:.1f} {names[1]}"
+    def way(first: bool, names: tuple[str, str], costs: tuple[float, float]) -> str:
+        chosen, other = (0, 1) if first else (1, 0)
+        against = f"{costs[chosen]:.1f} taps a pixel against {costs[other]:.1f} {names[other]}"
+        return f"{names[chosen]}, {against}"
 
-    plain = way(choice.is_fused, choice.fused, choice.stored)
-    normed = way(choice.is_fused_in_batch_norm, choice.fused_batch_norm, choice.stored_batch_norm)
+    plain = f"through memory: {choice.why_not}"
+    if not choice.why_not:
+        costs = (choice.fused, choice.stored)
+        plain = way(choice.is_fused, ("fused", "through memory"), costs)
+    costs = (choice.recomputed_batch_norm, choice.stored_batch_norm)
+    names = ("depthwise results computed again", "stored")
+    normed = way(choice.recomputes_in_batch_norm, names, costs)
     return f"{plain}; with a training batch norm between: {normed}"
 
 

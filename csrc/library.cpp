@@ -37,6 +37,28 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "bool between_relu, bool need_x, bool need_depthwise, bool need_pointwise, "
       "bool need_between, bool tf32=False) "
       "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])");
+  // CUDA, the steps of a training batch norm between depthwise and pointwise. Vectors [branches *
+  // C] are in float32, or float64 for float64; what a plain branch has in them is zero or not read.
+  // Of the depthwise results e: the mean, the sum of squared differences from it and, with store,
+  // e of each branch with a depthwise weight [N, C, H, W], channels_last
+  m.def(
+      "atrous_depthwise_statistics(Tensor x, Tensor[] depthwise, int[] rates, bool store=False) "
+      "-> (Tensor, Tensor, Tensor[])");
+  // scale and shift [branches * C]: what is between; stored: as above, or empty
+  m.def(
+      "atrous_separable_norm(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
+      "Tensor scale, Tensor shift, bool relu, Tensor[] stored, bool tf32=False) -> Tensor");
+  // With m the gradient of e * scale + shift: the sums of m * e and of m [branches * C]
+  m.def(
+      "atrous_separable_norm_sums(Tensor grad, Tensor x, Tensor[] depthwise, Tensor[] pointwise, "
+      "int[] rates, Tensor scale, Tensor shift, bool relu, bool tf32=False) -> (Tensor, Tensor)");
+  // The gradient of e being m * scale + a + b * e, those of x, depthwise and pointwise; what is not
+  // needed is an empty tensor or an empty list
+  m.def(
+      "atrous_separable_norm_backward(Tensor grad, Tensor x, Tensor[] depthwise, "
+      "Tensor[] pointwise, int[] rates, Tensor scale, Tensor shift, bool relu, Tensor a, Tensor b, "
+      "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
+      "-> (Tensor, Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
   // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]
   m.def(

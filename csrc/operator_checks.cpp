@@ -43,6 +43,23 @@ PyramidShape check_weights(const char* op, PyramidShape shape, const Tensor& lik
   return shape;
 }
 
+void check_depthwise_weight(const char* op, size_t b, const Tensor& weight, const Tensor& x) {
+  const std::string name = entry("depthwise_weights", b);
+  check_kernel(op, name, weight);
+  check_like(op, name, weight, x);
+  require(weight.size(0) == x.size(1) && weight.size(1) == 1, op, ": ", name, " must be [",
+          x.size(1), ", 1, kh, kw], got shape ", shape_of(weight));
+}
+
+void check_depthwise_limits(const char* op, const std::vector<Tensor>& depthwise,
+                            const Limits& limits) {
+  for (size_t b = 0; b < depthwise.size(); ++b) {
+    if (depthwise[b].numel() == 0) continue;
+    check_kernel_limit(op, entry("depthwise_weights", b), depthwise[b].size(2),
+                       depthwise[b].size(3), limits);
+  }
+}
+
 }  // namespace
 
 PyramidShape check_dense(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
@@ -114,20 +131,52 @@ PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<
     require(pointwise[b].size(1) == shape.channels, op, ": ", name, " has ", pointwise[b].size(1),
             " input channels but x has ", shape.channels);
     shape.out_channels += pointwise[b].size(0);
-    if (depthwise[b].numel() == 0) continue;
-    const std::string depth = entry("depthwise_weights", b);
-    check_kernel(op, depth, depthwise[b]);
-    check_like(op, depth, depthwise[b], x);
-    require(depthwise[b].size(0) == shape.channels && depthwise[b].size(1) == 1, op, ": ", depth,
-            " must be [", shape.channels, ", 1, kh, kw], got shape ", shape_of(depthwise[b]));
+    if (depthwise[b].numel() > 0) check_depthwise_weight(op, b, depthwise[b], x);
   }
-  for (size_t b = 0; b < depthwise.size(); ++b) {
-    if (depthwise[b].numel() == 0) continue;
-    const std::string depth = entry("depthwise_weights", b);
-    check_kernel_limit(op, depth, depthwise[b].size(2), depthwise[b].size(3), limits);
-  }
+  check_depthwise_limits(op, depthwise, limits);
   check_limits(op, shape, pointwise.size(), limits);
   return shape;
+}
+
+PyramidShape check_depthwise(const char* op, const Tensor& x, const std::vector<Tensor>& depthwise,
+                             const std::vector<int64_t>& rates, const Limits& limits) {
+  check_image(op, "x", x);
+  require(!depthwise.empty(), op,
+          ": depthwise_weights must hold at least one branch, got an empty list");
+  check_rates(op, rates, depthwise.size());
+  for (size_t b = 0; b < depthwise.size(); ++b)
+    if (depthwise[b].numel() > 0) check_depthwise_weight(op, b, depthwise[b], x);
+  require(x.size(0) > 0, op, ": statistics need at least one sample, got a batch of 0");
+  const PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), x.size(1)};
+  check_depthwise_limits(op, depthwise, limits);
+  check_limits(op, shape, depthwise.size(), limits);
+  return shape;
+}
+
+void check_channel_vector(const char* op, const char* name, const Tensor& v, const Tensor& x,
+                          size_t branches) {
+  const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  require(v.scalar_type() == type, op, ": ", name, " must have the dtype of x's sums ",
+          dtype_name(type), ", got ", dtype_name(v.scalar_type()));
+  require(v.device() == x.device(), op, ": ", name, " must be on x's device ", device_name(x),
+          ", got ", device_name(v));
+  const int64_t values = int64_t(branches) * x.size(1);
+  require(v.dim() == 1 && v.size(0) == values, op, ": ", name,
+          " must have one value per branch and channel (", values, "), got shape ", shape_of(v));
+}
+
+void check_stored(const char* op, const std::vector<Tensor>& stored, const Tensor& x,
+                  const std::vector<Tensor>& depthwise) {
+  const auto is_given = [](const Tensor& weight) { return weight.numel() > 0; };
+  const auto branches = std::count_if(depthwise.begin(), depthwise.end(), is_given);
+  require(stored.empty() || int64_t(stored.size()) == branches, op,
+          ": stored must be empty or have one entry per branch with a depthwise weight, got ",
+          stored.size(), " for ", branches, " branches");
+  for (size_t i = 0; i < stored.size(); ++i) {
+    check_like(op, entry("stored", i), stored[i], x);
+    require(shape_of(stored[i]) == shape_of(x), op, ": ", entry("stored", i),
+            " must have x's shape ", shape_of(x), ", got shape ", shape_of(stored[i]));
+  }
 }
 
 void check_between(const char* op, const Tensor& x, const std::vector<Tensor>& scale,

@@ -26,6 +26,15 @@ PyramidShape check_dense_grad_weight(const Tensor& grad, const Tensor& x,
 PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<Tensor>& depthwise,
                              const std::vector<Tensor>& pointwise,
                              const std::vector<int64_t>& rates, const Limits& limits);
+// The depthwise convolutions alone, of a batch that has statistics.
+PyramidShape check_depthwise(const char* op, const Tensor& x, const std::vector<Tensor>& depthwise,
+                             const std::vector<int64_t>& rates, const Limits& limits);
+// [branches * C] in the type of sums: float64 for float64, else float32.
+void check_channel_vector(const char* op, const char* name, const Tensor& v, const Tensor& x,
+                          size_t branches);
+// Empty, or [N, C, H, W] of each branch with a depthwise weight.
+void check_stored(const char* op, const std::vector<Tensor>& stored, const Tensor& x,
+                  const std::vector<Tensor>& depthwise);
 void check_between(const char* op, const Tensor& x, const std::vector<Tensor>& scale,
                    const std::vector<Tensor>& shift, const std::vector<Tensor>& depthwise);
 void check_grad(const char* op, const Tensor& grad, const Tensor& x, const PyramidShape& shape);

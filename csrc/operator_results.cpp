@@ -28,6 +28,15 @@ Tensor empty_as(const Tensor& like) {
   return torch::stable::new_empty(like, sizes);
 }
 
+std::vector<Tensor> empty_each(const std::vector<Tensor>& like, bool needed, bool zero) {
+  std::vector<Tensor> made;
+  for (size_t i = 0; needed && i < like.size(); ++i) {
+    made.push_back(with_memory([&] { return empty_as(like[i]); }));
+    if (zero) torch::stable::zero_(made.back());
+  }
+  return made;
+}
+
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   return with_memory([&] { return torch::stable::new_empty(like, {sizes.data(), sizes.size()}); });
 }

@@ -23,6 +23,8 @@ Tensor empty_image(const Tensor& like, int64_t batch, int64_t channels, const Py
                    bool channels_last);
 
 Tensor empty_as(const Tensor& like);  // contiguous
+// Of each; an empty list where they are not needed.
+std::vector<Tensor> empty_each(const std::vector<Tensor>& like, bool needed, bool zero);
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes);
 
 }  // namespace aspp

@@ -254,11 +254,11 @@ void bind_fused_choice(py::module_& module) {
       .def_readonly("most_taps", &FusedChoice::taps)
       .def_readonly("fused", &FusedChoice::fused)
       .def_readonly("stored", &FusedChoice::stored)
-      .def_readonly("fused_batch_norm", &FusedChoice::fused_batch_norm)
+      .def_readonly("recomputed_batch_norm", &FusedChoice::recomputed_batch_norm)
       .def_readonly("stored_batch_norm", &FusedChoice::stored_batch_norm)
       .def_readonly("why_not", &FusedChoice::why_not)
       .def_property_readonly("is_fused", &FusedChoice::is_fused)
-      .def_property_readonly("is_fused_in_batch_norm", &FusedChoice::is_fused_in_batch_norm);
+      .def_property_readonly("recomputes_in_batch_norm", &FusedChoice::recomputes_in_batch_norm);
   module.def(
       "choose_fused",
       [](const Problem& problem, const std::string& math, Index shared_bytes) {

@@ -41,6 +41,7 @@ SUITES = {
     "calls": Suite(["test_emulated_calls", "test_layouts", "test_cuda_limits"]),
     "separable calls": Suite(["test_emulated_separable"]),
     "statistics": Suite(["test_emulated_statistics"]),
+    "norm": Suite(["test_separable_norm"]),
     "head": Suite(["test_head_composed"], "not compile and not export"),
     "gradients": Suite(["test_backward", "test_second_order"], f"{PYRAMIDS} and not gradgradcheck"),
     "contract": Suite(["test_contract", "test_opcheck", "test_autocast", "test_fuzz"], PYRAMIDS),

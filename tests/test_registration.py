@@ -33,19 +33,31 @@ SCHEMAS = {
     "Tensor[] pointwise, int[] rates, Tensor[] between_scale, Tensor[] between_shift, "
     "bool between_relu, bool need_x, bool need_depthwise, bool need_pointwise, "
     "bool need_between, bool tf32=False) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
+    "atrous_depthwise_statistics": "(Tensor x, Tensor[] depthwise, int[] rates, "
+    "bool store=False) -> (Tensor, Tensor, Tensor[])",
+    "atrous_separable_norm": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
+    "Tensor scale, Tensor shift, bool relu, Tensor[] stored, bool tf32=False) -> Tensor",
+    "atrous_separable_norm_sums": "(Tensor grad, Tensor x, Tensor[] depthwise, "
+    "Tensor[] pointwise, int[] rates, Tensor scale, Tensor shift, bool relu, bool tf32=False) "
+    "-> (Tensor, Tensor)",
+    "atrous_separable_norm_backward": "(Tensor grad, Tensor x, Tensor[] depthwise, "
+    "Tensor[] pointwise, int[] rates, Tensor scale, Tensor shift, bool relu, Tensor a, Tensor b, "
+    "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
+    "-> (Tensor, Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift) "
     "-> Tensor",
     "cpu_isa": "() -> str",
 }
 TRITON = "_triton"
-WITHOUT_SIBLING = ["aspp_inference", "cpu_isa"]
+STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
+WITHOUT_SIBLING = ["aspp_inference", "cpu_isa", *STEPS_OF_A_NORM]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]
-ON_CUDA_ALONE = ["atrous_pyramid_statistics"]
-CALLED_BY_USERS = ["atrous_pyramid", "atrous_separable_pyramid", "aspp_inference"]
-CALLED_BY_USERS += [f"{name}{TRITON}" for name in (*CALLED_BY_USERS[:2], *ON_CUDA_ALONE)]
+ON_CUDA_ALONE = ["atrous_pyramid_statistics", *STEPS_OF_A_NORM]
+WITH_AUTOCAST = ["atrous_pyramid", "atrous_separable_pyramid", "atrous_pyramid_statistics"]
+WITH_AUTOCAST = [*WITH_AUTOCAST, *(f"{name}{TRITON}" for name in WITH_AUTOCAST), "aspp_inference"]
 each_op = pytest.mark.parametrize("name", TENSOR_OPS)
 
 
@@ -90,7 +102,7 @@ def test_kernel(name, key) -> None:
     assert has_kernel(name, key) is not absent
 
 
-@pytest.mark.parametrize("name", [*CALLED_BY_USERS, *ON_CUDA_ALONE])
+@pytest.mark.parametrize("name", WITH_AUTOCAST)
 @pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
 def test_autocast_kernel(name, key) -> None:
     assert has_kernel(name, key)

@@ -164,16 +164,65 @@ def check_separable(
         if p.size(1) != x.size(1):
             raise ValueError(f"{op}: {name} has {p.size(1)} input channels but x has {x.size(1)}")
         total += p.size(0)
-        if d.numel() == 0:
-            continue
-        name = f"depthwise_weights[{b}]"
-        check_kernel(op, name, d)
-        check_like(op, name, d, x)
-        if d.size(0) != x.size(1) or d.size(1) != 1:
-            raise ValueError(
-                f"{op}: {name} must be [{x.size(1)}, 1, kh, kw], got shape {_shape(d)}"
-            )
+        if d.numel():
+            _check_depthwise_weight(op, f"depthwise_weights[{b}]", d, x)
     return total
+
+
+def _check_depthwise_weight(op: str, name: str, d: Tensor, x: Tensor) -> None:
+    check_kernel(op, name, d)
+    check_like(op, name, d, x)
+    if d.size(0) != x.size(1) or d.size(1) != 1:
+        raise ValueError(f"{op}: {name} must be [{x.size(1)}, 1, kh, kw], got shape {_shape(d)}")
+
+
+def check_depthwise(op: str, x: Tensor, depthwise: Sequence[Tensor], rates: Sequence[int]) -> None:
+    """Checks the depthwise convolutions alone, of a batch that has statistics."""
+    check_image(op, "x", x)
+    if not depthwise:
+        raise ValueError(
+            f"{op}: depthwise_weights must hold at least one branch, got an empty list"
+        )
+    check_rates(op, rates, len(depthwise))
+    for b, d in enumerate(depthwise):
+        if d.numel():
+            _check_depthwise_weight(op, f"depthwise_weights[{b}]", d, x)
+    if x.size(0) == 0:
+        raise ValueError(f"{op}: statistics need at least one sample, got a batch of 0")
+
+
+def check_channel_vector(
+    op: str, name: str, v: Tensor, x: Tensor, branches: int, wide: torch.dtype
+) -> None:
+    """``[branches * C]`` in ``wide``, the dtype of sums."""
+    if v.dtype != wide:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of x's sums {dtype_name(wide)}, got "
+            f"{dtype_name(v.dtype)}"
+        )
+    if v.device != x.device:
+        raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {v.device}")
+    values = branches * x.size(1)
+    if v.dim() != 1 or v.size(0) != values:
+        raise ValueError(
+            f"{op}: {name} must have one value per branch and channel ({values}), got shape "
+            f"{_shape(v)}"
+        )
+
+
+def check_stored(op: str, stored: Sequence[Tensor], x: Tensor, depthwise: Sequence[Tensor]) -> None:
+    branches = sum(d.numel() > 0 for d in depthwise)
+    if len(stored) not in (0, branches):
+        raise ValueError(
+            f"{op}: stored must be empty or have one entry per branch with a depthwise weight, got "
+            f"{len(stored)} for {branches} branches"
+        )
+    for i, t in enumerate(stored):
+        check_like(op, f"stored[{i}]", t, x)
+        if t.shape != x.shape:
+            raise ValueError(
+                f"{op}: stored[{i}] must have x's shape {_shape(x)}, got shape {_shape(t)}"
+            )
 
 
 def check_between(

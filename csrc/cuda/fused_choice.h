@@ -16,18 +16,19 @@ inline constexpr double kStoredTaps = 4;
 
 // Costs count taps of depthwise work on a pixel, its product with a tile's width of output channels
 // being kPointwiseTaps, summed over the branches. Fused, the taps are computed for each width.
+//
+// Where a training batch norm is between, the depthwise results' statistics come first. Either that
+// pass stores nothing and the results are computed once more, in the way that costs less; or it
+// stores them, and a further pass reads them, normalises them and writes what the 1x1s read.
 struct FusedChoice {
   int shape = -1;                // of tile_shape; -1: through memory
-  int32_t pixels = 0, taps = 0;  // of the widest halo, of the branch with most
-  double fused = 0, stored = 0;  // costs
-  double fused_batch_norm = 0;   // the same where statistics of the depthwise results come first
-  double stored_batch_norm = 0;
+  int32_t pixels = 0, taps = 0;  // of the widest halo, of the branch with most; 0 where not fused
+  double fused = 0, stored = 0;  // costs; that of what cannot be fused is 0
+  double recomputed_batch_norm = 0, stored_batch_norm = 0;
   std::string why_not;  // fused, in words; empty where it can be
 
   bool is_fused() const { return shape >= 0 && fused <= stored; }
-  bool is_fused_in_batch_norm() const {
-    return shape >= 0 && fused_batch_norm <= stored_batch_norm;
-  }
+  bool recomputes_in_batch_norm() const { return recomputed_batch_norm <= stored_batch_norm; }
 };
 
 inline FusedChoice choose_fused(Math math, const plan::Problem& problem, int64_t shared_bytes) {
@@ -50,13 +51,13 @@ inline FusedChoice choose_fused(Math math, const plan::Problem& problem, int64_t
            FusedLayout(tile_shape(math, shape), math, int32_t(pixels), int32_t(taps)).total <=
                shared_bytes;
   };
+  const int wide = pick_shape(math, widest, INT32_MAX);
   if (math == Math::float64) {
     choice.why_not = "float64 has no fused kernel";
   } else if (taps > kMaxFusedTaps) {
     choice.why_not =
         plan::sentence("a branch has ", taps, " live taps, the fused kernel takes ", kMaxFusedTaps);
   } else {
-    const int wide = pick_shape(math, widest, INT32_MAX);
     for (int shape = wide; shape < kShapes && choice.shape < 0; ++shape)
       if (fits(shape)) choice.shape = shape;
     if (choice.shape < 0)
@@ -64,21 +65,25 @@ inline FusedChoice choose_fused(Math math, const plan::Problem& problem, int64_t
           plan::sentence("a tile's halo of ", pixels, " pixels does not fit in a block's ",
                          shared_bytes, " bytes of shared memory");
   }
-  if (choice.shape < 0) return choice;
-  choice.pixels = int32_t(pixels);
-  choice.taps = int32_t(taps);
-  const int64_t n = tile_shape(math, choice.shape).n;
+  const bool fusible = choice.shape >= 0;
+  if (fusible) {
+    choice.pixels = int32_t(pixels);
+    choice.taps = int32_t(taps);
+  }
+  const int64_t n = tile_shape(math, fusible ? choice.shape : wide).n;
+  double statistics = 0;
   for (plan::Index b = 0; b < problem.branch_count(); ++b) {
     const plan::Branch& branch = problem.branches[b];
     if (branch.kernel.h * branch.kernel.w == 1) continue;  // the same both ways
     const double live = double(live_pixel_taps(problem, b)) / double(area);
     const double widths = double(plan::ceil_div(branch.out_channels, n));
     const double products = widths * double(plan::kPointwiseTaps);
-    choice.fused += widths * live + products;
+    statistics += live;
+    if (fusible) choice.fused += widths * live + products;
     choice.stored += live + kStoredTaps + products;
-    choice.fused_batch_norm += live + widths * live + products;
-    choice.stored_batch_norm += live + kStoredTaps + products;
+    choice.stored_batch_norm += live + 2 * kStoredTaps + products;
   }
+  choice.recomputed_batch_norm = statistics + (choice.is_fused() ? choice.fused : choice.stored);
   return choice;
 }
 

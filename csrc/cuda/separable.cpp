@@ -54,15 +54,6 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
 using Gradients = std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
                              std::vector<Tensor>>;
 
-std::vector<Tensor> results(const std::vector<Tensor>& like, bool needed, bool zero) {
-  std::vector<Tensor> made;
-  for (size_t i = 0; needed && i < like.size(); ++i) {
-    made.push_back(with_memory([&] { return empty_as(like[i]); }));
-    if (zero) torch::stable::zero_(made.back());
-  }
-  return made;
-}
-
 Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> depthwise,
                              std::vector<Tensor> pointwise, std::vector<int64_t> rates,
                              std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
@@ -76,8 +67,10 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
     const int64_t empty[] = {0};
     return {need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
                    : torch::stable::new_empty(x, {empty, 1}),
-            results(depthwise, need_depthwise, zero), results(pointwise, need_pointwise, zero),
-            results(between_scale, need_between, zero), results(between_shift, need_between, zero)};
+            empty_each(depthwise, need_depthwise, zero),
+            empty_each(pointwise, need_pointwise, zero),
+            empty_each(between_scale, need_between, zero),
+            empty_each(between_shift, need_between, zero)};
   };
   if (shape.batch == 0) return make_results(true);
 

@@ -13,6 +13,10 @@ const void* skip_samples(const SeparableProblem& problem, int64_t samples, int64
   return static_cast<const char*>(problem.shift) + samples * problem.shape.out_channels * bytes;
 }
 
+void launch(const Operands& operands, const DepthwiseParams& params) {
+  check_cuda(operands.op(), launch_depthwise_sm80(operands.math(), params, operands.stream()));
+}
+
 }  // namespace
 
 void stored_forward(Operands& operands, const SeparableProblem& problem, const Rows& out) {
@@ -52,7 +56,15 @@ void stored_forward(Operands& operands, const SeparableProblem& problem, const R
     PyramidCall call(operands, plan::Pass::forward, slice, kernels, rates);
     depthwise.shape = depthwise_shape(operands, slice);
     depthwise.x = x.data;
-    check_cuda(operands.op(), launch_depthwise_sm80(operands.math(), depthwise, operands.stream()));
+    if (problem.sources.empty()) launch(operands, depthwise);
+    for (size_t i = 0; i < problem.sources.size(); ++i) {
+      DepthwiseParams one = depthwise;
+      one.x = skip(problem.sources[i], first * plane, bytes).data;
+      one.x_pitch = problem.sources[i].pitch;
+      one.branches = 1;
+      one.branch[0] = depthwise.branch[i];
+      launch(operands, one);
+    }
     for (size_t b = 0; b < kernels.size(); ++b) {
       call.params.branches[b].weight = problem.pointwise[b];
       call.set_a(b, problem.branches[b].filter == nullptr ? x : reads[b]);
@@ -66,7 +78,8 @@ void stored_forward(Operands& operands, const SeparableProblem& problem, const R
 
 DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
                                       const PyramidShape& shape, const Rows& x,
-                                      const std::vector<DepthwiseBranch>& branches) {
+                                      const std::vector<DepthwiseBranch>& branches,
+                                      const std::vector<Rows>& results) {
   const Math math = operands.math();
   const auto type = math == Math::float64 ? ScalarType::Double : ScalarType::Float;
   const int64_t size[] = {int64_t(branches.size()) * shape.channels};
@@ -88,6 +101,10 @@ DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
     if (branches[b].filter == nullptr) continue;
     const int64_t own = params.branches++;
     params.branch[own] = {branches[b], nullptr};
+    if (!results.empty()) {
+      params.branch[own].out = results[size_t(own)].data;
+      params.out_pitch = results[size_t(own)].pitch;
+    }
     combine.branch[own] = {
         operands.narrow("the tiles of all branches", own * tiles),
         operands.narrow("the tiles of a branch", tiles),
@@ -106,19 +123,9 @@ DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
   combine.rows = 1;
   combine.tile_n = columns;
   combine.branches = params.branches;
-  check_cuda(operands.op(), launch_depthwise_sm80(math, params, operands.stream()));
+  launch(operands, params);
   check_cuda(operands.op(), launch_combine_sm80(math, combine, operands.stream()));
   return moments;
-}
-
-DepthwiseMoments depthwise_statistics(const char* op, const Tensor& x,
-                                      const std::vector<Tensor>& depthwise,
-                                      const std::vector<int64_t>& rates) {
-  Operands operands(op, x, math_of(x, false));
-  const PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), 0};
-  const std::vector<DepthwiseBranch> branches =
-      depthwise_branches(operands, shape.channels, depthwise, rates, {}, {});
-  return depthwise_statistics(operands, x, shape, operands.image(x), branches);
 }
 
 }  // namespace aspp::cuda

@@ -17,6 +17,8 @@ struct SeparableProblem {
   std::vector<const void*> pointwise;     // per branch [O, padded C], as Operands::weight makes it
   std::vector<int64_t> out_channels;      // per branch O
   bool between_relu = false;
+  // Of each branch with depthwise taps what these read [P, pitch], through memory; empty: x.
+  std::vector<Rows> sources;
 
   const void* scale = nullptr;  // [sum O], null for none
   const void* shift = nullptr;  // [sum O] or [N, sum O], null for none
@@ -87,16 +89,14 @@ void stored_backward(Operands& operands, const PyramidShape& shape, const Rows& 
                      const SeparableGradients& to);
 
 // Of the rounded e of all branches, per channel: the mean, and the sum of squared differences from
-// it. [branches * C] of type Sum; zeros where a branch is plain. Nothing is stored but sums.
+// it. [branches * C] of type Sum; zeros where a branch is plain. With `results`, rows of padded C
+// channels for each branch with depthwise taps, e itself is stored there; else sums alone.
 struct DepthwiseMoments {
   Tensor mean, squares;
 };
 DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
                                       const PyramidShape& shape, const Rows& x,
-                                      const std::vector<DepthwiseBranch>& branches);
-// The same from tensors that have been checked.
-DepthwiseMoments depthwise_statistics(const char* op, const Tensor& x,
-                                      const std::vector<Tensor>& depthwise,
-                                      const std::vector<int64_t>& rates);
+                                      const std::vector<DepthwiseBranch>& branches,
+                                      const std::vector<Rows>& results);
 
 }  // namespace aspp::cuda
