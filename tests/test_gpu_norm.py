@@ -51,6 +51,13 @@ def test_low_precision(dtype, store, monkeypatch) -> None:
     checks.check_gradients_in_low_precision(PROBLEMS["aspp"], dtype, DEVICE)
 
 
+@checks.each_store
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_a_large_mean_costs_few_digits(dtype, store, monkeypatch) -> None:
+    checks.choosing(monkeypatch, store)
+    checks.check_large_mean(dtype, DEVICE)
+
+
 @pytest.mark.parametrize("path", checks.PATHS)
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_error_law(dtype, path) -> None:

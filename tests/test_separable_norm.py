@@ -96,6 +96,14 @@ def test_low_precision(dtype, store, monkeypatch) -> None:
     checks.check_gradients_in_low_precision(MANY, dtype, "cpu")
 
 
+@by_kernels
+@checks.each_store
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_a_large_mean_costs_few_digits(dtype, store, monkeypatch) -> None:
+    checks.choosing(monkeypatch, store)
+    checks.check_large_mean(dtype, "cpu")
+
+
 @checks.each_store
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_gradcheck(activation, store, monkeypatch) -> None:
