@@ -14,8 +14,8 @@ namespace aspp::cuda {
 // (as plan::kPointwiseTaps): an estimate.
 inline constexpr double kStoredTaps = 4;
 
-// Costs count taps of depthwise work on a pixel, its product with a tile's width of output channels
-// being kPointwiseTaps, summed over the branches. Fused, the taps are computed for each width.
+// Costs count taps of depthwise work on a pixel, its product with 256 output channels being
+// kPointwiseTaps, summed over the branches. Fused, the taps are computed for each width of a tile.
 //
 // Where a training batch norm is between, the depthwise results' statistics come first. Either that
 // pass stores nothing and the results are computed once more, in the way that costs less; or it
@@ -70,18 +70,24 @@ inline FusedChoice choose_fused(Math math, const plan::Problem& problem, int64_t
     choice.pixels = int32_t(pixels);
     choice.taps = int32_t(taps);
   }
+  // What paying for whole tiles of n columns makes of a branch's output channels.
+  const auto widths = [](const plan::Branch& branch, int64_t n) {
+    return double(plan::ceil_div(branch.out_channels, n));
+  };
+  const auto product = [&](const plan::Branch& branch, int64_t n) {
+    return widths(branch, n) * double(n) / 256 * double(plan::kPointwiseTaps);
+  };
   const int64_t n = tile_shape(math, fusible ? choice.shape : wide).n;
+  const int64_t dense_n = tile_shape(math, wide).n;
   double statistics = 0;
   for (plan::Index b = 0; b < problem.branch_count(); ++b) {
     const plan::Branch& branch = problem.branches[b];
     if (branch.kernel.h * branch.kernel.w == 1) continue;  // the same both ways
     const double live = double(live_pixel_taps(problem, b)) / double(area);
-    const double widths = double(plan::ceil_div(branch.out_channels, n));
-    const double products = widths * double(plan::kPointwiseTaps);
     statistics += live;
-    if (fusible) choice.fused += widths * live + products;
-    choice.stored += live + kStoredTaps + products;
-    choice.stored_batch_norm += live + 2 * kStoredTaps + products;
+    if (fusible) choice.fused += widths(branch, n) * live + product(branch, n);
+    choice.stored += live + kStoredTaps + product(branch, dense_n);
+    choice.stored_batch_norm += live + 2 * kStoredTaps + product(branch, dense_n);
   }
   choice.recomputed_batch_norm = statistics + (choice.is_fused() ? choice.fused : choice.stored);
   return choice;
