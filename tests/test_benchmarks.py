@@ -339,5 +339,5 @@ def test_memory_sees_an_allocation():
     if memory.why_not() is not None:
         pytest.skip(memory.why_not())
     before = memory.resident_kib("VmRSS")
-    torch.ones(16 * 2**18)  # 16 MiB, freed at once
-    assert memory.resident_kib("VmHWM") - before >= 8 * 1024
+    torch.ones(64 * 2**18)  # 64 MiB, freed at once; never from what malloc has kept
+    assert memory.resident_kib("VmHWM") - before >= 32 * 1024
