@@ -6,18 +6,23 @@ The second half tests these tests: a fault planted in the kernel's sources must 
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import emulated
 import pytest
+from planted_faults import (
+    MATHS,
+    RACE,
+    check_noticed,
+    check_orders,
+    check_passes,
+    copy_sources,
+    faulty_program,
+)
 
 SOURCES = ("csrc/plan/*.cpp", "csrc/cuda/kernels/separable*.cu")
-MATHS = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
+FUSED = ("bfloat16", "float16", "tf32", "float32")
 PROBLEMS = {"plain": 300, "address": 40, "thread": 20}
-RACE = "WARNING: ThreadSanitizer: data race"
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +30,15 @@ def programs() -> dict[str, Path]:
     return emulated.build("separable_check", list(emulated.VARIANTS), *SOURCES)
 
 
-@pytest.mark.parametrize("math", MATHS)
+@pytest.mark.parametrize("math", FUSED)
 @pytest.mark.parametrize("variant", emulated.VARIANTS)
 def test_random_problems_are_exact(programs, variant, math) -> None:
-    arguments = (str(PROBLEMS[variant]), str(MATHS[math]))
-    ran = emulated.run(programs[variant], "1", *arguments, ASPP_EMULATE_SEED="7")
-    assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
+    arguments = (PROBLEMS[variant], MATHS[math])
+    check_passes(programs[variant], 1, *arguments, ASPP_EMULATE_SEED="7")
 
 
 def test_order_of_blocks_and_threads_does_not_matter(programs) -> None:
-    for seed in range(1, 6):
-        variables = {"ASPP_EMULATE_SEED": str(seed), "ASPP_EMULATE_THREADS": str(1 + seed % 2)}
-        ran = emulated.run(programs["plain"], "300", "60", **variables)
-        assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
+    check_orders(programs["plain"], 60)
 
 
 # fault: file, what to replace, by what, build that notices it, what that says (None: wrong bits)
@@ -123,35 +124,19 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Path:
-    """A copy of csrc to plant faults in."""
-    root = tmp_path_factory.mktemp("faults")
-    shutil.copytree(emulated.ROOT / "csrc", root / "csrc")
-    return root
+def folder(tmp_path_factory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_fault_is_noticed(programs, sources, fault) -> None:
-    name, right, wrong, variant, expected = FAULTS[fault]
-    kernels = sources / "csrc/cuda/kernels"
-    text = (emulated.ROOT / "csrc/cuda/kernels" / name).read_text()
-    assert text.count(right) == 1, "the line to plant the fault in has changed"
-    (kernels / name).write_text(text.replace(right, wrong))
-    # Only the faulty kernel is compiled, and linked before the right ones.
-    kernel = kernels / "separable_bfloat16_sm80.cu"
-    objects = emulated.objects("separable_check", variant, *SOURCES)
-    objects = [path for path in objects if path.name != kernel.name + ".o"]
-    flags = emulated.flags(variant, sources / "csrc")
-    program = sources / fault
-    command = [*flags, "-x", "c++", kernel, "-x", "none", *objects, "-o", program]
-    ran = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-    (kernels / name).write_text(text)
-    assert ran.returncode == 0, ran.stderr
-
-    for seed in ("1", "2", "3"):  # of the order in which threads run
-        ran = emulated.run(program, "1", "80", "0", ASPP_EMULATE_SEED=seed)
-        if ran.returncode != 0:
-            break
-    assert ran.returncode != 0, "nothing was noticed"
-    said = ran.stdout + ran.stderr
-    assert re.search(expected or r"got \S+, expected", said), said[-5000:]
+def test_planted_fault_is_noticed(programs, folder, fault) -> None:
+    name, right, wrong, variant, says = FAULTS[fault]
+    program = faulty_program(
+        folder,
+        (name, right, wrong),
+        "separable_bfloat16_sm80.cu",
+        "separable_check",
+        variant,
+        SOURCES,
+    )
+    check_noticed(program, (1, 80, 0), says)
