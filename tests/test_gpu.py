@@ -116,6 +116,7 @@ def refused_where_it_does_not_fit() -> Iterator[None]:
     except RuntimeError as refusal:
         if "the fused kernel cannot run" not in str(refusal):
             raise
+        # Halos beyond a block's shared memory and float64: the path through memory is tested.
         pytest.skip(str(refusal).partition("\n")[0])
 
 

@@ -31,16 +31,10 @@ std::string_view wish(const char* op) {
 // Whether there is a plan.
 bool prepare(Operands& operands, const SeparableProblem& problem, Prepared& prepared,
              FusedChoice& choice) {
-  cudaError_t error = cudaSuccess;
-  try {
-    error = prepare_separable(plan_cache(), operands.math(), plan_of(problem), wish(operands.op()),
-                              operands.stream(), prepared, choice);
-  } catch (const std::logic_error& refusal) {
-    refuse(operands.op(), ": ", refusal.what());
-  } catch (const std::overflow_error& refusal) {
-    refuse(operands.op(), ": ", refusal.what());
-  }
-  check_cuda(operands.op(), error);
+  prepare_or_refuse(operands, [&] {
+    return prepare_separable(plan_cache(), operands.math(), plan_of(problem), wish(operands.op()),
+                             operands.stream(), prepared, choice);
+  });
   return prepared.plan != nullptr;
 }
 
@@ -50,15 +44,9 @@ bool fused_forward(Operands& operands, const SeparableProblem& problem, const Ro
   Prepared prepared;
   FusedChoice choice;
   if (!prepare(operands, problem, prepared, choice)) return false;
-  const char* const op = operands.op();
   const PyramidShape& shape = problem.shape;
   SeparableParams params{};
-  params.batch = operands.narrow("the batch", shape.batch);
-  params.height = operands.narrow("the height", shape.height);
-  params.width = operands.narrow("the width", shape.width);
-  params.in_channels = operands.narrow("the number of channels", shape.channels);
-  params.weight_channels =
-      operands.narrow("the number of channels", operands.padded(shape.channels));
+  set_sizes(operands, shape, params);
   params.a = problem.x.data;
   params.a_pitch = operands.narrow_pitch(problem.x);
   params.out = out.data;
@@ -80,15 +68,9 @@ bool fused_forward(Operands& operands, const SeparableProblem& problem, const Ro
     branch.out_channel = operands.narrow("the output channels", first);
     first += problem.out_channels[b];
   }
-  const DevicePlan& plan = *prepared.plan;
-  plan.describe(params);
-  if (plan.counters > 0) {
-    const int64_t bytes = plan.counters * int64_t(sizeof(uint32_t));
-    params.partials = operands.allocate(prepared.partial_bytes(operands.math()));
-    params.counters = static_cast<uint32_t*>(operands.allocate(bytes));
-    check_cuda(op, cudaMemsetAsync(params.counters, 0, size_t(bytes), operands.stream()));
-  }
-  check_cuda(op, launch_separable_sm80(operands.math(), prepared.shape, params, operands.stream()));
+  set_plan(operands, prepared, params);
+  check_cuda(operands.op(),
+             launch_separable_sm80(operands.math(), prepared.shape, params, operands.stream()));
   return true;
 }
 

@@ -18,18 +18,33 @@ std::vector<Kernel> kernels_of(const std::vector<Tensor>& weights) {
   return kernels;
 }
 
+void set_sizes(const Operands& operands, const PyramidShape& shape, WorkParams& params) {
+  params.batch = operands.narrow("the batch", shape.batch);
+  params.height = operands.narrow("the height", shape.height);
+  params.width = operands.narrow("the width", shape.width);
+  params.in_channels = operands.narrow("the number of channels", shape.channels);
+  params.weight_channels =
+      operands.narrow("the number of channels", operands.padded(shape.channels));
+}
+
+void set_plan(Operands& operands, const Prepared& prepared, WorkParams& params) {
+  const DevicePlan& plan = *prepared.plan;
+  plan.describe(params);
+  if (plan.counters == 0) return;
+  const int64_t bytes = plan.counters * int64_t(sizeof(uint32_t));
+  params.partials = operands.allocate(prepared.partial_bytes(operands.math()));
+  params.counters = static_cast<uint32_t*>(operands.allocate(bytes));
+  check_cuda(operands.op(), cudaMemsetAsync(params.counters, 0, size_t(bytes), operands.stream()));
+}
+
 PyramidCall::PyramidCall(Operands& operands, plan::Pass pass, const PyramidShape& shape,
                          const std::vector<Kernel>& kernels, const std::vector<int64_t>& rates)
     : operands_(operands),
       pass_(pass),
       math_(operands.math()) {
   prepare(shape, kernels, rates);
-  params.batch = operands.narrow("the batch", shape.batch);
-  params.height = operands.narrow("the height", shape.height);
-  params.width = operands.narrow("the width", shape.width);
-  params.in_channels = operands.narrow("the number of channels", shape.channels);
-  params.weight_channels = params.grad_weight_channels =
-      operands.narrow("the number of channels", operands.padded(shape.channels));
+  set_sizes(operands, shape, params);
+  params.grad_weight_channels = params.weight_channels;
   int64_t first = 0;
   for (size_t b = 0; b < kernels.size(); ++b) {
     BranchOperand& branch = params.branches[b];
@@ -106,22 +121,14 @@ void PyramidCall::set_statistics(const Tensor& mean, const Tensor& squares) {
 
 void PyramidCall::launch() {
   const char* const op = operands_.op();
-  const DevicePlan& plan = *prepared_.plan;
-  plan.describe(params);
-  if (plan.counters > 0) {
-    const int64_t bytes = plan.counters * int64_t(sizeof(uint32_t));
-    params.partials = operands_.allocate(prepared_.partial_bytes(math_));
-    params.counters = static_cast<uint32_t*>(operands_.allocate(bytes));
-    check_cuda(op, cudaMemsetAsync(params.counters, 0, size_t(bytes), operands_.stream()));
-  }
+  set_plan(operands_, prepared_, params);
   check_cuda(op, launch_pyramid_sm80(pass_, math_, prepared_.shape, params, operands_.stream()));
   if (combine_) check_cuda(op, launch_combine_sm80(math_, *combine_, operands_.stream()));
 }
 
 void PyramidCall::prepare(const PyramidShape& shape, const std::vector<Kernel>& kernels,
                           const std::vector<int64_t>& rates) {
-  cudaError_t error = cudaSuccess;
-  try {
+  prepare_or_refuse(operands_, [&] {
     std::vector<plan::Branch> branches;
     for (size_t b = 0; b < kernels.size(); ++b)
       branches.push_back({{kernels[b].height, kernels[b].width},
@@ -129,13 +136,8 @@ void PyramidCall::prepare(const PyramidShape& shape, const std::vector<Kernel>& 
                           kernels[b].out_channels});
     const plan::Problem problem(shape.batch, shape.height, shape.width, std::move(branches),
                                 shape.channels);
-    error = prepare_pyramid(plan_cache(), pass_, math_, problem, operands_.stream(), prepared_);
-  } catch (const std::logic_error& refusal) {
-    refuse(operands_.op(), ": ", refusal.what());
-  } catch (const std::overflow_error& refusal) {
-    refuse(operands_.op(), ": ", refusal.what());
-  }
-  check_cuda(operands_.op(), error);
+    return prepare_pyramid(plan_cache(), pass_, math_, problem, operands_.stream(), prepared_);
+  });
 }
 
 }  // namespace aspp::cuda

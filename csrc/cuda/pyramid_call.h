@@ -21,6 +21,25 @@ struct Kernel {
 
 std::vector<Kernel> kernels_of(const std::vector<Tensor>& weights);
 
+// Calls `prepare`, which returns a cudaError_t; what the planner refuses, the operator refuses.
+template <class Prepare>
+void prepare_or_refuse(const Operands& operands, Prepare&& prepare) {
+  cudaError_t error = cudaSuccess;
+  try {
+    error = prepare();
+  } catch (const std::logic_error& refusal) {
+    refuse(operands.op(), ": ", refusal.what());
+  } catch (const std::overflow_error& refusal) {
+    refuse(operands.op(), ": ", refusal.what());
+  }
+  check_cuda(operands.op(), error);
+}
+
+// What every launch over a work list is told: the batch's sizes; and the plan, with room for the
+// sums of slices.
+void set_sizes(const Operands& operands, const PyramidShape& shape, WorkParams& params);
+void set_plan(Operands& operands, const Prepared& prepared, WorkParams& params);
+
 class PyramidCall {
  public:
   PyramidParams params{};
