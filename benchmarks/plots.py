@@ -148,7 +148,7 @@ def draw_speedup(rows: Sequence[Row], path: Path) -> None:
         [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in shown.values()],
         list(shown),
         loc="outside lower center",
-        ncols=7,
+        ncols=4,
         frameon=False,
         fontsize=8,
         columnspacing=1.0,
