@@ -20,21 +20,14 @@ std::vector<BranchParams> separable_branches(Operands& operands,
       branch.kernel_w = depthwise[b].size(3);
     }
     if (pointwise.empty()) continue;
-    const Matrix weight = operands.weight(pointwise[b]);
-    branch.weight = weight.data;
-    branch.weight_row = weight.row;
+    set_weight(operands, branch, pointwise[b]);
     branch.out_channels = pointwise[b].size(0);
   }
   return branches;
 }
 
-BranchParams dense_branch(Operands& operands, const Tensor& weight, int64_t rate_h,
-                          int64_t rate_w) {
+BranchParams dense_branch(const Tensor& weight, int64_t rate_h, int64_t rate_w) {
   BranchParams branch;
-  const Matrix matrix = operands.weight(weight);
-  branch.weight = matrix.data;
-  branch.weight_tap = matrix.tap;
-  branch.weight_row = matrix.row;
   branch.kernel_h = weight.size(2);
   branch.kernel_w = weight.size(3);
   branch.rate_h = rate_h;
@@ -43,10 +36,17 @@ BranchParams dense_branch(Operands& operands, const Tensor& weight, int64_t rate
   return branch;
 }
 
-PyramidParams params_of(const Tensor& x, const PyramidShape& shape,
+void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight) {
+  const Matrix matrix = operands.weight(weight);
+  branch.weight = matrix.data;
+  branch.weight_tap = matrix.tap;
+  branch.weight_row = matrix.row;
+}
+
+PyramidParams params_of(const Image& x, const PyramidShape& shape,
                         std::vector<BranchParams>& branches) {
   PyramidParams params;
-  params.x = image_of(x);
+  params.x = x;
   params.batch = shape.batch;
   params.channels = shape.channels;
   params.height = shape.height;

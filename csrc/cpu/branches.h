@@ -21,10 +21,12 @@ std::vector<BranchParams> separable_branches(Operands& operands,
                                              const std::vector<Tensor>& depthwise,
                                              const std::vector<Tensor>& pointwise,
                                              const std::vector<int64_t>& rates);
-BranchParams dense_branch(Operands& operands, const Tensor& weight, int64_t rate_h, int64_t rate_w);
+// Without weights yet, and one with them.
+BranchParams dense_branch(const Tensor& weight, int64_t rate_h, int64_t rate_w);
+void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight);
 
 // Assigns columns and describes the problem; out, epilogue and projection are left to the caller.
-PyramidParams params_of(const Tensor& x, const PyramidShape& shape,
+PyramidParams params_of(const Image& x, const PyramidShape& shape,
                         std::vector<BranchParams>& branches);
 void set_epilogue(PyramidParams& params, Operands& operands,
                   const std::vector<BranchParams>& branches, const std::optional<Tensor>& scale,

@@ -80,4 +80,29 @@ void run_forward(PyramidParams params, const Schedule& schedule, bool double_pre
             });
 }
 
+PixelSums sums_of(const PyramidParams& params, const Schedule& schedule, bool wanted,
+                  Operands& operands) {
+  if (!wanted) return {};
+  const int64_t parts =
+      params.width < schedule.chunk_pixels ? params.height : schedule.chunks_per_image;
+  return {operands.allocate(params.batch * parts * padded(params.channels)), parts};
+}
+
+PixelSums run_directly(PyramidParams params, const std::vector<size_t>& listed,
+                       const std::vector<Tensor>& weights, Operands& operands, bool want_sums) {
+  if (listed.empty()) return {};
+  std::vector<BranchParams> branches;
+  for (const size_t b : listed) {
+    branches.push_back(params.branches[b]);
+    set_weight(operands, branches.back(), weights[b]);
+  }
+  params.branches = branches.data();
+  params.branch_count = int64_t(branches.size());
+  const Schedule schedule = schedule_of(branches, params.batch, params.height, params.width);
+  const PixelSums sums = sums_of(params, schedule, want_sums, operands);
+  params.pixel_sums = sums.data;
+  run_forward(params, schedule, operands.double_precision());
+  return sums;
+}
+
 }  // namespace aspp

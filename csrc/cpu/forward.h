@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "branches.h"
 
 namespace aspp {
 
@@ -20,5 +20,20 @@ Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, i
 
 // Runs every chunk; row_order and chunk_pixels of params come from the schedule.
 void run_forward(PyramidParams params, const Schedule& schedule, bool double_precision);
+
+// Sums of x over parts of each image, [N, parts, padded C].
+struct PixelSums {
+  void* data = nullptr;
+  int64_t parts = 0;
+};
+
+// Memory for the sums that a run by this schedule makes where they are wanted.
+PixelSums sums_of(const PyramidParams& params, const Schedule& schedule, bool wanted,
+                  Operands& operands);
+
+// The branches of params that are listed, with these weights. Sums need at least one.
+PixelSums run_directly(PyramidParams params, const std::vector<size_t>& listed,
+                       const std::vector<Tensor>& weights, Operands& operands,
+                       bool want_sums = false);
 
 }  // namespace aspp

@@ -9,6 +9,7 @@
 #include "branches.h"
 #include "forward.h"
 #include "parallel.h"
+#include "polyphase.h"
 
 namespace aspp {
 namespace {
@@ -113,6 +114,95 @@ void head_bias(const T* sums, int64_t parts, double pixels, int64_t channels, co
   }
 }
 
+// bias[n, :] in the compute type, [N, padded P], from sums of x over parts of each image.
+const void* project_bias(Operands& operands, const HeadShape& head, const PixelSums& sums,
+                         const std::optional<Tensor>& pool_weight,
+                         const std::optional<Tensor>& pool_shift, const Tensor& project_weight,
+                         const Tensor& project_shift) {
+  const PyramidShape& shape = head.pyramid;
+  const int64_t width = padded(head.projected);
+  Matrix pool, pool_project;
+  const void* pool_bias = nullptr;
+  if (head.pooled > 0) {
+    const Dtype dtype = operands.compute_dtype();
+    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels), dtype);
+    pool_project =
+        operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled), dtype);
+    pool_bias = operands.vector(*pool_shift);
+  }
+  const void* base = operands.vector(project_shift);
+  void* bias = operands.allocate(shape.batch * width);
+  const auto fill = [&](auto element) {
+    using T = decltype(element);
+    for (int64_t n = 0; n < shape.batch; ++n) {
+      const int64_t first = n * sums.parts * padded(shape.channels);
+      head_bias<T>(static_cast<const T*>(sums.data) + (head.pooled > 0 ? first : 0), sums.parts,
+                   double(shape.height * shape.width), shape.channels,
+                   head.pooled > 0 ? &pool : nullptr, static_cast<const T*>(pool_bias), head.pooled,
+                   &pool_project, static_cast<const T*>(base), width,
+                   static_cast<T*>(bias) + n * width);
+    }
+  };
+  operands.double_precision() ? fill(double{}) : fill(float{});
+  return bias;
+}
+
+// The branches of a chunk of pixels are projected while they are in cache. The bias, which needs
+// all of x, joins in a last, small pass.
+template <typename Bias>
+void run_fused(PyramidParams params, std::vector<BranchParams>& branches,
+               const std::vector<Tensor>& weights, const Tensor& project_weight,
+               const HeadShape& head, Operands& operands, const Tensor& out, Bias&& bias_of) {
+  const PyramidShape& shape = head.pyramid;
+  const bool wide = operands.double_precision();
+  const int64_t width = padded(head.projected);
+  for (size_t b = 0; b < branches.size(); ++b) set_weight(operands, branches[b], weights[b]);
+  const Matrix project = project_rows(operands, project_weight, branches, params.columns);
+  params.project = project.data;
+  params.project_row = project.row;
+  params.project_columns = width;
+  params.raw = operands.allocate(shape.batch * shape.height * shape.width * width);
+  const Schedule schedule = schedule_of(branches, shape.batch, shape.height, shape.width);
+  const PixelSums sums = sums_of(params, schedule, head.pooled > 0, operands);
+  params.pixel_sums = sums.data;
+  run_forward(params, schedule, wide);
+
+  const FinishParams finish{params.raw,   width,       bias_of(sums), image_of(out),
+                            shape.height, shape.width, head.projected};
+  run_tasks(shape.batch * shape.height, shape.width * width * (wide ? 8 : 4),
+            [&](int64_t task, void* scratch) {
+              const int64_t y = task % shape.height;
+              kernels().finish_rows(finish, task / shape.height, y, y + 1, scratch, wide);
+            });
+}
+
+// With branches by minimal filtering, whose chunks are of other pixels: all branches into memory
+// [N, H, W, sum O], then the projection as a 1x1 convolution whose shift is the bias.
+template <typename Bias>
+void run_stored(PyramidParams params, const MinimalForms& forms, const std::vector<Tensor>& weights,
+                const std::vector<Tensor>& prepared, const Tensor& project_weight,
+                const HeadShape& head, Operands& operands, const Tensor& out, Bias&& bias_of) {
+  const PyramidShape& shape = head.pyramid;
+  const int64_t columns = shape.out_channels, plane = shape.height * shape.width;
+  const Tensor stored = operands.empty({shape.batch * plane, columns});
+  const Image activated{stored.data_ptr(), operands.compute_dtype(), plane * columns, 1,
+                        shape.width * columns, columns};
+  params.out = activated;
+  const std::vector<size_t> rest = run_minimal(params, forms, weights, prepared, operands);
+  const PixelSums sums = run_directly(params, rest, weights, operands, head.pooled > 0);
+
+  const Tensor kernel = as_kernel(project_weight, 0, columns);
+  std::vector<BranchParams> project{dense_branch(kernel, 1, 1)};
+  PyramidShape projected = shape;
+  projected.channels = columns;
+  PyramidParams last = params_of(activated, projected, project);
+  last.shift = bias_of(sums);
+  last.shift_n_stride = last.columns;
+  last.relu = true;
+  last.out = image_of(out);
+  run_directly(last, {0}, {kernel}, operands);
+}
+
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
@@ -124,62 +214,29 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   if (shape.batch == 0) return out;
 
   Operands operands(x);
-  const bool wide = operands.double_precision();
   std::vector<BranchParams> branches;
   for (size_t b = 0; b < weights.size(); ++b) {
-    branches.push_back(dense_branch(operands, weights[b], rates[2 * b], rates[2 * b + 1]));
+    branches.push_back(dense_branch(weights[b], rates[2 * b], rates[2 * b + 1]));
     if (depthwise[b].numel() == 0) continue;
     branches.back().depthwise = operands.depthwise(depthwise[b]);
     branches.back().kernel_h = depthwise[b].size(2);
     branches.back().kernel_w = depthwise[b].size(3);
   }
-  PyramidParams params = params_of(x, shape, branches);
+  PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, std::nullopt, shift, true);
-  const Matrix project = project_rows(operands, project_weight, branches, params.columns);
-  const int64_t width = padded(head.projected), pixels = shape.height * shape.width;
-  params.project = project.data;
-  params.project_row = project.row;
-  params.project_columns = width;
-  params.raw = operands.allocate(shape.batch * pixels * width);
-  const Schedule schedule = schedule_of(branches, shape.batch, shape.height, shape.width);
-  const int64_t parts =
-      shape.width < schedule.chunk_pixels ? shape.height : schedule.chunks_per_image;
-  if (head.pooled > 0) {
-    params.pixel_sums = operands.allocate(shape.batch * parts * padded(shape.channels));
-  }
-  run_forward(params, schedule, wide);
-
-  void* bias = operands.allocate(shape.batch * width);
-  Matrix pool, pool_project;
-  const void* pool_bias = nullptr;
-  if (head.pooled > 0) {
-    const Dtype dtype = operands.compute_dtype();
-    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels), dtype);
-    pool_project =
-        operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled), dtype);
-    pool_bias = operands.vector(*pool_shift);
-  }
-  const void* base = operands.vector(project_shift);
-  const auto fill = [&](auto element) {
-    using T = decltype(element);
-    for (int64_t n = 0; n < shape.batch; ++n) {
-      const int64_t first = n * parts * padded(shape.channels);
-      head_bias<T>(static_cast<const T*>(params.pixel_sums) + (head.pooled > 0 ? first : 0), parts,
-                   double(pixels), shape.channels, head.pooled > 0 ? &pool : nullptr,
-                   static_cast<const T*>(pool_bias), head.pooled, &pool_project,
-                   static_cast<const T*>(base), width, static_cast<T*>(bias) + n * width);
-    }
+  const auto bias_of = [&](const PixelSums& sums) {
+    return project_bias(operands, head, sums, pool_weight, pool_shift, project_weight,
+                        project_shift);
   };
-  wide ? fill(double{}) : fill(float{});
-
-  const FinishParams finish{params.raw,   width,       bias,          image_of(out),
-                            shape.height, shape.width, head.projected};
-  const Kernels& k = kernels();
-  run_tasks(shape.batch * shape.height, shape.width * width * (wide ? 8 : 4),
-            [&](int64_t task, void* scratch) {
-              const int64_t y = task % shape.height;
-              k.finish_rows(finish, task / shape.height, y, y + 1, scratch, wide);
-            });
+  const std::vector<Tensor> prepared;
+  MinimalForms forms = minimal_forms(shape, branches, operands, !prepared.empty());
+  // The sums of x are a by-product of a branch that is computed directly.
+  if (head.pooled > 0 && all_minimal(forms)) forms.back().reset();
+  if (any_minimal(forms)) {
+    run_stored(params, forms, weights, prepared, project_weight, head, operands, out, bias_of);
+  } else {
+    run_fused(params, branches, weights, project_weight, head, operands, out, bias_of);
+  }
   return out;
 }
 

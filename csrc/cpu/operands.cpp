@@ -49,6 +49,11 @@ char* at_element(const Image& image, int64_t elements) {
 
 }  // namespace
 
+Image channels_from(Image image, int64_t channel) {
+  image.data = at_element(image, channel * image.c_stride);
+  return image;
+}
+
 void* Operands::allocate(int64_t count, Dtype dtype) {
   const int64_t size[] = {count};
   storage_.push_back(
@@ -62,8 +67,9 @@ void* Operands::allocate_zeros(int64_t count, Dtype dtype) {
   return memory;
 }
 
-char* Operands::offset(void* base, int64_t elements) const {
-  return static_cast<char*>(base) + elements * (double_precision_ ? 8 : 4);
+Tensor Operands::empty(std::vector<int64_t> sizes) const {
+  return with_memory(
+      [&] { return torch::stable::new_empty(like_, sizes, scalar_type(compute_dtype())); });
 }
 
 Matrix Operands::weight(const Tensor& w, Dtype dtype) {
@@ -124,21 +130,21 @@ const void* columns_of(Operands& operands, const Tensor& v, int64_t rows,
                        const std::vector<BranchParams>& branches, int64_t columns) {
   void* to = operands.allocate(rows * columns);
   for (int64_t n = 0; n < rows; ++n) {
-    int64_t first = 0;
     for (const BranchParams& branch : branches) {
-      operands.vector(v, n, first, branch.out_channels,
+      operands.vector(v, n, branch.channel, branch.out_channels,
                       operands.offset(to, n * columns + branch.column));
-      first += branch.out_channels;
     }
   }
   return to;
 }
 
 int64_t assign_columns(std::vector<BranchParams>& branches) {
-  int64_t columns = 0;
+  int64_t columns = 0, channels = 0;
   for (BranchParams& branch : branches) {
     branch.column = columns;
+    branch.channel = channels;
     columns += padded(branch.out_channels);
+    channels += branch.out_channels;
   }
   return columns;
 }

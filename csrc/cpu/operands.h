@@ -4,6 +4,7 @@
 // that way (float32 or float64, stride 1 over O) is read in place: folding it so once is the cache.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "../operator_results.h"
@@ -13,6 +14,7 @@ namespace aspp {
 
 Dtype dtype_of(const Tensor& t);
 Image image_of(const Tensor& t);  // [N, C, H, W]
+Image channels_from(Image image, int64_t channel);
 
 struct Matrix {  // element steps from tap to tap and from row to row
   const void* data = nullptr;
@@ -29,7 +31,12 @@ class Operands {
   void* allocate(int64_t count) { return allocate(count, compute_dtype()); }
   void* allocate(int64_t count, Dtype dtype);
   void* allocate_zeros(int64_t count, Dtype dtype);
-  char* offset(void* base, int64_t elements) const;
+  Tensor empty(std::vector<int64_t> sizes) const;  // in the compute type, not initialised
+  template <typename V>                            // void or const void
+  V* offset(V* base, int64_t elements) const {
+    using Byte = std::conditional_t<std::is_const_v<V>, const char, char>;
+    return static_cast<Byte*>(base) + elements * (double_precision_ ? 8 : 4);
+  }
 
   // weight [O, C, kh, kw] -> element (tap, c, o) at tap * m.tap + c * m.row + o, in product_dtype()
   Matrix weight(const Tensor& w) { return weight(w, product_dtype_); }

@@ -8,6 +8,7 @@
 
 #include "branches.h"
 #include "forward.h"
+#include "polyphase.h"
 
 namespace aspp {
 namespace {
@@ -26,13 +27,13 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
   Operands operands(x);
   std::vector<BranchParams> branches;
   for (size_t b = 0; b < weights.size(); ++b) {
-    branches.push_back(dense_branch(operands, weights[b], rates[2 * b], rates[2 * b + 1]));
+    branches.push_back(dense_branch(weights[b], rates[2 * b], rates[2 * b + 1]));
   }
-  PyramidParams params = params_of(x, shape, branches);
+  PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, scale, shift, relu);
   params.out = image_of(out);
-  run_forward(params, schedule_of(branches, shape.batch, shape.height, shape.width),
-              operands.double_precision());
+  const MinimalForms forms = minimal_forms(shape, branches, operands, false);
+  run_directly(params, run_minimal(params, forms, weights, {}, operands), weights, operands);
   return out;
 }
 

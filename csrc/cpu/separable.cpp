@@ -39,7 +39,7 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   Operands operands(x);
   std::vector<BranchParams> branches = separable_branches(operands, depthwise, pointwise, rates);
   add_between(operands, branches, between_scale, between_shift, between_relu);
-  PyramidParams params = params_of(x, shape, branches);
+  PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, scale, shift, relu);
   params.out = image_of(out);
   run_forward(params, schedule_of(branches, shape.batch, shape.height, shape.width),

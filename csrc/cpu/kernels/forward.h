@@ -421,16 +421,14 @@ class ChunkForward {
     with_storage(p_.out.dtype, [&](auto* tag) {
       using S = std::remove_pointer_t<decltype(tag)>;
       if constexpr (kMatches<T, S>) {
-        int64_t channel = 0;
         for (int64_t b = 0; b < p_.branch_count; ++b) {
           const BranchParams& branch = p_.branches[b];
-          const Plane<S> plane = plane_of<S>(p_.out, n_, channel);
+          const Plane<S> plane = plane_of<S>(p_.out, n_, branch.channel);
           for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
             const ptrdiff_t columns = padded(branch.out_channels);
             store_row<T>(rows_from(s_.accumulators, branch) + at * columns, columns,
                          branch.out_channels, plane, y, x0, x1);
           });
-          channel += branch.out_channels;
         }
       }
     });

@@ -8,6 +8,8 @@
 
 namespace aspp::ASPP_ISA {
 
+inline constexpr ptrdiff_t kLine = 64;  // bytes
+
 // E is the operands' element: T itself, or a pair of bfloat16 that counts as one step of k.
 template <typename T, typename E = T>
 struct Gemm {
@@ -19,6 +21,10 @@ struct Gemm {
   ptrdiff_t c_i;
   ptrdiff_t m, n, k;  // n is a multiple of the vector's lanes
   bool accumulate;
+  // Fetched into the second-level cache meanwhile: the right operand of the product to come. It
+  // may lie beyond what is allocated, a prefetch never faults.
+  const void* next = nullptr;
+  ptrdiff_t next_bytes = 0;
 };
 
 template <typename E>
@@ -48,7 +54,8 @@ struct Product<BFloat16Pair> {
 #endif
 
 template <typename T, typename E, int kRows, int kVectors>
-__attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b, T* c) {
+__attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b, T* c,
+                                    const char* ahead) {
   using P = Product<E>;
   constexpr int n = kLanes<T>;
   const ptrdiff_t a_i = g.a_i, a_k = g.a_k, b_k = g.b_k, k_count = g.k;
@@ -73,6 +80,8 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add(acc[i][j], left, right[j]);
     }
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += kLine;
     a += a_k;
     b += b_k;
   }
@@ -87,12 +96,13 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
 }
 
 template <int kVectors, int kRows, typename T, typename E>
-inline void rows_of(const Gemm<T, E>& g, ptrdiff_t rows, const E* a, const E* b, T* c) {
+inline void rows_of(const Gemm<T, E>& g, ptrdiff_t rows, const E* a, const E* b, T* c,
+                    const char* ahead) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      tile<T, E, kRows, kVectors>(g, a, b, c);
+      tile<T, E, kRows, kVectors>(g, a, b, c, ahead);
     } else {
-      rows_of<kVectors, kRows - 1>(g, rows, a, b, c);
+      rows_of<kVectors, kRows - 1>(g, rows, a, b, c, ahead);
     }
   }
 }
@@ -104,7 +114,11 @@ inline void column_panel(const Gemm<T, E>& g, ptrdiff_t j) {
   const ptrdiff_t tiles = (g.m + kTileRows - 1) / kTileRows;
   for (ptrdiff_t t = 0, i = 0; t < tiles; ++t) {
     const ptrdiff_t rows = (g.m - i + tiles - t - 1) / (tiles - t);
-    rows_of<kVectors, kTileRows>(g, rows, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j);
+    // A tile fetches a line in each step of k; when all have been, what is here already.
+    const bool more = t * g.k * kLine < g.next_bytes;
+    const void* ahead = more ? g.next : g.b;
+    rows_of<kVectors, kTileRows>(g, rows, g.a + i * g.a_i, g.b + j, g.c + i * g.c_i + j,
+                                 static_cast<const char*>(ahead) + (more ? t * g.k * kLine : 0));
     i += rows;
   }
 }

@@ -4,6 +4,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "polyphase.h"
+#include "polyphase_weights.h"
 
 namespace aspp::ASPP_ISA {
 namespace {
@@ -113,6 +115,26 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
   });
 }
 
+int64_t polyphase_scratch(const PolyphaseChunk& chunk, bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return lay_out_polyphase<decltype(t)>(chunk, nullptr).bytes;
+  });
+}
+
+bool polyphase_forward(const PolyphaseParams& p, const PolyphaseChunk& chunk, void* scratch,
+                       bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return PolyphaseForward<decltype(t)>(p, chunk, scratch).run();
+  });
+}
+
+void combine_taps(const MinimalWeights& w, int64_t panel, int64_t first, int64_t last, void* to,
+                  bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    combine_panel(w, panel, first, last, static_cast<decltype(t)*>(to));
+  });
+}
+
 }  // namespace
 
 #define ASPP_STRING_OF(name) #name
@@ -121,6 +143,7 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
 extern const Kernels table;
 const Kernels table{ASPP_STRING(ASPP_ISA), kBFloat16Products, forward_scratch, forward_chunk,
                     backward_scratch,      kBackwardChannels, backward_block,  to_pixels,
-                    from_pixels,           finish_rows};
+                    from_pixels,           finish_rows,       polyphase_scratch,
+                    polyphase_forward,     combine_taps};
 
 }  // namespace aspp::ASPP_ISA

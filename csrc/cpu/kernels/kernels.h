@@ -3,6 +3,7 @@
 #pragma once
 
 #include "params.h"
+#include "polyphase_params.h"
 
 namespace aspp {
 
@@ -30,6 +31,13 @@ struct Kernels {
   // scratch: [W, raw_stride] T
   void (*finish_rows)(const FinishParams&, int64_t n, int64_t first, int64_t last, void* scratch,
                       bool double_precision);
+  int64_t (*polyphase_scratch)(const PolyphaseChunk&, bool double_precision);
+  // whether all outputs of the chunk are finite
+  bool (*polyphase_forward)(const PolyphaseParams&, const PolyphaseChunk&, void* scratch,
+                            bool double_precision);
+  // channels [first, last) of a panel of all matrices, into T[matrices][panel][channels][width]
+  void (*combine_taps)(const MinimalWeights&, int64_t panel, int64_t first, int64_t last, void* to,
+                       bool double_precision);
 };
 
 const Kernels& kernels();  // decided once: the best instruction set this machine runs

@@ -32,7 +32,8 @@ struct BranchParams {
   int64_t weight_tap = 0, weight_row = 0;
   int64_t kernel_h = 1, kernel_w = 1, rate_h = 1, rate_w = 1;
   int64_t out_channels = 0;
-  int64_t column = 0;  // where the branch's padded columns begin among everybody's
+  int64_t column = 0;   // where the branch's padded columns begin among everybody's
+  int64_t channel = 0;  // where its output channels begin
 };
 
 // Forward of all branches, and optionally the folded head behind them (aspp_inference).
