@@ -33,6 +33,12 @@ py::list pairs(const std::vector<Term>& terms) {
   return result;
 }
 
+py::dict dict(const Blocks& blocks) {
+  using namespace py::literals;
+  return py::dict("pair"_a = blocks.pair, "triple"_a = blocks.triple,
+                  "overlapped"_a = blocks.overlapped);
+}
+
 template <class T>
 std::string repr(const T& value) {
   return sentence(value);
@@ -314,19 +320,13 @@ void bind_minimal(py::module_& module) {
 }
 
 void bind_polyphase(py::module_& module) {
-  py::class_<Blocks>(module, "Blocks")
-      .def_readonly("pair", &Blocks::pair)
-      .def_readonly("triple", &Blocks::triple)
-      .def_readonly("overlapped", &Blocks::overlapped)
-      .def("__repr__", repr<Blocks>);
-
   py::class_<PolyphaseForm>(module, "PolyphaseForm")
-      .def_readonly("rows", &PolyphaseForm::rows)
-      .def_readonly("columns", &PolyphaseForm::columns)
+      .def_property_readonly("rows", [](const PolyphaseForm& form) { return dict(form.rows); })
+      .def_property_readonly("columns",
+                             [](const PolyphaseForm& form) { return dict(form.columns); })
       .def_readonly("row_products", &PolyphaseForm::row_products)
       .def_readonly("column_products", &PolyphaseForm::column_products)
       .def_readonly("matrices", &PolyphaseForm::matrices)
-      .def_property_readonly("products", &PolyphaseForm::products)
       .def("__repr__", repr<PolyphaseForm>);
 
   py::class_<PolyphaseChoice>(module, "PolyphaseChoice")
