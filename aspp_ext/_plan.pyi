@@ -16,10 +16,10 @@ Order = Literal["regions", "merged", "linear", "cheapest", "phases"]
 class Interval:
     """[begin, end). Unpacks, hashes and compares like the tuple (begin, end)."""
 
-    def __init__(self, begin: int, end: int) -> None: ...
     begin: Final[int]
     end: Final[int]
     size: Final[int]
+    def __init__(self, begin: int, end: int) -> None: ...
     def __iter__(self) -> Iterator[int]: ...
     def __hash__(self) -> int: ...
     def __eq__(self, other: object) -> bool: ...
@@ -27,10 +27,10 @@ class Interval:
 class Axis:
     """One axis of a branch: tap t reads position p + offset(t); a negative rate mirrors it."""
 
-    def __init__(self, size: int, kernel: int, rate: int) -> None: ...
     size: Final[int]
     kernel: Final[int]
     rate: Final[int]
+    def __init__(self, size: int, kernel: int, rate: int) -> None: ...
     def offset(self, tap: int) -> int: ...
     def live_positions(self, tap: int) -> Interval:
         """The positions at which the tap reads inside; empty where it never does."""
@@ -90,13 +90,13 @@ class Tile:
     m.
     """
 
-    def __init__(
-        self, m: int = 128, n: int = 256, k: int = 64, tail: int | None = None
-    ) -> None: ...
     m: Final[int]
     n: Final[int]
     k: Final[int]
     tail: Final[int]
+    def __init__(
+        self, m: int = 128, n: int = 256, k: int = 64, tail: int | None = None
+    ) -> None: ...
 
 class Unit:
     """An output tile m x n of a region, or the slice k (in blocks of tile.k) of its sum.
@@ -202,15 +202,15 @@ class WeightCost:
 class Branch:
     """One atrous convolution: kernel (odd) and rate, per axis or one number for both."""
 
+    kernel: Final[tuple[int, int]]
+    rate: Final[tuple[int, int]]
+    out_channels: Final[int]
     def __init__(
         self,
         kernel: int | tuple[int, int] = 1,
         rate: int | tuple[int, int] = 1,
         out_channels: int = 1,
     ) -> None: ...
-    kernel: Final[tuple[int, int]]
-    rate: Final[tuple[int, int]]
-    out_channels: Final[int]
 
 class Problem:
     """A pyramid on x [batch, in_channels, height, width]: stride 1, "same" padding.
@@ -219,6 +219,11 @@ class Problem:
     kernels are depthwise, each before a 1x1 to out_channels; a branch without one has one of 1x1.
     """
 
+    batch: Final[int]
+    height: Final[int]
+    width: Final[int]
+    branches: Final[list[Branch]]
+    in_channels: Final[int]
     def __init__(
         self,
         batch: int,
@@ -227,11 +232,6 @@ class Problem:
         branches: Sequence[Branch],
         in_channels: int = 1,
     ) -> None: ...
-    batch: Final[int]
-    height: Final[int]
-    width: Final[int]
-    branches: Final[list[Branch]]
-    in_channels: Final[int]
     def regions(self, branch: int, order: Order = "regions", tile: Tile = ...) -> list[Region]:
         """The regions of one branch in forward (at most nine for a 3x3 kernel)."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from fractions import Fraction
 from typing import NamedTuple
 
 import pytest
@@ -33,10 +32,9 @@ class Algorithm(NamedTuple):
 
 
 def integer(number: float) -> int:
-    """The number itself; no rounding hides in a comparison of integers."""
-    exact = Fraction(number)
-    assert exact.denominator == 1, number
-    return exact.numerator
+    """The number itself: no rounding hides in a comparison of integers."""
+    assert number == int(number)
+    return int(number)
 
 
 def algorithm(axis: _plan.MinimalAxis) -> Algorithm:

@@ -116,9 +116,14 @@ Cut extended(const Cut& cut, Kind left, Block right, Index length) {
   return result;
 }
 
-// The blocks of a sequence; their weights join those in use. A triple may reach a position beyond
+struct Sequence {
+  Index length = 0;
+  std::vector<Block> blocks;
+};
+
+// A sequence cut into blocks, whose weights join those in use. A triple may reach a position beyond
 // the end, which can save weights; any other block that did would save nothing.
-std::vector<Block> best_blocks(Index length, const Allowed& allowed, WeightSet& used) {
+Sequence best_cut(Index length, const Allowed& allowed, WeightSet& used) {
   std::vector<std::array<Cut, std::size(kKinds)>> best(length + 1);
   best[0][one] = {0, used};
   for (Index at = 0; at < length; ++at)
@@ -135,14 +140,14 @@ std::vector<Block> best_blocks(Index length, const Allowed& allowed, WeightSet& 
   for (const Kind other : kKinds)
     if (best[length][other].is_better_than(best[length][kind])) kind = other;
   used = best[length][kind].weights;
-  std::vector<Block> blocks;
-  for (Index end = length; end > 0; end = blocks.back().at) {
+  Sequence result{length, {}};
+  for (Index end = length; end > 0; end = result.blocks.back().at) {
     const Cut& cut = best[end][kind];
-    blocks.push_back({kind, cut.begin});
+    result.blocks.push_back({kind, cut.begin});
     kind = cut.left;
   }
-  std::reverse(blocks.begin(), blocks.end());
-  return blocks;
+  std::reverse(result.blocks.begin(), result.blocks.end());
+  return result;
 }
 
 // Those that are not zero, at positions from `first` on. Outside of the sequence inputs are zero
@@ -158,30 +163,31 @@ std::vector<Term> terms(const std::array<double, count>& coefficients, double sc
   return result;
 }
 
-// Of a sequence, at its positions, with kWeights for weights.
-std::vector<MinimalProduct> products_of(const std::vector<Block>& blocks, Index length,
-                                        Index denominator) {
-  std::vector<MinimalProduct> result;
+// At the positions of the sequence, with kWeights for weights.
+std::vector<MinimalProduct> products_of(const Sequence& sequence, Index denominator) {
+  const auto& [length, blocks] = sequence;
   const auto whole = static_cast<double>(denominator);
+  std::vector<MinimalProduct> result;
   Kind left = one;
   for (const Block block : blocks) {
     const auto [kind, at] = block;
     const Index first = kind == overlapped ? at - 1 : at;
+    const double scale = kind == triple ? whole / 3 : whole;
     for (const auto& [weight, inputs, outputs] : kProducts[kind])
-      result.push_back({weight, terms(inputs, 1, first, length),
-                        terms(outputs, kind == triple ? whole / 3 : whole, at, length)});
+      result.push_back(
+          {weight, terms(inputs, 1, first, length), terms(outputs, scale, at, length)});
     if (at > 0) {
-      const Coupling right_input = to_left(left, block, length);
-      const Coupling left_input = to_right(left, block);
-      // What begins a sequence has first -w0 * its last position; what ends one last w2 * its
-      // first.
-      if (right_input == Coupling::shared) {
+      // At the ends of the sequence, where an input of an overlapped block is zero, its first
+      // product is -w0 * its last position and its last product w2 * its first position.
+      const Coupling rightwards = to_right(left, block);
+      const Coupling leftwards = to_left(left, block, length);
+      if (leftwards == Coupling::shared) {
         std::vector<Term>& outputs = result.back().outputs;
         outputs.insert(outputs.begin(), {at - 1, whole});
       }
-      if (left_input == Coupling::shared) result.front().outputs.push_back({at, -whole});
-      if (left_input == Coupling::own) result.push_back({kFirstTap, {{at - 1, 1}}, {{at, whole}}});
-      if (right_input == Coupling::own) result.push_back({kLastTap, {{at, 1}}, {{at - 1, whole}}});
+      if (rightwards == Coupling::shared) result.front().outputs.push_back({at, -whole});
+      if (rightwards == Coupling::own) result.push_back({kFirstTap, {{at - 1, 1}}, {{at, whole}}});
+      if (leftwards == Coupling::own) result.push_back({kLastTap, {{at, 1}}, {{at - 1, whole}}});
     }
     left = kind;
   }
@@ -194,7 +200,9 @@ struct Piece {
 };
 
 // Cut where no product has outputs on both sides, as late as the size of a piece lets it.
-std::vector<Piece> pieces_of(const std::vector<MinimalProduct>& products, Index length) {
+std::vector<Piece> pieces_of(const Sequence& sequence, Index denominator) {
+  const Index length = sequence.length;
+  const std::vector<MinimalProduct> products = products_of(sequence, denominator);
   std::vector<bool> joined(length + 1);  // to the position before
   for (const auto& [weight, inputs, outputs] : products)
     for (Index at = outputs.front().at; at < outputs.back().at; ++at) joined[at + 1] = true;
@@ -225,21 +233,17 @@ MinimalAxis minimal_axis(const Axis& axis, Blocks allowed) {
 
   const Allowed kinds{allowed.triple, allowed.overlapped, allowed.pair, true};
   WeightSet used = 0;
-  const std::vector<Block> long_blocks = best_blocks(length, kinds, used);
-  std::vector<Block> short_blocks;
-  if (long_phases < rate) short_blocks = best_blocks(length - 1, kinds, used);
+  const Sequence longer = best_cut(length, kinds, used);
+  const Sequence shorter = long_phases < rate ? best_cut(length - 1, kinds, used) : Sequence{};
 
   MinimalAxis result;
-  result.denominator = used & 1u << kTriple[0].weight ? 3 : 1;
-  for (std::size_t w = 0; w < std::size(kWeights); ++w)
-    if (used & 1u << w) result.weights.push_back(kWeights[w]);
+  const auto is_used = [&](int weight) { return (used >> weight & 1) != 0; };
+  for (int weight = 0; weight < std::ssize(kWeights); ++weight)
+    if (is_used(weight)) result.weights.push_back(kWeights[weight]);
+  result.denominator = is_used(kTriple[0].weight) ? 3 : 1;
 
-  const auto pieces = [&](const std::vector<Block>& blocks, Index positions) {
-    return pieces_of(products_of(blocks, positions, result.denominator), positions);
-  };
-  const std::vector<Piece> long_pieces = pieces(long_blocks, length);
-  const std::vector<Piece> short_pieces =
-      pieces(short_blocks, short_blocks.empty() ? 0 : length - 1);
+  const std::vector<Piece> long_pieces = pieces_of(longer, result.denominator);
+  const std::vector<Piece> short_pieces = pieces_of(shorter, result.denominator);
   std::vector<std::pair<const Piece*, Index>> phased;
   for (Index phase = 0; phase < rate; ++phase)
     for (const Piece& piece : phase < long_phases ? long_pieces : short_pieces)
@@ -250,14 +254,14 @@ MinimalAxis minimal_axis(const Axis& axis, Blocks allowed) {
 
   const auto count = [&] { return static_cast<Index>(result.products.size()); };
   for (const auto& [piece, phase] : phased) {
-    const auto place = [&, phase = phase](std::vector<Term> terms) {
+    const auto on_axis = [&, phase = phase](std::vector<Term> terms) {
       for (Term& term : terms) term.at = phase + term.at * rate;
       return terms;
     };
     const Index begin = count();
     for (const auto& [weight, inputs, outputs] : piece->products) {
       const Index index = std::popcount(used & ((1u << weight) - 1));
-      result.products.push_back({index, place(inputs), place(outputs)});
+      result.products.push_back({index, on_axis(inputs), on_axis(outputs)});
     }
     std::vector<Index> positions;
     for (Index at = piece->positions.begin; at < piece->positions.end; ++at)

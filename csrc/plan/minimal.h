@@ -45,7 +45,6 @@ struct Blocks {
   bool pair = false;
   bool triple = false;
   bool overlapped = false;
-  friend constexpr bool operator==(const Blocks&, const Blocks&) = default;
 };
 
 // An output is the sum of coefficient * product over the products that name it, / denominator.
