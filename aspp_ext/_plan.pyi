@@ -7,7 +7,7 @@ was got. Intervals are half open; pixels count in the order column, row, image.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 Pass = Literal["forward", "grad_input", "grad_weight", "separable"]
 Math = Literal["bfloat16", "float16", "tf32", "float32", "float64"]
@@ -16,13 +16,10 @@ Order = Literal["regions", "merged", "linear", "cheapest", "phases"]
 class Interval:
     """[begin, end). Unpacks, hashes and compares like the tuple (begin, end)."""
 
+    begin: Final[int]
+    end: Final[int]
+    size: Final[int]
     def __init__(self, begin: int, end: int) -> None: ...
-    @property
-    def begin(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def size(self) -> int: ...
     def __iter__(self) -> Iterator[int]: ...
     def __hash__(self) -> int: ...
     def __eq__(self, other: object) -> bool: ...
@@ -30,13 +27,10 @@ class Interval:
 class Axis:
     """One axis of a branch: tap t reads position p + offset(t); a negative rate mirrors it."""
 
+    size: Final[int]
+    kernel: Final[int]
+    rate: Final[int]
     def __init__(self, size: int, kernel: int, rate: int) -> None: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def kernel(self) -> int: ...
-    @property
-    def rate(self) -> int: ...
     def offset(self, tap: int) -> int: ...
     def live_positions(self, tap: int) -> Interval:
         """The positions at which the tap reads inside; empty where it never does."""
@@ -50,33 +44,22 @@ class Axis:
 class Tap:
     """weight[:, :, row, col] of a branch, which meets the pixel at (y + dy, x + dx)."""
 
-    @property
-    def branch(self) -> int: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def col(self) -> int: ...
-    @property
-    def dy(self) -> int: ...
-    @property
-    def dx(self) -> int: ...
+    branch: Final[int]
+    row: Final[int]
+    col: Final[int]
+    dy: Final[int]
+    dx: Final[int]
     def __eq__(self, other: object) -> bool: ...
 
 class TapBlock:
     """The taps rows x cols of a branch: `first` is the offset of the first, `step` to the next."""
 
-    @property
-    def branch(self) -> int: ...
-    @property
-    def rows(self) -> Interval: ...
-    @property
-    def cols(self) -> Interval: ...
-    @property
-    def first(self) -> tuple[int, int]: ...
-    @property
-    def step(self) -> tuple[int, int]: ...
-    @property
-    def size(self) -> int: ...
+    branch: Final[int]
+    rows: Final[Interval]
+    cols: Final[Interval]
+    first: Final[tuple[int, int]]
+    step: Final[tuple[int, int]]
+    size: Final[int]
     def __eq__(self, other: object) -> bool: ...
 
 class Region:
@@ -86,18 +69,12 @@ class Region:
     counts as zero.
     """
 
-    @property
-    def rows(self) -> Interval: ...
-    @property
-    def cols(self) -> Interval: ...
-    @property
-    def live(self) -> list[TapBlock]: ...
-    @property
-    def padded(self) -> bool: ...
-    @property
-    def area(self) -> int: ...
-    @property
-    def tap_count(self) -> int: ...
+    rows: Final[Interval]
+    cols: Final[Interval]
+    live: Final[list[TapBlock]]
+    padded: Final[bool]
+    area: Final[int]
+    tap_count: Final[int]
     @property
     def taps(self) -> list[Tap]:
         """The taps of `live` one by one: the order in which K runs through them."""
@@ -113,17 +90,13 @@ class Tile:
     m.
     """
 
+    m: Final[int]
+    n: Final[int]
+    k: Final[int]
+    tail: Final[int]
     def __init__(
         self, m: int = 128, n: int = 256, k: int = 64, tail: int | None = None
     ) -> None: ...
-    @property
-    def m(self) -> int: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def k(self) -> int: ...
-    @property
-    def tail(self) -> int: ...
 
 class Unit:
     """An output tile m x n of a region, or the slice k (in blocks of tile.k) of its sum.
@@ -131,36 +104,25 @@ class Unit:
     Units with the same `tile` add up in the order of `slice`; one with an empty k writes zeros.
     """
 
-    @property
-    def region(self) -> int: ...
-    @property
-    def tile(self) -> int: ...
-    @property
-    def slice(self) -> int: ...
-    @property
-    def slices(self) -> int: ...
+    region: Final[int]
+    tile: Final[int]
+    slice: Final[int]
+    slices: Final[int]
     @property
     def worker(self) -> int:
         """Whose share it is, or -1 in a plan that is not cut into shares."""
 
-    @property
-    def m(self) -> Interval: ...
-    @property
-    def n(self) -> Interval: ...
-    @property
-    def k(self) -> Interval: ...
+    m: Final[Interval]
+    n: Final[Interval]
+    k: Final[Interval]
 
 class Plan:
     """The units of one pass, image by image, and the regions they index."""
 
-    @property
-    def pass_(self) -> Pass: ...
-    @property
-    def tile(self) -> Tile: ...
-    @property
-    def regions(self) -> list[Region]: ...
-    @property
-    def units(self) -> list[Unit]: ...
+    pass_: Final[Pass]
+    tile: Final[Tile]
+    regions: Final[list[Region]]
+    units: Final[list[Unit]]
     @property
     def longest(self) -> int:
         """The k blocks of the longest unit."""
@@ -233,28 +195,22 @@ class Cost:
 class WeightCost:
     """Block-taps (one block of pixels of the sum times one tap) of grad_weight."""
 
-    @property
-    def dense(self) -> float: ...
-    @property
-    def live(self) -> float: ...
-    @property
-    def ideal(self) -> float: ...
+    dense: Final[float]
+    live: Final[float]
+    ideal: Final[float]
 
 class Branch:
     """One atrous convolution: kernel (odd) and rate, per axis or one number for both."""
 
+    kernel: Final[tuple[int, int]]
+    rate: Final[tuple[int, int]]
+    out_channels: Final[int]
     def __init__(
         self,
         kernel: int | tuple[int, int] = 1,
         rate: int | tuple[int, int] = 1,
         out_channels: int = 1,
     ) -> None: ...
-    @property
-    def kernel(self) -> tuple[int, int]: ...
-    @property
-    def rate(self) -> tuple[int, int]: ...
-    @property
-    def out_channels(self) -> int: ...
 
 class Problem:
     """A pyramid on x [batch, in_channels, height, width]: stride 1, "same" padding.
@@ -263,6 +219,11 @@ class Problem:
     kernels are depthwise, each before a 1x1 to out_channels; a branch without one has one of 1x1.
     """
 
+    batch: Final[int]
+    height: Final[int]
+    width: Final[int]
+    branches: Final[list[Branch]]
+    in_channels: Final[int]
     def __init__(
         self,
         batch: int,
@@ -271,16 +232,6 @@ class Problem:
         branches: Sequence[Branch],
         in_channels: int = 1,
     ) -> None: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def branches(self) -> list[Branch]: ...
-    @property
-    def in_channels(self) -> int: ...
     def regions(self, branch: int, order: Order = "regions", tile: Tile = ...) -> list[Region]:
         """The regions of one branch in forward (at most nine for a 3x3 kernel)."""
 
@@ -402,8 +353,7 @@ class FusedChoice:
     def fused(self) -> float:
         """0 where it cannot run, as halo_pixels and most_taps."""
 
-    @property
-    def stored(self) -> float: ...
+    stored: Final[float]
     @property
     def recomputed_batch_norm(self) -> float:
         """The cost where the depthwise results' statistics come first, and the results are then
@@ -417,10 +367,8 @@ class FusedChoice:
     def why_not(self) -> str:
         """Why the fused kernel cannot run; empty where it can."""
 
-    @property
-    def is_fused(self) -> bool: ...
-    @property
-    def recomputes_in_batch_norm(self) -> bool: ...
+    is_fused: Final[bool]
+    recomputes_in_batch_norm: Final[bool]
 
 def choose_fused(
     problem: Problem,
@@ -430,4 +378,76 @@ def choose_fused(
     """The choice for blocks of at most so much shared memory.
 
     Raises ValueError for another math.
+    """
+
+class MinimalProduct:
+    """weights[weight] . (first, centre, last tap) times the sum of coefficient * input over the
+    pairs (position, coefficient); coefficient times that is added to each of the outputs."""
+
+    weight: Final[int]
+    inputs: Final[list[tuple[int, float]]]
+    outputs: Final[list[tuple[int, float]]]
+
+class MinimalPiece:
+    """Positions and the products that they alone need."""
+
+    products: Final[Interval]
+    outputs: Final[list[int]]
+
+class MinimalAxis:
+    """The convolution along one axis in products. An output is their sum / denominator."""
+
+    denominator: Final[int]
+    weights: Final[list[tuple[float, float, float]]]
+    products: Final[list[MinimalProduct]]
+    pieces: Final[list[MinimalPiece]]
+
+def minimal_axis(
+    size: int,
+    kernel: int,
+    rate: int,
+    *,
+    pair: bool = False,
+    triple: bool = False,
+    overlapped: bool = False,
+) -> MinimalAxis:
+    """The fewest products with these kinds of blocks; csrc/plan/minimal.h explains them.
+
+    Raises ValueError where kernel is not 1 or 3, rate < 1 or size not in [1, 2**14].
+    """
+
+class PolyphaseForm:
+    """Minimal filtering of both axes. A product of the rows and one of the columns are a GEMM row;
+    `rows` and `columns` are the blocks, as keyword arguments of `minimal_axis`."""
+
+    rows: Final[dict[str, bool]]
+    columns: Final[dict[str, bool]]
+    row_products: Final[int]
+    column_products: Final[int]
+    matrices: Final[int]
+
+class PolyphaseChoice:
+    """The cheapest form of a branch beside its live taps one by one, both in GEMM rows: one is
+    in_channels * out_channels multiply-adds."""
+
+    form: Final[PolyphaseForm | None]
+    polyphase: Final[float]
+    direct: Final[float]
+    why_not: Final[str]
+    is_polyphase: Final[bool]
+
+def choose_polyphase(
+    problem: Problem,
+    branch: int,
+    *,
+    transform: float = 16,
+    matrix: float = 24,
+    prepare: float = 24,
+    direct: float = 0,
+    prepared: bool = True,
+) -> PolyphaseChoice:
+    """The choice for one branch; csrc/plan/polyphase.h has the formula's costs. Where there is no
+    form, polyphase is 0 and why_not a sentence.
+
+    Raises IndexError for a branch that is not there.
     """

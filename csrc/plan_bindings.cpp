@@ -27,6 +27,18 @@ Extent extent(const OneOrTwo& value) {
 
 py::tuple tuple(const Extent& extent) { return py::make_tuple(extent.h, extent.w); }
 
+py::list pairs(const std::vector<Term>& terms) {
+  py::list result;
+  for (const auto& [at, coefficient] : terms) result.append(py::make_tuple(at, coefficient));
+  return result;
+}
+
+py::dict dict(const Blocks& blocks) {
+  using namespace py::literals;
+  return py::dict("pair"_a = blocks.pair, "triple"_a = blocks.triple,
+                  "overlapped"_a = blocks.overlapped);
+}
+
 template <class T>
 std::string repr(const T& value) {
   return sentence(value);
@@ -273,6 +285,70 @@ void bind_fused_choice(py::module_& module) {
       py::arg("problem"), py::arg("math"), py::arg("shared_bytes"));
 }
 
+void bind_minimal(py::module_& module) {
+  py::class_<MinimalProduct>(module, "MinimalProduct")
+      .def_readonly("weight", &MinimalProduct::weight)
+      .def_property_readonly("inputs", [](const MinimalProduct& p) { return pairs(p.inputs); })
+      .def_property_readonly("outputs", [](const MinimalProduct& p) { return pairs(p.outputs); })
+      .def("__repr__", repr<MinimalProduct>);
+
+  py::class_<MinimalPiece>(module, "MinimalPiece")
+      .def_readonly("products", &MinimalPiece::products)
+      .def_readonly("outputs", &MinimalPiece::outputs)
+      .def("__repr__", repr<MinimalPiece>);
+
+  py::class_<MinimalAxis>(module, "MinimalAxis")
+      .def_readonly("denominator", &MinimalAxis::denominator)
+      .def_property_readonly("weights",
+                             [](const MinimalAxis& axis) {
+                               py::list result;
+                               for (const auto& [first, centre, last] : axis.weights)
+                                 result.append(py::make_tuple(first, centre, last));
+                               return result;
+                             })
+      .def_readonly("products", &MinimalAxis::products)
+      .def_readonly("pieces", &MinimalAxis::pieces)
+      .def("__repr__", repr<MinimalAxis>);
+
+  module.def(
+      "minimal_axis",
+      [](Index size, Index kernel, Index rate, bool pair, bool triple, bool overlapped) {
+        return minimal_axis({size, kernel, rate}, {pair, triple, overlapped});
+      },
+      py::arg("size"), py::arg("kernel"), py::arg("rate"), py::kw_only(), py::arg("pair") = false,
+      py::arg("triple") = false, py::arg("overlapped") = false);
+}
+
+void bind_polyphase(py::module_& module) {
+  py::class_<PolyphaseForm>(module, "PolyphaseForm")
+      .def_property_readonly("rows", [](const PolyphaseForm& form) { return dict(form.rows); })
+      .def_property_readonly("columns",
+                             [](const PolyphaseForm& form) { return dict(form.columns); })
+      .def_readonly("row_products", &PolyphaseForm::row_products)
+      .def_readonly("column_products", &PolyphaseForm::column_products)
+      .def_readonly("matrices", &PolyphaseForm::matrices)
+      .def("__repr__", repr<PolyphaseForm>);
+
+  py::class_<PolyphaseChoice>(module, "PolyphaseChoice")
+      .def_readonly("form", &PolyphaseChoice::form)
+      .def_readonly("polyphase", &PolyphaseChoice::polyphase)
+      .def_readonly("direct", &PolyphaseChoice::direct)
+      .def_readonly("why_not", &PolyphaseChoice::why_not)
+      .def_property_readonly("is_polyphase", &PolyphaseChoice::is_polyphase)
+      .def("__repr__", repr<PolyphaseChoice>);
+
+  constexpr PolyphaseCosts kCosts;
+  module.def(
+      "choose_polyphase",
+      [](const Problem& problem, Index branch, double transform, double matrix, double prepare,
+         double direct, bool prepared) {
+        return choose_polyphase(problem, branch, {transform, matrix, prepare, direct, prepared});
+      },
+      py::arg("problem"), py::arg("branch"), py::kw_only(), py::arg("transform") = kCosts.transform,
+      py::arg("matrix") = kCosts.matrix, py::arg("prepare") = kCosts.prepare,
+      py::arg("direct") = kCosts.direct, py::arg("prepared") = kCosts.prepared);
+}
+
 void bind_problem(py::module_& module) {
   py::class_<Branch>(module, "Branch")
       .def(py::init([](const OneOrTwo& kernel, const OneOrTwo& rate, Index out_channels) {
@@ -343,4 +419,6 @@ PYBIND11_MODULE(_plan, module) {
   bind_problem(module);
   bind_work_list(module);
   bind_fused_choice(module);
+  bind_minimal(module);
+  bind_polyphase(module);
 }

@@ -4,6 +4,7 @@
 
 #include "cost.h"
 #include "merge.h"
+#include "polyphase.h"
 #include "print.h"
 #include "schedule.h"
 #include "units.h"

@@ -4,6 +4,7 @@
 #include <ostream>
 
 #include "cost.h"
+#include "polyphase.h"
 #include "work_list.h"
 
 namespace aspp::plan {
@@ -100,6 +101,45 @@ std::ostream& operator<<(std::ostream& out, const WorkList& list) {
              << list.regions.size() << " regions, " << list.taps.size()
              << " taps, tiles=" << list.tiles << ", partials=" << list.partials
              << ", counters=" << list.counters << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const Term& term) {
+  return out << "(" << term.at << ", " << term.coefficient << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const MinimalProduct& product) {
+  list(out << "MinimalProduct(weight=" << product.weight << ", inputs=", product.inputs);
+  return list(out << ", outputs=", product.outputs) << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const MinimalPiece& piece) {
+  out << "MinimalPiece(products=" << piece.products << ", outputs=";
+  return list(out, piece.outputs) << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const MinimalAxis& axis) {
+  return out << "MinimalAxis(" << axis.products.size() << " products, " << axis.weights.size()
+             << " weights, " << axis.pieces.size() << " pieces, denominator=" << axis.denominator
+             << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const Blocks& blocks) {
+  return out << "one" << (blocks.pair ? "+pair" : "") << (blocks.triple ? "+triple" : "")
+             << (blocks.overlapped ? "+overlapped" : "");
+}
+
+std::ostream& operator<<(std::ostream& out, const PolyphaseForm& form) {
+  return out << "PolyphaseForm(rows=" << form.rows << ", columns=" << form.columns
+             << ", row_products=" << form.row_products
+             << ", column_products=" << form.column_products << ", matrices=" << form.matrices
+             << ")";
+}
+
+std::ostream& operator<<(std::ostream& out, const PolyphaseChoice& choice) {
+  out << "PolyphaseChoice(";
+  if (!choice.form) return out << choice.why_not << ", direct=" << choice.direct << ")";
+  return out << *choice.form << ", polyphase=" << choice.polyphase
+             << (choice.is_polyphase() ? " < " : " >= ") << "direct=" << choice.direct << ")";
 }
 
 }  // namespace aspp::plan

@@ -21,6 +21,13 @@ struct Schedule;
 struct Cost;
 struct WeightCost;
 struct WorkList;
+struct Term;
+struct MinimalProduct;
+struct MinimalPiece;
+struct MinimalAxis;
+struct Blocks;
+struct PolyphaseForm;
+struct PolyphaseChoice;
 
 std::ostream& operator<<(std::ostream& out, const Interval& interval);
 std::ostream& operator<<(std::ostream& out, const Axis& axis);
@@ -37,5 +44,12 @@ std::ostream& operator<<(std::ostream& out, const Schedule& schedule);
 std::ostream& operator<<(std::ostream& out, const Cost& cost);
 std::ostream& operator<<(std::ostream& out, const WeightCost& cost);
 std::ostream& operator<<(std::ostream& out, const WorkList& list);
+std::ostream& operator<<(std::ostream& out, const Term& term);
+std::ostream& operator<<(std::ostream& out, const MinimalProduct& product);
+std::ostream& operator<<(std::ostream& out, const MinimalPiece& piece);
+std::ostream& operator<<(std::ostream& out, const MinimalAxis& axis);
+std::ostream& operator<<(std::ostream& out, const Blocks& blocks);
+std::ostream& operator<<(std::ostream& out, const PolyphaseForm& form);
+std::ostream& operator<<(std::ostream& out, const PolyphaseChoice& choice);
 
 }  // namespace aspp::plan

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Minimal filtering of both axes of a branch: what it costs beside computing every live tap.
+//
+// Each product of the rows with each of the columns is one pixel of one GEMM: of the inputs'
+// combination with the matrix [in_channels, out_channels] that combines the taps, one for each pair
+// of weights. The gradient of the input mirrors the taps and has the same counts.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "minimal.h"
+#include "problem.h"
+
+namespace aspp::plan {
+
+// In GEMM rows: one row is in_channels * out_channels multiply-adds.
+struct PolyphaseCosts {
+  double transform = 16;  // combining a channel of a row, in multiply-adds; inputs and outputs
+  double matrix = 24;     // starting the GEMM of a matrix
+  double prepare = 24;    // combining the taps to a matrix
+  double direct = 0;      // what a row of a live tap costs beyond its multiply-adds
+  bool prepared = true;   // the matrices outlive the call and cost nothing
+};
+
+struct PolyphaseForm {
+  Blocks rows;
+  Blocks columns;
+  Index row_products = 0;
+  Index column_products = 0;
+  Index matrices = 0;
+
+  Index products() const { return row_products * column_products; }  // GEMM rows of an image
+};
+
+// The cheapest form and what it costs for the whole batch, 0 where there is none.
+struct PolyphaseChoice {
+  std::optional<PolyphaseForm> form;
+  double polyphase = 0;
+  double direct = 0;
+  std::string why_not;  // a sentence where there is no form
+
+  bool is_polyphase() const { return form && polyphase < direct; }
+};
+
+PolyphaseChoice choose_polyphase(const Problem& problem, Index branch,
+                                 const PolyphaseCosts& costs = {});
+
+}  // namespace aspp::plan
