@@ -39,9 +39,9 @@ def inferences(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     calls = []
     real = fused.aspp_inference
 
-    def spy(*args):
+    def spy(*args, **keywords):
         calls.append(args)
-        return real(*args)
+        return real(*args, **keywords)
 
     monkeypatch.setattr(fused, "aspp_inference", spy)
     return calls
