@@ -110,7 +110,14 @@ def _or_none(tensors: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _reference_pyramid(
-    x: Tensor, weights: Any, rates: Any, scale: Any, shift: Any, relu: bool, tf32: bool = False
+    x: Tensor,
+    weights: Any,
+    rates: Any,
+    scale: Any,
+    shift: Any,
+    relu: bool,
+    tf32: bool = False,
+    polyphase: bool = True,
 ) -> Tensor:
     return reference.atrous_pyramid(
         x, weights, pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None
@@ -147,7 +154,8 @@ def _reference_separable(
 
 
 def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
-    return like(x, reference.aspp_inference(x, _or_none(depthwise), weights, pairs(rates), *rest))
+    head = (_or_none(depthwise), weights, pairs(rates), *rest[:5])  # polyphase is the CPU kernel's
+    return like(x, reference.aspp_inference(x, *head))
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {

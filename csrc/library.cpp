@@ -5,10 +5,11 @@
 STABLE_TORCH_LIBRARY(aspp_ext, m) {
   // x [N, C, H, W], weights[b] [O_b, C, kh_b, kw_b], rates (rate_h, rate_w) per branch,
   // scale [sum O], shift [sum O] or [N, sum O] -> [N, sum O, H, W]; tf32: float32 products may be
-  // rounded to TF32 where the device has it
+  // rounded to TF32 where the device has it; polyphase: the CPU may compute 3-tap axes by minimal
+  // filtering, which multiplies less and rounds a little more
   m.def(
       "atrous_pyramid(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-      "Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor");
+      "Tensor? shift=None, bool relu=False, bool tf32=False, bool polyphase=True) -> Tensor");
   // CUDA. What a training batch norm wants: the result, and of each channel the mean and the sum of
   // squared differences from it [sum O], in float32, or float64 for float64
   m.def(
@@ -16,12 +17,17 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "-> (Tensor, Tensor, Tensor)");
   // grad [N, sum O, H, W] -> [N, C, H, W]
   m.def(
-      "atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates, bool tf32=False) "
-      "-> Tensor");
+      "atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates, bool tf32=False, "
+      "bool polyphase=True) -> Tensor");
   // kernels (kh, kw) per branch, out_channels O_b -> gradients [O_b, C, kh_b, kw_b]
   m.def(
       "atrous_pyramid_grad_weight(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-      "int[] rates, bool tf32=False) -> Tensor[]");
+      "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]");
+  // Per branch the weight as minimal filtering of maps of that size takes it, or an empty tensor
+  // where the branch is computed directly
+  m.def(
+      "polyphase_weights(Tensor[] weights, int[] rates, int batch, int height, int width) "
+      "-> Tensor[]");
   // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
   // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
   // the two lists themselves may be empty; tf32 as above, of the products with pointwise
@@ -60,10 +66,11 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
       "-> (Tensor, Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
-  // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]
+  // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]; prepared: polyphase_weights
+  // of weights for x's size, without which each call transforms them itself
   m.def(
       "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
-      "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift) "
-      "-> Tensor");
+      "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
+      "bool polyphase=True, Tensor[]? prepared=None) -> Tensor");
   m.def("cpu_isa() -> str");
 }

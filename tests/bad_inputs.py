@@ -85,6 +85,8 @@ VALID: dict[str, dict[str, Any]] = {
         "pool_shift": t(2),
         "project_weight": t(5, 9),
         "project_shift": t(5),
+        "polyphase": False,
+        "prepared": [t(0), t(0)],
     },
 }
 
@@ -288,6 +290,12 @@ _HEAD = [
     ("project_shift too short",
      "project_shift must have one value per output channel (5), got shape [4]",
      {"project_shift": t(4)}),
+    ("fewer prepared",
+     "prepared must be None or have one entry per branch, got 1 for 2 branches",
+     {"prepared": [t(0)]}),
+    ("nothing prepared",
+     "prepared must be None or have one entry per branch, got 0 for 2 branches",
+     {"prepared": []}),
 ]  # fmt: skip
 
 _GRADIENTS = [

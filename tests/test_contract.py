@@ -12,7 +12,7 @@ from table import BACKENDS, EMULATED
 from torch.utils._pytree import tree_leaves, tree_map
 
 import aspp_ext
-from aspp_ext import _triton
+from aspp_ext import _triton, ops
 from aspp_ext.ops.family import FAMILIES, NATIVE, TRITON, Family
 
 PUBLIC = ("atrous_pyramid", "atrous_separable_pyramid", "aspp_inference")
@@ -181,11 +181,16 @@ def separable(x=X, depthwise=(D,), pointwise=(P,), rates=(2,), **keywords):
     return lambda: aspp_ext.atrous_separable_pyramid(x, depthwise, pointwise, rates, **keywords)
 
 
-def head(depthwise=(None,), weights=(W,), shift=V, pool=(None, None), project=PROJECT):
-    return lambda: aspp_ext.aspp_inference(X, depthwise, weights, [2], shift, *pool, *project)
+def head(depthwise=(None,), weights=(W,), shift=V, pool=(None, None), project=PROJECT, **keywords):
+    end = (shift, *pool, *project)
+    return lambda: aspp_ext.aspp_inference(X, depthwise, weights, [2], *end, **keywords)
 
 
-A, S, H = (f"{name}: " for name in PUBLIC)
+def prepare(weights=(W,), rates=(2,), size=(1, 5, 7)):
+    return lambda: ops.polyphase_weights(weights, rates, *size)
+
+
+A, S, H, F = (f"{name}: " for name in (*PUBLIC, "polyphase_weights"))
 LIST = "must be a list with one entry per branch, got"
 PYTHON_ONLY = {
     "x a list": (pyramid(x=[1.0]), TypeError, A + "x must be a tensor, got list"),
@@ -240,6 +245,24 @@ PYTHON_ONLY = {
     "head pool": (head(pool=([1.0], V)), TypeError, H + "pool_weight must be a tensor, got list"),
     "head project": (head(project=(None, V)), TypeError,
         H + "project_weight must be a tensor, got NoneType"),
+    "polyphase a number": (pyramid(polyphase=1), TypeError,
+        A + "polyphase must be True or False, got 1"),
+    "head polyphase": (head(polyphase="always"), TypeError,
+        H + "polyphase must be True or False, got 'always'"),
+    "prepared a tensor": (head(prepared=W), TypeError, H + f"prepared {LIST} Tensor"),
+    "prepared None": (head(prepared=[None]), TypeError,
+        H + "prepared[0] must be a tensor, got NoneType"),
+    "weights to prepare": (prepare(weights=W), TypeError, F + f"weights {LIST} Tensor"),
+    "weight to prepare": (prepare(weights=[None]), TypeError,
+        F + "weights[0] must be a tensor, got NoneType"),
+    "nothing to prepare": (prepare(weights=[]), ValueError,
+        F + "weights must hold at least one branch, got an empty list"),
+    "even to prepare": (prepare(weights=[zeros(4, 6, 2, 3)]), ValueError,
+        F + "weights[0] must have odd kernel sizes, got 2x3"),
+    "rates to prepare": (prepare(rates=[0]), ValueError,
+        F + "atrous_rates[0] must be >= 1, got 0"),
+    "no rows to prepare for": (prepare(size=(1, 0, 7)), ValueError,
+        F + "x needs at least one channel, row and column, got shape [1, 6, 0, 7]"),
     "empty line": (pyramid(x=zeros(2, 6, 0), weights=[zeros(4, 6, 3)]), ValueError,
         A + "x needs at least one channel, row and column, got shape [2, 6, 1, 0]"),
 }  # fmt: skip

@@ -199,6 +199,17 @@ def test_pool_batch_of_one() -> None:
     assert "pool_batch_of_one" not in vars(unfuse(model)[0])
 
 
+def test_polyphase() -> None:
+    model = fuse(torchvision_head())
+    assert model[0].polyphase
+    assert not fuse(model, polyphase=False)[0].polyphase
+    for twin in (fuse(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin[0].polyphase
+    with pytest.raises(TypeError, match="fuse: polyphase must be True or False, got 0"):
+        fuse(model, polyphase=0)
+    assert "polyphase" not in vars(unfuse(model)[0])
+
+
 class Subclassed(torchvision.ASPP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return -super().forward(x)

@@ -39,9 +39,9 @@ def inferences(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     calls = []
     real = fused.aspp_inference
 
-    def spy(*args):
+    def spy(*args, **keywords):
         calls.append(args)
-        return real(*args)
+        return real(*args, **keywords)
 
     monkeypatch.setattr(fused, "aspp_inference", spy)
     return calls
@@ -377,6 +377,8 @@ def test_bad_arguments(arguments: tuple, keywords: dict, message: str) -> None:
         ASPP(*arguments, **keywords)
     with pytest.raises(TypeError):
         ASPP(4, [1.5])
+    with pytest.raises(TypeError, match="ASPP: polyphase must be True or False, got 'never'"):
+        ASPP(4, RATES, polyphase="never")
 
 
 def test_rates_per_axis() -> None:

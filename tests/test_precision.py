@@ -7,9 +7,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,19 +77,24 @@ def test_only_float32_on_cuda(dtype) -> None:
         assert not precision.allows_tf32(torch.empty(1, device="meta"))
 
 
-class Precisions(TorchDispatchMode):
-    """The last argument of each of our operators that runs."""
+def argument(name: str, op: torch._ops.OpOverload, given: Sequence[Any]) -> Any:
+    """What ``op`` gets under that name; the last arguments may be left out at their defaults."""
+    at = [a.name for a in op._schema.arguments].index(name)
+    return given[at] if at < len(given) else op._schema.arguments[at].default_value
 
-    def __init__(self) -> None:
+
+class Settings(TorchDispatchMode):
+    """One argument of each of our operators that runs."""
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.seen: list[tuple[str, bool]] = []
+        self.name = name
+        self.seen: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "aspp_ext":
-            arguments = function._schema.arguments
-            given = len(args) == len(arguments) and args[-1]
-            assert arguments[-1].name == "tf32"
-            self.seen.append((function._schema.name.split("::")[1], bool(given)))
+            value = argument(self.name, function, args)
+            self.seen.append((function._schema.name.split("::")[1], value))
         return function(*args, **(kwargs or {}))
 
 
@@ -170,7 +176,7 @@ def test_the_decision_reaches_every_operator(f, operators, call, allowed, monkey
     for module in (pyramid, separable_ops, head_composed):
         monkeypatch.setattr(module, "allows_tf32", lambda x: allowed)
     x, w = (torch.randn(s, dtype=torch.float64) for s in ((1, 2, 3, 4), (2, 2, 3, 3)))
-    with Precisions() as precisions:
+    with Settings("tf32") as precisions:
         CALLS[call](f, x.requires_grad_(), w.requires_grad_())
     assert precisions.seen
     assert {tf32 for _, tf32 in precisions.seen} == {allowed}, precisions.seen
@@ -200,10 +206,9 @@ def switch(monkeypatch) -> Iterator[Callable[[bool], None]]:
 
 
 def decision(graph: torch.fx.GraphModule) -> bool:
-    """The last argument of the one operator of ours in a graph."""
+    """Whether the one operator of ours in a graph may use TF32."""
     (node,) = (n for n in graph.graph.nodes if "aspp_ext" in str(n.target))
-    arguments = node.target.default._schema.arguments
-    return len(node.args) == len(arguments) and node.args[-1]
+    return argument("tf32", node.target.default, node.args)
 
 
 @each_kind
@@ -234,6 +239,6 @@ def test_a_compiled_gradient_keeps_the_setting_of_its_forward(
         switch(on)
         y = compiled(x, w)
         switch(not on)
-        with Precisions() as precisions:
+        with Settings("tf32") as precisions:
             y.backward()
         assert set(precisions.seen) == {(name, on) for name in operators[1:]}

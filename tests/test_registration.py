@@ -19,13 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # A released schema may grow at its end, with defaults; it may not change otherwise.
 SCHEMAS = {
     "atrous_pyramid": "(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-    "Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
+    "Tensor? shift=None, bool relu=False, bool tf32=False, bool polyphase=True) -> Tensor",
     "atrous_pyramid_statistics": "(Tensor x, Tensor[] weights, int[] rates, bool tf32=False) "
     "-> (Tensor, Tensor, Tensor)",
     "atrous_pyramid_grad_input": "(Tensor grad, Tensor[] weights, int[] rates, "
-    "bool tf32=False) -> Tensor",
+    "bool tf32=False, bool polyphase=True) -> Tensor",
     "atrous_pyramid_grad_weight": "(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-    "int[] rates, bool tf32=False) -> Tensor[]",
+    "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]",
+    "polyphase_weights": "(Tensor[] weights, int[] rates, int batch, int height, int width) "
+    "-> Tensor[]",
     "atrous_separable_pyramid": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
     "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
     "Tensor? scale=None, Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
@@ -45,13 +47,13 @@ SCHEMAS = {
     "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
     "-> (Tensor, Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
-    "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift) "
-    "-> Tensor",
+    "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
+    "bool polyphase=True, Tensor[]? prepared=None) -> Tensor",
     "cpu_isa": "() -> str",
 }
 TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
-WITHOUT_SIBLING = ["aspp_inference", "cpu_isa", *STEPS_OF_A_NORM]
+WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "cpu_isa", *STEPS_OF_A_NORM]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]

@@ -157,7 +157,10 @@ def test_forward_mode_is_not_dropped() -> None:
 def test_functions_are_the_other_door() -> None:
     shapes = [(1, 2, 3, 4), (2, 2, 3, 3), (2, 1, 3, 3), (2, 2, 1, 1)]
     x, w, d, p = (t.requires_grad_() for t in values(*shapes))
-    pyramids = (AtrousPyramid.apply([2, 2], False, x, w), reference.atrous_pyramid(x, [w], [2]))
+    pyramids = (
+        AtrousPyramid.apply([2, 2], False, True, x, w),
+        reference.atrous_pyramid(x, [w], [2]),
+    )
     separables = (
         AtrousSeparablePyramid.apply(1, [2, 2], False, False, x, d, p),
         reference.atrous_separable_conv2d(x, d, p, 2),

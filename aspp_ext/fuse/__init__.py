@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple, TypeVar
 from torch import nn
 
 from aspp_ext.modules.aspp import ASPP
-from aspp_ext.modules.fused import FusedForward
+from aspp_ext.modules.fused import SETTINGS, FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable
+from aspp_ext.ops.checks import check_flag
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +63,7 @@ def fuse(
     *,
     strict: bool = True,
     pool_batch_of_one: Literal["error", "running_stats"] | None = None,
+    polyphase: bool | None = None,
 ) -> Model:
     """Give every ASPP in ``model`` that is known here the fused forward, in place.
 
@@ -80,15 +82,23 @@ def fuse(
         strict: raise when there is nothing to fuse.
         pool_batch_of_one: for the pooled branch in training with a batch of one: "error" (as
             PyTorch) or "running_stats". None leaves the modules as they are ("error" at first).
+        polyphase: whether the CPU may compute dense branches by minimal filtering, which multiplies
+            less, rounds a little more and in eval mode keeps prepared weights, several times the
+            memory of the branches' own. None leaves the modules as they are (True at first).
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: no module of a known class was found and ``strict`` is set.
+        TypeError: polyphase is not a bool.
     """
     if pool_batch_of_one is not None:
         check_pool_batch_of_one(pool_batch_of_one)
+    if polyphase is not None:
+        check_flag("fuse", "polyphase", polyphase)
+    given = {"pool_batch_of_one": pool_batch_of_one, "polyphase": polyphase}
+    settings = {name: value for name, value in given.items() if value is not None}
     entries = []
     for name, module in model.named_modules():
         entry = _inspect(name, module)
@@ -97,8 +107,9 @@ def fuse(
         entries.append(entry)
         if not entry.fused and entry.reason is None:
             _switch(module, _adapter(module).fused_class())  # type: ignore[union-attr]
-        if pool_batch_of_one is not None and isinstance(module, FusedForward):
-            module.pool_batch_of_one = pool_batch_of_one
+        if settings and isinstance(module, FusedForward):
+            module.drop_folded()
+            vars(module).update(settings)
     refused = [e for e in entries if e.reason is not None]
     if refused:
         lines = "; ".join(f"{e.name or 'the model'}: {e.reason}" for e in refused)
@@ -125,7 +136,8 @@ def unfuse(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FusedForward) and _path(type(module)) in fused:
             module.drop_folded()
-            module.__dict__.pop("pool_batch_of_one", None)
+            for setting in SETTINGS:
+                vars(module).pop(setting, None)
             _switch(module, module.original)
     return model
 

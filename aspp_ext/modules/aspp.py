@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from aspp_ext.ops.checks import check_flag
+
 from .fused import FusedForward
 from .head import Head, check_pool_batch_of_one
 from .parts import describe_standard
@@ -130,9 +132,12 @@ class ASPP(FusedForward, LayeredASPP):
         pool_batch_of_one: a batch of one gives the pooled branch's batch norm one value per
             channel to train on. "error" raises as PyTorch does; "running_stats" normalises that
             branch with its running statistics, which stay as they are.
+        polyphase: the CPU may compute the 3x3 branches by minimal filtering, which multiplies less
+            and rounds a little more. In eval mode the weights prepared for it, of the last two
+            sizes of x, take several times the memory of the branches' weights; False saves that.
 
     Raises:
-        TypeError: a rate is not an int.
+        TypeError: a rate is not an int, or polyphase not a bool.
         ValueError: an argument out of range.
     """
 
@@ -147,14 +152,16 @@ class ASPP(FusedForward, LayeredASPP):
         separable: bool = False,
         dropout: float = 0.5,
         pool_batch_of_one: Literal["error", "running_stats"] = "error",
+        polyphase: bool = True,
     ) -> None:
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels < 1:
                 raise ValueError(f"ASPP: {name} must be at least 1, got {channels}")
         rates = _checked_rates(atrous_rates)
         policy = check_pool_batch_of_one(pool_batch_of_one)
+        check_flag("ASPP", "polyphase", polyphase)
         super().__init__(in_channels, rates, out_channels, separable=separable, dropout=dropout)
-        self.pool_batch_of_one = policy
+        self.pool_batch_of_one, self.polyphase = policy, polyphase
 
     @classmethod
     def describe(cls, module: nn.Module) -> Head:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from aspp_ext.ops import polyphase_weights
 from aspp_ext.ops.formats import pointwise_as_channels_last
 
 from .head import Head, Norm
@@ -84,6 +86,15 @@ def _as_read(weight: Tensor) -> Tensor:
     return weight.permute(inner).contiguous().permute(order)
 
 
+_PREPARED_SIZES = 2  # a model's own and that of its last, smaller batch
+
+
+def _prepare(folded: Folded, batch: int, height: int, width: int) -> list[Tensor]:
+    # Outside inference mode, as the folded copy.
+    with torch.inference_mode(False), torch.no_grad():
+        return polyphase_weights(folded.weights, folded.atrous_rates, batch, height, width)
+
+
 class FoldCache:
     """One folded copy with the evidence that its sources have not changed since.
 
@@ -91,6 +102,9 @@ class FoldCache:
     memory with the same version counter. Writes through ``.data`` bypass the counter, so on the
     CPU a fingerprint of the values is compared too: every element of small tensors, a diagonal of
     large ones. On other devices that comparison would make the host wait, and is left out.
+
+    ``prepared(batch, height, width)`` are the folded weights as minimal filtering takes them, kept
+    for the last sizes. They take several times the memory of the branches' weights.
     """
 
     def __init__(self, head: Head, dtype: torch.dtype) -> None:
@@ -105,6 +119,10 @@ class FoldCache:
             self.samples = [_sample(t) for t in self.aliases]
         self.fingerprint = self._fingerprint()
         self.folded = fold(head, dtype)
+        # Bound to the copy and not to self: a cycle would outlive the last reference to it.
+        self.prepared = functools.lru_cache(maxsize=_PREPARED_SIZES)(
+            functools.partial(_prepare, self.folded)
+        )
 
     def holds(self, head: Head, dtype: torch.dtype) -> bool:
         """Whether the folded copy still is what :func:`fold` would return."""

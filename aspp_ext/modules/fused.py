@@ -25,6 +25,7 @@ from .head import Head, forward_layers
 from .parts import Unfusable
 
 _CACHE = "_aspp_ext_folded"
+SETTINGS = ("pool_batch_of_one", "polyphase")
 
 
 class FusedForward(nn.Module):
@@ -35,10 +36,13 @@ class FusedForward(nn.Module):
         pool_batch_of_one: what training does when the pooled branch has one value per channel:
             "error" (as PyTorch) or "running_stats" (normalise that branch with its running
             statistics, which stay as they are).
+        polyphase: whether the CPU may compute dense branches by minimal filtering, for which the
+            folded copy keeps prepared weights, several times the memory of the branches' own.
     """
 
     original: ClassVar[type[nn.Module]]
     pool_batch_of_one: str = "error"
+    polyphase: bool = True
 
     @classmethod
     def describe(cls, module: nn.Module) -> Head:
@@ -65,27 +69,36 @@ class FusedForward(nn.Module):
         if _wants_gradient(head, x) or any(
             norm.training or norm.running_mean is None for norm in head.norms()
         ):
-            return forward_layers(head, x, self.pool_batch_of_one)
+            return forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
         weight = head.project.weight  # [P, K, 1, 1]
         dtype = weight.dtype
         if dtype != torch.float64 and is_autocast_on(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
-        y = aspp_inference(x, *self._folded(head, dtype))
+        folded, prepared = self._folded(head, x, dtype)
+        y = aspp_inference(x, *folded, polyphase=self.polyphase, prepared=prepared)
         if is_channels_last(weight):
             y = y.contiguous(memory_format=torch.channels_last)
         return head.dropout(y)
 
-    def _folded(self, head: Head, dtype: torch.dtype) -> Folded:
-        if _is_traced():
+    def _folded(
+        self, head: Head, x: Tensor, dtype: torch.dtype
+    ) -> tuple[Folded, list[Tensor] | None]:
+        """The folded head and its weights prepared for x, None where no copy is kept."""
+        cache = None if _is_traced() else self._cache(head, dtype)
+        if cache is None:
             with torch.no_grad():
-                return fold(head, dtype)
+                return fold(head, dtype), None
+        by_cpu = self.polyphase and x.device.type == "cpu"
+        n, _, h, w = x.shape
+        return cache.folded, cache.prepared(n, h, w) if by_cpu else None
+
+    def _cache(self, head: Head, dtype: torch.dtype) -> FoldCache | None:
         cache = self.__dict__.get(_CACHE)
         if cache is not None and cache.holds(head, dtype):
-            return cache.folded
+            return cache
         if not cacheable(head):
-            with torch.no_grad():
-                return fold(head, dtype)
+            return None
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             cache = FoldCache(head, dtype)
@@ -93,7 +106,7 @@ class FusedForward(nn.Module):
             # Another thread may read the copy on another stream.
             torch.cuda.current_stream(cache.sources[0].device).synchronize()
         self.__dict__[_CACHE] = cache
-        return cache.folded
+        return cache
 
     def drop_folded(self) -> None:
         """Forget the folded weights; the next inference folds again."""

@@ -61,7 +61,7 @@ def check_pool_batch_of_one(value: str) -> str:
     return value
 
 
-def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
+def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: bool = True) -> Tensor:
     """The head with gradients, and with every norm's own rules.
 
     Args:
@@ -69,6 +69,7 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
         x: [N, C, H, W].
         pool_batch_of_one: "error", or "running_stats" to normalise the pooled branch of a single
             sample with its running statistics.
+        polyphase: as in :func:`aspp_ext.atrous_pyramid`.
 
     Returns:
         [N, P, H, W].
@@ -92,9 +93,9 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
         depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
         y = atrous_separable_pyramid(x, depthwise, weights, rates, bias=bias)
     elif bias is None and joined and uses_statistics(norms):
-        y, mean, squares = atrous_pyramid_statistics(x, weights, rates)
+        y, mean, squares = atrous_pyramid_statistics(x, weights, rates, polyphase=polyphase)
     else:
-        y = atrous_pyramid(x, weights, rates, bias=bias)
+        y = atrous_pyramid(x, weights, rates, bias=bias, polyphase=polyphase)
     y = joint_norm(norms, y, mean, squares) if joined else _norm_each(norms, y)
     y = y.relu_()
 
@@ -106,7 +107,8 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str) -> Tensor:
     weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
     # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
     shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
-    y = head.project_norm(atrous_pyramid(y, [weight], [1], shift=shift)).relu_()
+    y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
+    y = head.project_norm(y).relu_()
     outer = torch.channels_last if last else torch.contiguous_format
     return head.dropout(y.contiguous(memory_format=outer))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The operators: public function, fake, gradient, autocast and batching rule of each."""
 
-from .head import aspp_inference
+from .head import aspp_inference, polyphase_weights
 from .pyramid import atrous_pyramid
 from .separable import atrous_separable_conv2d, atrous_separable_pyramid
 from .separable_norm import atrous_separable_pyramid_batch_norm
@@ -12,4 +12,5 @@ __all__ = [
     "atrous_separable_conv2d",
     "atrous_separable_pyramid",
     "atrous_separable_pyramid_batch_norm",
+    "polyphase_weights",
 ]

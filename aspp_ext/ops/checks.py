@@ -277,6 +277,11 @@ def check_sizes(op: str, kernels: Sequence[int], out_channels: Sequence[int]) ->
             )
 
 
+def check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
 def check_activation(op: str, name: str, activation: str | None) -> None:
     if activation not in (None, "relu"):
         raise ValueError(f"{op}: {name} must be None or 'relu', got {activation!r}")

@@ -14,10 +14,18 @@ from .._autograd_key import refuse_gradient
 from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
+from .family import NATIVE
 from .formats import empty_image
-from .registration import library, register_autocast, register_vmap, under_autocast
+from .registration import (
+    library,
+    register_autocast,
+    register_fake,
+    register_vmap,
+    under_autocast,
+)
 
 _OP = "aspp_inference"
+_WEIGHTS = "polyphase_weights"
 
 
 def aspp_inference(
@@ -32,6 +40,8 @@ def aspp_inference(
     project_shift: Tensor,
     *,
     backend: str | None = None,
+    polyphase: bool = True,
+    prepared: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Atrous Spatial Pyramid Pooling for inference (DeepLab v3, arXiv 1706.05587, section 3.3).
 
@@ -51,6 +61,10 @@ def aspp_inference(
         project_weight: ``[P, sum O + Q]``, the pooled columns last.
         project_shift: ``[P]``.
         backend: force an implementation; None takes the first that can.
+        polyphase: the CPU may compute 3-tap axes by minimal filtering, which multiplies less and
+            rounds a little more.
+        prepared: :func:`aspp_ext.ops.polyphase_weights` of the same weights and rates for x's size;
+            without it each call transforms the weights anew.
 
     Returns:
         ``[N, P, H, W]`` in x's memory format.
@@ -58,7 +72,7 @@ def aspp_inference(
     Raises:
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
             backend.
-        TypeError: an argument that is no tensor, or of another dtype than x.
+        TypeError: an argument that is no tensor, or of another dtype than x, or no bool.
         NotImplementedError: a gradient of the CPU's kernel is needed; the differentiable operators
             compute those.
     """
@@ -74,10 +88,14 @@ def aspp_inference(
         ("project_weight", project_weight),
         ("project_shift", project_shift),
     ]
+    if prepared is not None:
+        checks.check_list(_OP, "prepared", prepared)
+        named += [(f"prepared[{b}]", w) for b, w in enumerate(prepared)]
     for name, value in named:
         checks.check_tensor(_OP, name, value)
     if pool_weight is not None:
         checks.check_tensor(_OP, "pool_weight", pool_weight)
+    checks.check_flag(_OP, "polyphase", polyphase)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
     arguments = under_autocast(
@@ -91,6 +109,8 @@ def aspp_inference(
         project_weight,
         project_shift,
     )
+    # What is prepared is in the dtype that the kernel has chosen.
+    arguments = (*arguments, polyphase, None if prepared is None else list(prepared))
     x, depthwise, weights = arguments[:3]
     check_head(*arguments)
     problem = Problem(_OP, x, tuple(weights), tuple(d for d in depthwise if d.numel()))
@@ -107,6 +127,8 @@ def check_head(
     pool_shift: Tensor | None,
     project_weight: Tensor,
     project_shift: Tensor,
+    polyphase: bool = True,
+    prepared: Sequence[Tensor] | None = None,
 ) -> int:
     """Checks the head; returns its number of output channels."""
     if not (len(depthwise) == len(weights)):
@@ -147,15 +169,64 @@ def check_head(
             f"{list(project_weight.shape)}"
         )
     checks.check_vector(_OP, "project_shift", project_shift, x, project_weight.size(0))
+    if prepared is not None and len(prepared) != len(weights):
+        raise ValueError(
+            f"{_OP}: prepared must be None or have one entry per branch, got {len(prepared)} for "
+            f"{len(weights)} branches"
+        )
     return project_weight.size(0)
+
+
+def polyphase_weights(
+    weights: Sequence[Tensor], atrous_rates: Sequence[Rate], batch: int, height: int, width: int
+) -> list[Tensor]:
+    """The weights of a pyramid as minimal filtering takes them: ``prepared`` of a head.
+
+    They depend on the size of the maps and take several times the memory of the weights. Not to be
+    traced: their shapes are the kernel's choice.
+
+    Args:
+        weights, atrous_rates: as in :func:`aspp_inference`.
+        batch, height, width: N, H and W of x.
+
+    Returns:
+        Per branch a tensor, which is empty where the branch is computed directly.
+
+    Raises:
+        ValueError: shapes, kernel sizes, rates or list lengths that do not fit.
+        TypeError: an argument that is no tensor, or of another dtype than the first weight.
+        NotImplementedError: a weight requires a gradient, or the call is traced.
+    """
+    checks.check_list(_WEIGHTS, "weights", weights)
+    for b, w in enumerate(weights):
+        checks.check_tensor(_WEIGHTS, f"weights[{b}]", w)
+        checks.check_kernel(_WEIGHTS, f"weights[{b}]", w)
+    rates = checks.flat_rates(_WEIGHTS, atrous_rates)
+    checks.check_rates(_WEIGHTS, rates, len(weights))
+    x = weights[0].new_empty(1).expand(batch, weights[0].size(1), height, width)
+    checks.check_dense(_WEIGHTS, x, weights, rates)
+    if _native.cpu_missing is not None:
+        return [w.new_empty(0) for w in weights]
+    return NATIVE.op(_WEIGHTS)(list(weights), rates, batch, height, width)
+
+
+def _fake_weights(*_: Any) -> list[Tensor]:
+    raise NotImplementedError(
+        f"{_WEIGHTS}: the kernel chooses the shapes, so it cannot be traced; call it before tracing"
+    )
 
 
 if _native.cpu_missing is None:
     _op = torch.ops.aspp_ext.aspp_inference.default
+    _weights_op = torch.ops.aspp_ext.polyphase_weights.default
 
-    @torch.library.register_fake("aspp_ext::aspp_inference")
-    def _(*arguments):
-        return empty_image(arguments[0], check_head(*arguments), [arguments[0]])
+    register_fake(_op, lambda x, *rest: empty_image(x, check_head(x, *rest), [x]))
+    register_fake(_weights_op, _fake_weights)
+    refuse_gradient(
+        *(library, _weights_op),
+        f"{_WEIGHTS}: computes no gradients but a weight requires one; call it under "
+        "torch.no_grad()",
+    )
 
     refuse_gradient(
         library,
@@ -163,5 +234,5 @@ if _native.cpu_missing is None:
         f"{_OP}: computes no gradients but an argument requires one; call it under "
         "torch.no_grad(), or use atrous_pyramid / atrous_separable_pyramid",
     )
-    register_autocast(_op)
+    register_autocast(_op, kept="prepared")
     register_vmap(_op)

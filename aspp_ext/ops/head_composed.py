@@ -24,18 +24,22 @@ def aspp_inference(
     pool_shift: Tensor | None,
     project_weight: Tensor,
     project_shift: Tensor,
+    polyphase: bool = True,
+    prepared: Sequence[Tensor] | None = None,
     *,
     family: Family = NATIVE,
 ) -> Tensor:
-    """The operator's arguments; [N, P, H, W] in x's memory format."""
-    y = _branches(family, x, depthwise, weights, rates, shift)
+    """The operator's arguments, of which ``prepared`` is of no use here; [N, P, H, W] in x's
+    memory format."""
+    y = _branches(family, x, depthwise, weights, rates, shift, polyphase)
     if pool_weight is not None and pool_shift is not None:
         widths = [y.size(1), pool_weight.size(0)]
         project_weight, of_pooled = project_weight.split(widths, 1)
         project_shift = _pooled_shift(x, pool_weight, pool_shift, of_pooled, project_shift)
     project = _channels_last(project_weight.unsqueeze(2).unsqueeze(3))
     pyramid = family.op("atrous_pyramid")
-    return like(x, pyramid(y, [project], [1, 1], None, project_shift, True, allows_tf32(x)))
+    end = (None, project_shift, True, allows_tf32(x), polyphase)
+    return like(x, pyramid(y, [project], [1, 1], *end))
 
 
 def _branches(
@@ -45,6 +49,7 @@ def _branches(
     weights: Sequence[Tensor],
     rates: list[int],
     shift: Tensor,
+    polyphase: bool,
 ) -> Tensor:
     """[N, sum O, H, W]: the branches side by side, before the projection.
 
@@ -54,7 +59,8 @@ def _branches(
     if not any(d.numel() for d in depthwise):
         first, *others = weights
         pyramid = family.op("atrous_pyramid")
-        return pyramid(x, [_channels_last(first), *others], rates, None, shift, True, tf32)
+        dense = [_channels_last(first), *others]
+        return pyramid(x, dense, rates, None, shift, True, tf32, polyphase)
     # A plain 1x1 is a branch of a separable pyramid, too.
     separable = [
         d.numel() > 0 or tuple(w.shape[2:]) == (1, 1)
@@ -67,7 +73,7 @@ def _branches(
         return pyramid(x, depthwise, pointwise, rates, none, none, False, None, shift, True, tf32)
     # No pyramid has both kinds: each is computed with its own, one branch beside the other.
     parts = [
-        _branches(family, x, [d], [w], rates[2 * b : 2 * b + 2], s)
+        _branches(family, x, [d], [w], rates[2 * b : 2 * b + 2], s, polyphase)
         for b, (d, w, s) in enumerate(
             zip(depthwise, weights, shift.split([w.size(0) for w in weights]), strict=True)
         )

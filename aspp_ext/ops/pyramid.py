@@ -45,6 +45,7 @@ def atrous_pyramid(
     shift: Tensor | None = None,
     activation: str | None = None,
     backend: str | None = None,
+    polyphase: bool = True,
 ) -> Tensor:
     """All atrous convolutions of a pyramid, concatenated over channels.
 
@@ -63,6 +64,8 @@ def atrous_pyramid(
         activation: None or ``"relu"``.
         backend: force an implementation (see :func:`aspp_ext.explain`); None takes the first that
             can.
+        polyphase: the CPU may compute 3-tap axes by minimal filtering, which multiplies less and
+            rounds a little more; the gradients, too.
 
     Returns:
         ``[N, sum O, H, W]`` (``[N, sum O, L]``), channels_last if x or a weight is.
@@ -70,7 +73,7 @@ def atrous_pyramid(
     Raises:
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
             backend.
-        TypeError: an argument that is no tensor, or of another dtype than x.
+        TypeError: an argument that is no tensor, or of another dtype than x, or no bool.
     """
     checks.check_tensor(_OP, "x", x)
     checks.check_list(_OP, "weights", weights)
@@ -87,12 +90,13 @@ def atrous_pyramid(
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
     checks.check_activation(_OP, "activation", activation)
+    checks.check_flag(_OP, "polyphase", polyphase)
     implementation = select(Problem(_OP, x, tuple(weights)), backend)
     if bias is not None:
         moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
     relu = activation == "relu"
-    y = implementation.call(x, weights, rates, scale, shift, relu, allows_tf32(x))
+    y = implementation.call(x, weights, rates, scale, shift, relu, allows_tf32(x), polyphase)
     return y.squeeze(2) if line else y
 
 
@@ -120,26 +124,27 @@ def _sizes(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return kernels, [int(w.shape[0]) for w in weights]
 
 
-# The three faces, in the family, at the rates and in the precision of a recorded call.
+# The three faces, in the family, at the rates and with the settings of a recorded call.
 def _forward(ctx: Any, x: Tensor, weights: list[Tensor]) -> Tensor:
     op = family_of(ctx).op("atrous_pyramid")
-    return op(x, weights, ctx.rates, None, None, False, ctx.tf32)
+    return op(x, weights, ctx.rates, None, None, False, ctx.tf32, ctx.polyphase)
 
 
 def _grad_input(ctx: Any, grad: Tensor, weights: list[Tensor]) -> Tensor:
     op = family_of(ctx).op("atrous_pyramid_grad_input")
-    return op(grad, weights, ctx.rates, ctx.tf32)
+    return op(grad, weights, ctx.rates, ctx.tf32, ctx.polyphase)
 
 
 def _grad_weight(ctx: Any, grad: Tensor, x: Tensor, kernels: list[int], outs: list[int]) -> Any:
     op = family_of(ctx).op("atrous_pyramid_grad_weight")
-    return op(grad, x, kernels, outs, ctx.rates, ctx.tf32)
+    return op(grad, x, kernels, outs, ctx.rates, ctx.tf32, ctx.polyphase)
 
 
 class AtrousPyramid(torch.autograd.Function):
-    """``apply(rates, tf32, x, *weights)`` with ``rates`` flat: (rate_h, rate_w) per branch.
+    """``apply(rates, tf32, polyphase, x, *weights)``, ``rates`` flat: (rate_h, rate_w) per branch.
 
-    ``tf32`` allows float32 products to be rounded to TF32 on CUDA, in the gradients too.
+    ``tf32`` allows float32 products to be rounded to TF32 on CUDA, ``polyphase`` minimal filtering
+    on the CPU, in the gradients too.
     """
 
     @staticmethod
@@ -151,20 +156,23 @@ class AtrousPyramid(torch.autograd.Function):
         shift: None = None,
         relu: bool = False,
         tf32: bool = False,
+        polyphase: bool = True,
     ) -> tuple[Any, ...]:
-        return (rates, tf32, x, *weights)
+        return (rates, tf32, polyphase, x, *weights)
 
     @staticmethod
-    def call(op: Any, rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Tensor:
-        return op(x, list(weights), rates, None, None, False, tf32)
+    def call(
+        op: Any, rates: list[int], tf32: bool, polyphase: bool, x: Tensor, *weights: Tensor
+    ) -> Tensor:
+        return op(x, list(weights), rates, None, None, False, tf32, polyphase)
 
     @staticmethod
-    def forward(rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Tensor:
-        return AtrousPyramid.call(NATIVE.op("atrous_pyramid"), rates, tf32, x, *weights)
+    def forward(*inputs: Any) -> Tensor:
+        return AtrousPyramid.call(NATIVE.op("atrous_pyramid"), *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rates, ctx.tf32, *tensors = inputs
+        ctx.rates, ctx.tf32, ctx.polyphase, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -176,10 +184,11 @@ class AtrousPyramid(torch.autograd.Function):
         grads: Sequence[Any] = [None] * len(weights)
         if any(of_weights):
             grads = _grad_weight(ctx, grad, x, *_sizes(weights))
-        return (None, None, grad_x, *grads)
+        return (None, None, None, grad_x, *grads)
 
     @staticmethod
-    def jvp(ctx: Any, _r: Any, _t: Any, t_x: Tensor | None, *t_weights: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t_x, *t_weights = tangents[3:]
         x, *weights = ctx.saved_tensors
         by_x = None if t_x is None else _forward(ctx, t_x, weights)
         by_w = None
@@ -189,22 +198,27 @@ class AtrousPyramid(torch.autograd.Function):
 
 
 class AtrousPyramidGradInput(torch.autograd.Function):
-    """``apply(rates, tf32, grad, *weights)``: derivative of T by x."""
+    """``apply(rates, tf32, polyphase, grad, *weights)``: derivative of T by x."""
 
     @staticmethod
     def pack(
-        grad: Tensor, weights: Sequence[Tensor], rates: list[int], tf32: bool = False
+        grad: Tensor,
+        weights: Sequence[Tensor],
+        rates: list[int],
+        tf32: bool = False,
+        polyphase: bool = True,
     ) -> tuple[Any, ...]:
-        return (rates, tf32, grad, *weights)
+        return (rates, tf32, polyphase, grad, *weights)
 
     @staticmethod
-    def call(op: Any, rates: list[int], tf32: bool, grad: Tensor, *weights: Tensor) -> Tensor:
-        return op(grad, list(weights), rates, tf32)
+    def call(
+        op: Any, rates: list[int], tf32: bool, polyphase: bool, grad: Tensor, *weights: Tensor
+    ) -> Tensor:
+        return op(grad, list(weights), rates, tf32, polyphase)
 
     @staticmethod
-    def forward(rates: list[int], tf32: bool, grad: Tensor, *weights: Tensor) -> Tensor:
-        op = NATIVE.op("atrous_pyramid_grad_input")
-        return AtrousPyramidGradInput.call(op, rates, tf32, grad, *weights)
+    def forward(*inputs: Any) -> Tensor:
+        return AtrousPyramidGradInput.call(NATIVE.op("atrous_pyramid_grad_input"), *inputs)
 
     setup_context = staticmethod(AtrousPyramid.setup_context)
 
@@ -212,10 +226,11 @@ class AtrousPyramidGradInput(torch.autograd.Function):
     def backward(ctx: Any, v: Tensor) -> Any:
         grad, *weights = ctx.saved_tensors
         by_weights = _grad_weight(ctx, grad, v, *_sizes(weights))
-        return (None, None, _forward(ctx, v, weights), *by_weights)
+        return (None, None, None, _forward(ctx, v, weights), *by_weights)
 
     @staticmethod
-    def jvp(ctx: Any, _r: Any, _t: Any, t_grad: Tensor | None, *t_weights: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t_grad, *t_weights = tangents[3:]
         grad, *weights = ctx.saved_tensors
         by_grad = None if t_grad is None else _grad_input(ctx, t_grad, weights)
         by_w = None
@@ -225,7 +240,8 @@ class AtrousPyramidGradInput(torch.autograd.Function):
 
 
 class AtrousPyramidGradWeight(torch.autograd.Function):
-    """``apply(rates, tf32, kernels, out_channels, grad, x)``: derivatives of T by the weights."""
+    """``apply(rates, tf32, polyphase, kernels, out_channels, grad, x)``: derivatives of T by the
+    weights."""
 
     @staticmethod
     def pack(
@@ -235,21 +251,23 @@ class AtrousPyramidGradWeight(torch.autograd.Function):
         out_channels: list[int],
         rates: list[int],
         tf32: bool = False,
+        polyphase: bool = True,
     ) -> tuple[Any, ...]:
-        return (rates, tf32, kernels, out_channels, grad, x)
+        return (rates, tf32, polyphase, kernels, out_channels, grad, x)
 
     @staticmethod
-    def call(op: Any, rates: Any, tf32: bool, kernels: Any, outs: Any, *tensors: Tensor) -> Any:
-        return tuple(op(*tensors, kernels, outs, rates, tf32))
+    def call(
+        op: Any, rates: Any, tf32: bool, polyphase: bool, kernels: Any, outs: Any, *tensors: Tensor
+    ) -> Any:
+        return tuple(op(*tensors, kernels, outs, rates, tf32, polyphase))
 
     @staticmethod
-    def forward(rates: Any, tf32: bool, kernels: Any, outs: Any, *tensors: Tensor) -> Any:
-        op = NATIVE.op("atrous_pyramid_grad_weight")
-        return AtrousPyramidGradWeight.call(op, rates, tf32, kernels, outs, *tensors)
+    def forward(*inputs: Any) -> Any:
+        return AtrousPyramidGradWeight.call(NATIVE.op("atrous_pyramid_grad_weight"), *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.rates, ctx.tf32, ctx.kernels, ctx.outs, grad, x = inputs
+        ctx.rates, ctx.tf32, ctx.polyphase, ctx.kernels, ctx.outs, grad, x = inputs
         ctx.save_for_backward(grad, x)
         ctx.save_for_forward(grad, x)
 
@@ -257,10 +275,11 @@ class AtrousPyramidGradWeight(torch.autograd.Function):
     def backward(ctx: Any, *v: Tensor) -> Any:
         grad, x = ctx.saved_tensors
         weights = list(v)
-        return (*[None] * 4, _forward(ctx, x, weights), _grad_input(ctx, grad, weights))
+        return (*[None] * 5, _forward(ctx, x, weights), _grad_input(ctx, grad, weights))
 
     @staticmethod
-    def jvp(ctx: Any, _r: Any, _t: Any, _k: Any, _o: Any, t_grad: Any, t_x: Any) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        t_grad, t_x = tangents[5:]
         grad, x = ctx.saved_tensors
         sizes = (ctx.kernels, ctx.outs)
         parts = [None if t_grad is None else _grad_weight(ctx, t_grad, x, *sizes)]
@@ -278,22 +297,23 @@ def _with_epilogue(
     shift: Tensor | None = None,
     relu: bool = False,
     tf32: bool = False,
+    polyphase: bool = True,
 ) -> Tensor | None:
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
         return None
-    y = family.op("atrous_pyramid")(x, weights, rates, None, None, False, tf32)
+    y = family.op("atrous_pyramid")(x, weights, rates, None, None, False, tf32, polyphase)
     return epilogue(y, scale, shift, relu)
 
 
-def _check(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
+def _check(x, weights, rates, scale=None, shift=None, *_):
     channels = checks.check_dense(_OP, x, weights, rates)
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
     return channels
 
 
-def _check_grad_input(grad, weights, rates, tf32=False):
+def _check_grad_input(grad, weights, rates, *_):
     op = "atrous_pyramid_grad_input"
     checks.check_image(op, "grad", grad)
     checks.check_rates(_OP, rates, len(weights))
@@ -303,7 +323,7 @@ def _check_grad_input(grad, weights, rates, tf32=False):
     return x.size(1)
 
 
-def _check_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
+def _check_grad_weight(grad, x, kernels, out_channels, rates, *_):
     op = "atrous_pyramid_grad_weight"
     checks.check_image(op, "x", x)
     checks.check_sizes(op, kernels, out_channels)
@@ -316,15 +336,15 @@ def _check_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
     ]
 
 
-def _fake(x, weights, rates, scale=None, shift=None, relu=False, tf32=False):
+def _fake(x, weights, rates, scale=None, shift=None, *_):
     return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
 
 
-def _fake_grad_input(grad, weights, rates, tf32=False):
+def _fake_grad_input(grad, weights, rates, *_):
     return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
 
 
-def _fake_grad_weight(grad, x, kernels, out_channels, rates, tf32=False):
+def _fake_grad_weight(grad, x, kernels, out_channels, rates, *_):
     sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
     return [x.new_empty(size) for size in sizes]
 

@@ -35,7 +35,7 @@ _OP = "atrous_pyramid"
 
 
 def atrous_pyramid_statistics(
-    x: Tensor, weights: Sequence[Tensor], atrous_rates: Sequence[Rate]
+    x: Tensor, weights: Sequence[Tensor], atrous_rates: Sequence[Rate], *, polyphase: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``y = atrous_pyramid(x, weights, atrous_rates)`` with its statistics per channel.
 
@@ -45,7 +45,7 @@ def atrous_pyramid_statistics(
 
     Args:
         x: ``[N, C, H, W]``, N at least 1.
-        weights, atrous_rates: as in :func:`aspp_ext.atrous_pyramid`.
+        weights, atrous_rates, polyphase: as in :func:`aspp_ext.atrous_pyramid`.
 
     Returns:
         y ``[N, sum O, H, W]``, mean ``[sum O]`` and squares ``[sum O]``; None and None where the
@@ -60,24 +60,28 @@ def atrous_pyramid_statistics(
     implementation = select(Problem(_OP, x, tuple(weights)))
     tf32 = allows_tf32(x)
     if implementation.statistics is None:
-        return implementation.call(x, weights, rates, None, None, False, tf32), None, None
+        y = implementation.call(x, weights, rates, None, None, False, tf32, polyphase)
+        return y, None, None
     return implementation.statistics(x, weights, rates, tf32)
 
 
 class AtrousPyramidStatistics:
     """The gradient of y, which is :class:`AtrousPyramid`'s; the statistics have none.
 
-    Inputs: ``(rates, tf32, x, *weights)``.
+    Inputs: ``(rates, tf32, polyphase, x, *weights)``; where there are statistics polyphase has no
+    effect.
     """
 
     @staticmethod
     def pack(
         x: Tensor, weights: Sequence[Tensor], rates: list[int], tf32: bool = False
     ) -> tuple[Any, ...]:
-        return (rates, tf32, x, *weights)
+        return (rates, tf32, True, x, *weights)
 
     @staticmethod
-    def call(op: Any, rates: list[int], tf32: bool, x: Tensor, *weights: Tensor) -> Any:
+    def call(
+        op: Any, rates: list[int], tf32: bool, _polyphase: bool, x: Tensor, *weights: Tensor
+    ) -> Any:
         return tuple(op(x, list(weights), rates, tf32))
 
     @staticmethod

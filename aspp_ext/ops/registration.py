@@ -51,16 +51,21 @@ def register_fake(op: Any, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(op._schema.name, fake, lib=library)
 
 
-def register_autocast(op: Any) -> None:
-    """Under autocast the floating arguments go to the autocast dtype, as convolution's do."""
+def register_autocast(op: Any, kept: str = "") -> None:
+    """Under autocast the floating arguments go to the autocast dtype, as convolution's do.
+
+    The argument of the name ``kept`` stays as it is.
+    """
     name = op._schema.name.split("::")[1]
+    cast = [a.name != kept for a in op._schema.arguments]
     for device_type, key in _AUTOCAST_KEYS.items():
 
         def kernel(*arguments: Any, _device: str = device_type, _key: str = key) -> Any:
             dtype = torch.get_autocast_dtype(_device)
             keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(*[_cast(a, dtype, _device) for a in arguments])
+                pairs = zip(arguments, cast, strict=False)  # the last arguments may be left out
+                return op(*[_cast(a, dtype, _device) if c else a for a, c in pairs])
 
         library.impl(name, kernel, key)
 

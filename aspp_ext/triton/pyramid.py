@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The dense pyramid's operators (csrc/library.cpp), of arguments that have been checked."""
+"""The dense pyramid's operators (csrc/library.cpp), of arguments that have been checked.
+
+``polyphase`` is the CPU's and changes nothing here.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ def atrous_pyramid(
     shift: Tensor | None = None,
     relu: bool = False,
     tf32: bool = False,
+    polyphase: bool = True,
 ) -> Tensor:
     """``[N, sum O, H, W]``."""
     return _forward(x, weights, rates, tf32, Epilogue(scale, shift, relu), False)[0]
@@ -82,7 +86,11 @@ def atrous_pyramid_statistics(
 
 
 def atrous_pyramid_grad_input(
-    grad: Tensor, weights: Sequence[Tensor], rates: list[int], tf32: bool = False
+    grad: Tensor,
+    weights: Sequence[Tensor],
+    rates: list[int],
+    tf32: bool = False,
+    polyphase: bool = True,
 ) -> Tensor:
     """``[N, C, H, W]``."""
     widths, channels = [w.size(0) for w in weights], weights[0].size(1)
@@ -114,6 +122,7 @@ def atrous_pyramid_grad_weight(
     out_channels: list[int],
     rates: list[int],
     tf32: bool = False,
+    polyphase: bool = True,
 ) -> list[Tensor]:
     """Per branch ``[O, C, kh, kw]``."""
     channels, sizes = x.size(1), pairs(kernels)

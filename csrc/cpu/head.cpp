@@ -25,7 +25,8 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
                      const std::vector<Tensor>& weights, const std::vector<int64_t>& rates,
                      const Tensor& shift, const std::optional<Tensor>& pool_weight,
                      const std::optional<Tensor>& pool_shift, const Tensor& project_weight,
-                     const Tensor& project_shift) {
+                     const Tensor& project_shift,
+                     const std::optional<std::vector<Tensor>>& prepared) {
   require(depthwise.size() == weights.size(), kOp,
           ": depthwise_weights must have one entry per branch, got ", depthwise.size(), " for ",
           weights.size(), " branches");
@@ -58,6 +59,9 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
       kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
   shape.projected = project_weight.size(0);
   check_vector(kOp, "project_shift", project_shift, x, shape.projected);
+  require(!prepared.has_value() || prepared->size() == weights.size(), kOp,
+          ": prepared must be None or have one entry per branch, got ",
+          prepared.has_value() ? prepared->size() : 0, " for ", weights.size(), " branches");
   return shape;
 }
 
@@ -206,9 +210,10 @@ void run_stored(PyramidParams params, const MinimalForms& forms, const std::vect
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
-                 const Tensor& project_shift) {
+                 const Tensor& project_shift, bool /*polyphase*/,
+                 std::optional<std::vector<Tensor>> prepared) {
   const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
-                                    project_weight, project_shift);
+                                    project_weight, project_shift, prepared);
   const PyramidShape& shape = head.pyramid;
   const Tensor out = empty_image(x, shape.batch, head.projected, shape, is_channels_last(x));
   if (shape.batch == 0) return out;
@@ -240,6 +245,15 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   return out;
 }
 
+// Where nothing but the CPU's kernels filters minimally.
+std::vector<Tensor> no_polyphase_weights(std::vector<Tensor> weights,
+                                         std::vector<int64_t> /*rates*/, int64_t /*batch*/,
+                                         int64_t /*height*/, int64_t /*width*/) {
+  std::vector<Tensor> direct;
+  for (const Tensor& w : weights) direct.push_back(empty_of(w, {0}));
+  return direct;
+}
+
 std::string cpu_isa() { return kernels().isa; }
 
 }  // namespace
@@ -248,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("aspp_inference", TORCH_BOX
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("polyphase_weights", TORCH_BOX(&no_polyphase_weights));
 }
 
 }  // namespace aspp

@@ -16,7 +16,8 @@ namespace {
 constexpr const char* kOp = "atrous_pyramid";
 
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
-               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool /*tf32*/) {
+               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool /*tf32*/,
+               bool /*polyphase*/) {
   const PyramidShape shape = check_dense(kOp, x, weights, rates, kCpuLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
@@ -63,7 +64,7 @@ Tensor channels_last_copy(const Tensor& t) {
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
-                  bool /*tf32*/) {
+                  bool /*tf32*/, bool /*polyphase*/) {
   const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
   Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
@@ -86,7 +87,7 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates,
-                                bool /*tf32*/) {
+                                bool /*tf32*/, bool /*polyphase*/) {
   const PyramidShape shape =
       check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCpuLimits);
   std::vector<Tensor> weights;
@@ -118,12 +119,20 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
   return result;
 }
 
+std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<int64_t> /*rates*/,
+                                      int64_t /*batch*/, int64_t /*height*/, int64_t /*width*/) {
+  std::vector<Tensor> direct;
+  for (const Tensor& w : weights) direct.push_back(empty_of(w, {0}));
+  return direct;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
   m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
   m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
   m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("polyphase_weights", TORCH_BOX(&polyphase_weights));
 }
 
 }  // namespace aspp

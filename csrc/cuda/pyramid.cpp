@@ -17,7 +17,8 @@ using plan::Pass;
 constexpr const char* kOp = "atrous_pyramid";
 
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
-               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool tf32) {
+               std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool tf32,
+               bool /*polyphase*/) {
   const PyramidShape shape = check_dense(kOp, x, weights, rates, kCudaLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, std::vector<Tenso
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
-                  bool tf32) {
+                  bool tf32, bool /*polyphase*/) {
   const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCudaLimits);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
   const Tensor out = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
@@ -84,7 +85,7 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates,
-                                bool tf32) {
+                                bool tf32, bool /*polyphase*/) {
   const PyramidShape shape =
       check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCudaLimits);
   std::vector<Kernel> each;

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Minimal filtering: the keyword reaches every operator of a call, and what the modules prepare for
+it is made once for a size, kept for the last two, and dropped with the folded copy."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from aspp_pairs import CHANNELS, RATES, WIDTH, features
+from test_precision import CALLS, PYRAMIDS, Settings, argument, dense, loss
+from torch.library import opcheck
+
+import aspp_ext
+from aspp_ext.modules import ASPP, fold, fused
+from aspp_ext.ops import head_composed, polyphase_weights
+from aspp_ext.testing import OPS, PROBLEMS
+
+each_setting = pytest.mark.parametrize("on", [True, False])
+HEAD = OPS["head"]
+
+
+def settings(call, *arguments) -> list[tuple[str, bool]]:
+    with Settings("polyphase") as found:
+        call(*arguments)
+    assert found.seen
+    return found.seen
+
+
+def operands(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    x, w = (torch.randn(s, dtype=dtype) for s in ((1, 2, 3, 4), (2, 2, 3, 3)))
+    return x.requires_grad_(), w.requires_grad_()
+
+
+@each_setting
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "composed head"])
+def test_it_reaches_every_operator(call, on) -> None:
+    seen = settings(CALLS[call], partial(dense, polyphase=on), *operands())
+    assert {value for _, value in seen} == {on}, seen
+    if call == "second gradients":
+        assert {name for name, _ in seen} == set(PYRAMIDS)
+
+
+@each_setting
+@pytest.mark.parametrize("head", [HEAD.native, head_composed.aspp_inference])
+def test_it_reaches_the_head(head, on) -> None:
+    arguments = HEAD.make(PROBLEMS["aspp"], torch.float32)
+    assert {value for _, value in settings(head, *arguments, on)} == {on}
+    x, depthwise, weights, rates, *rest = arguments
+    pairs = list(zip(rates[::2], rates[1::2], strict=True))
+    public = partial(aspp_ext.aspp_inference, polyphase=on)
+    seen = settings(public, x, [None] * len(depthwise), weights, pairs, *rest)
+    assert seen == [("aspp_inference", on)]
+
+
+@each_setting
+def test_it_reaches_the_layers_of_a_module(on) -> None:
+    ours = ASPP(CHANNELS, RATES, WIDTH, polyphase=on)
+    x = features().float()
+    assert {value for _, value in settings(lambda: ours(x).sum().backward())} == {on}
+    with torch.no_grad():
+        assert settings(ours.eval(), x) == [("aspp_inference", on)]
+
+
+@pytest.mark.parametrize("name", [*PYRAMIDS, "aspp_inference"])
+def test_direct_operators_filter_unless_told(name) -> None:
+    assert argument("polyphase", getattr(torch.ops.aspp_ext, name).default, ()) is True
+
+
+@each_setting
+def test_a_compiled_gradient_keeps_it(on, fresh_compiler) -> None:
+    compiled = torch.compile(
+        partial(loss, partial(dense, polyphase=on)), fullgraph=True, backend="aot_eager"
+    )
+    y = compiled(*operands())
+    assert settings(y.backward) == [(name, on) for name in PYRAMIDS[1:]]
+
+
+@each_setting
+def test_an_exported_program_keeps_it(on, fresh_compiler, tmp_path) -> None:
+    ours, x = ASPP(CHANNELS, RATES, WIDTH, polyphase=on).eval(), features().float()
+    with torch.no_grad():
+        torch.export.save(torch.export.export(ours, (x,), strict=True), tmp_path / "head.pt2")
+        program = torch.export.load(tmp_path / "head.pt2")
+        (node,) = (n for n in program.graph.nodes if "aspp_ext" in str(n.target))
+        assert argument("polyphase", node.target, node.args) is on
+        assert argument("prepared", node.target, node.args) is None
+        torch.testing.assert_close(program.module()(x), ours(x))
+
+
+@pytest.mark.parametrize("name", ["head", "head_separable", "head_without_pool"])
+def test_what_is_prepared_changes_no_bit(name) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        arguments = OPS[name].make(PROBLEMS["aspp"], dtype)
+        x, _, weights, rates, *_ = arguments
+        n, _, h, w = x.shape
+        pairs = list(zip(rates[::2], rates[1::2], strict=True))
+        prepared = polyphase_weights(weights, pairs, n, h, w)
+        assert len(prepared) == len(weights)
+        assert all(
+            p.numel() == 0 for p, w in zip(prepared, weights, strict=True) if w[0, 0].numel() == 1
+        )
+        got = OPS[name].native(*arguments, True, prepared)
+        assert torch.equal(got, OPS[name].native(*arguments))
+        tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+        opcheck(OPS[name].native.default, (*arguments, False, prepared), test_utils=tests)
+
+
+def test_autocast_leaves_alone_what_is_prepared(monkeypatch) -> None:
+    """Its dtype is the kernel's choice, and no function of the autocast dtype."""
+    x, _, weights, rates, *rest = HEAD.make(PROBLEMS["aspp"], torch.float32)
+    none, pairs = [None] * len(weights), list(zip(rates[::2], rates[1::2], strict=True))
+    prepared = [torch.ones(0) for _ in weights]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Settings("prepared") as found:
+        aspp_ext.aspp_inference(x, none, weights, pairs, *rest, prepared=prepared)
+    ((_, given),) = found.seen
+    assert [p.dtype for p in given] == [torch.float32] * len(weights)
+
+
+def test_preparing_is_not_differentiated_and_not_traced() -> None:
+    w = torch.randn(4, 3, 3, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="computes no gradients but a weight requires"):
+        polyphase_weights([w], [2], 1, 9, 9)
+    with torch.no_grad():
+        assert len(polyphase_weights([w], [2], 1, 9, 9)) == 1
+    chosen = pytest.raises(NotImplementedError, match="the kernel chooses the shapes")
+    with torch._subclasses.fake_tensor.FakeTensorMode(), chosen:
+        polyphase_weights([torch.empty(4, 3, 3, 3)], [2], 1, 9, 9)
+
+
+class Spy:
+    """The sizes that were prepared, and what the folded operator got."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[tuple[int, int, int]] = []
+        self.made: list[list[torch.Tensor]] = []
+        self.given: list[list[torch.Tensor] | None] = []
+        real = fused.aspp_inference
+
+        def prepare(weights, rates, *size):
+            self.sizes.append(size)
+            self.made.append([w.new_zeros(0) for w in weights])
+            return self.made[-1]
+
+        def infer(*arguments, prepared, **keywords):
+            self.given.append(prepared)
+            return real(*arguments, prepared=prepared, **keywords)
+
+        monkeypatch.setattr(fold, "polyphase_weights", prepare)
+        monkeypatch.setattr(fused, "aspp_inference", infer)
+
+
+@pytest.fixture
+def spy(monkeypatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+@pytest.fixture
+def ours() -> Iterator[ASPP]:
+    with torch.no_grad():
+        yield ASPP(CHANNELS, RATES, WIDTH).double().eval()
+
+
+def test_weights_are_prepared_once_for_a_size(ours, spy) -> None:
+    for height in (7, 7, 5, 7, 5):
+        ours(features(height=height))
+    assert spy.sizes == [(2, 7, 9), (2, 5, 9)]
+    first, second = spy.made
+    for given, made in zip(spy.given, (first, first, second, first, second), strict=True):
+        assert given is made
+
+
+def test_the_last_two_sizes_are_kept(ours, spy) -> None:
+    for n in (1, 2, 1, 3, 1, 2):
+        ours(features(n))
+    assert [n for n, _, _ in spy.sizes] == [1, 2, 3, 2]
+
+
+def test_what_is_prepared_goes_with_the_folded_copy(ours, spy) -> None:
+    ours(features())
+    ours.convs[1][0].weight.mul_(2)
+    ours(features())
+    assert len(spy.sizes) == 2
+    assert spy.given[1] is spy.made[1]
+    made = weakref.ref(spy.made[1][0])
+    spy.made.clear()
+    spy.given.clear()
+    gc.disable()
+    try:
+        ours.drop_folded()
+        assert made() is None  # without a collection: no cycle holds it
+    finally:
+        gc.enable()
+
+
+def test_copies_and_pickles_prepare_their_own(ours, spy) -> None:
+    ours.polyphase = False
+    twins = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    ours.polyphase = True
+    ours(features())
+    twins += [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    assert [t.polyphase for t in twins] == [False, False, True, True]
+    for twin in twins:
+        twin(features())
+    assert len(spy.sizes) == 3
+
+
+def test_nothing_is_prepared_where_it_is_of_no_use(ours, spy, fresh_compiler) -> None:
+    x = features()
+    with Settings("prepared"):  # as any mode that records
+        ours(x)
+    torch.compile(ours, backend="aot_eager")(x)
+    torch.export.export(ours, (x,), strict=False)
+    ours.polyphase = False
+    ours(x)
+    with torch.inference_mode():  # whose tensors have no version counters: no copy is kept
+        aspp_ext.ASPP(CHANNELS, RATES, WIDTH).double().eval()(x)
+    assert spy.sizes == []
+    assert spy.given
+    assert all(given is None for given in spy.given)
+
+
+def test_prepared_in_inference_mode_they_serve_outside(ours, monkeypatch) -> None:
+    made = []
+    real = fold.polyphase_weights
+    monkeypatch.setattr(fold, "polyphase_weights", lambda *a: made.append(real(*a)) or made[-1])
+    with torch.inference_mode():
+        expected = ours(features())
+    assert torch.equal(ours(features()), expected)
+    assert len(made) == 1
+    assert not any(t.is_inference() for t in made[0])
