@@ -158,7 +158,7 @@ class Graph(list):
         isas = X86_ISAS if x86 else {"isa_baseline": ""}
         objects = [*self.bindings, *self.compile("csrc/library.cpp", self.tensor)]
         argv = [*self.tensor, *["-DASPP_X86=1"] * x86]
-        replaced = ["/pyramid.cpp", "/separable.cpp"] * emulated
+        replaced = ["/pyramid.cpp", "/pyramid_backward.cpp", "/separable.cpp"] * emulated
         objects += self.compile("csrc/cpu/*.cpp", argv, without=replaced)
         if emulated:
             objects += self.emulate()

@@ -26,14 +26,17 @@ std::vector<BranchParams> separable_branches(Operands& operands,
   return branches;
 }
 
-BranchParams dense_branch(const Tensor& weight, int64_t rate_h, int64_t rate_w) {
-  BranchParams branch;
-  branch.kernel_h = weight.size(2);
-  branch.kernel_w = weight.size(3);
-  branch.rate_h = rate_h;
-  branch.rate_w = rate_w;
-  branch.out_channels = weight.size(0);
-  return branch;
+std::vector<BranchParams> dense_branches(const std::vector<Tensor>& weights,
+                                         const std::vector<int64_t>& rates) {
+  std::vector<BranchParams> branches(weights.size());
+  for (size_t b = 0; b < weights.size(); ++b) {
+    branches[b].kernel_h = weights[b].size(2);
+    branches[b].kernel_w = weights[b].size(3);
+    branches[b].rate_h = rates[2 * b];
+    branches[b].rate_w = rates[2 * b + 1];
+    branches[b].out_channels = weights[b].size(0);
+  }
+  return branches;
 }
 
 void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight) {

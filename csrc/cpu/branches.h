@@ -21,8 +21,9 @@ std::vector<BranchParams> separable_branches(Operands& operands,
                                              const std::vector<Tensor>& depthwise,
                                              const std::vector<Tensor>& pointwise,
                                              const std::vector<int64_t>& rates);
-// Without weights yet, and one with them.
-BranchParams dense_branch(const Tensor& weight, int64_t rate_h, int64_t rate_w);
+// Without weights yet.
+std::vector<BranchParams> dense_branches(const std::vector<Tensor>& weights,
+                                         const std::vector<int64_t>& rates);
 void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight);
 
 // Assigns columns and describes the problem; out, epilogue and projection are left to the caller.

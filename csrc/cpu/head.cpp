@@ -184,7 +184,7 @@ void run_fused(PyramidParams params, std::vector<BranchParams>& branches,
 // [N, H, W, sum O], then the projection as a 1x1 convolution whose shift is the bias.
 template <typename Bias>
 void run_stored(PyramidParams params, const MinimalForms& forms, const std::vector<Tensor>& weights,
-                const std::vector<Tensor>& prepared, const Tensor& project_weight,
+                const std::vector<Tensor>& matrices, const Tensor& project_weight,
                 const HeadShape& head, Operands& operands, const Tensor& out, Bias&& bias_of) {
   const PyramidShape& shape = head.pyramid;
   const int64_t columns = shape.out_channels, plane = shape.height * shape.width;
@@ -192,11 +192,11 @@ void run_stored(PyramidParams params, const MinimalForms& forms, const std::vect
   const Image activated{stored.data_ptr(), operands.compute_dtype(), plane * columns, 1,
                         shape.width * columns, columns};
   params.out = activated;
-  const std::vector<size_t> rest = run_minimal(params, forms, weights, prepared, operands);
+  const std::vector<size_t> rest = run_minimal(params, forms, matrices, operands);
   const PixelSums sums = run_directly(params, rest, weights, operands, head.pooled > 0);
 
   const Tensor kernel = as_kernel(project_weight, 0, columns);
-  std::vector<BranchParams> project{dense_branch(kernel, 1, 1)};
+  std::vector<BranchParams> project = dense_branches({kernel}, {1, 1});
   PyramidShape projected = shape;
   projected.channels = columns;
   PyramidParams last = params_of(activated, projected, project);
@@ -210,7 +210,7 @@ void run_stored(PyramidParams params, const MinimalForms& forms, const std::vect
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
-                 const Tensor& project_shift, bool /*polyphase*/,
+                 const Tensor& project_shift, bool polyphase,
                  std::optional<std::vector<Tensor>> prepared) {
   const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
                                     project_weight, project_shift, prepared);
@@ -219,13 +219,12 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   if (shape.batch == 0) return out;
 
   Operands operands(x);
-  std::vector<BranchParams> branches;
+  std::vector<BranchParams> branches = dense_branches(weights, rates);
   for (size_t b = 0; b < weights.size(); ++b) {
-    branches.push_back(dense_branch(weights[b], rates[2 * b], rates[2 * b + 1]));
     if (depthwise[b].numel() == 0) continue;
-    branches.back().depthwise = operands.depthwise(depthwise[b]);
-    branches.back().kernel_h = depthwise[b].size(2);
-    branches.back().kernel_w = depthwise[b].size(3);
+    branches[b].depthwise = operands.depthwise(depthwise[b]);
+    branches[b].kernel_h = depthwise[b].size(2);
+    branches[b].kernel_w = depthwise[b].size(3);
   }
   PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, std::nullopt, shift, true);
@@ -233,12 +232,14 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
     return project_bias(operands, head, sums, pool_weight, pool_shift, project_weight,
                         project_shift);
   };
-  const std::vector<Tensor> prepared;
-  MinimalForms forms = minimal_forms(shape, branches, operands, !prepared.empty());
+  MinimalForms forms(branches.size());
+  if (polyphase) forms = minimal_forms(shape, branches, operands, prepared.has_value());
   // The sums of x are a by-product of a branch that is computed directly.
   if (head.pooled > 0 && all_minimal(forms)) forms.back().reset();
   if (any_minimal(forms)) {
-    run_stored(params, forms, weights, prepared, project_weight, head, operands, out, bias_of);
+    const std::vector<Tensor> matrices =
+        minimal_weights(kOp, forms, weights, prepared.value_or(std::vector<Tensor>{}), operands);
+    run_stored(params, forms, weights, matrices, project_weight, head, operands, out, bias_of);
   } else {
     run_fused(params, branches, weights, project_weight, head, operands, out, bias_of);
   }

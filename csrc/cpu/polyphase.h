@@ -27,14 +27,24 @@ MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchPa
 bool any_minimal(const MinimalForms& forms);
 bool all_minimal(const MinimalForms& forms);
 
-// A branch's weight as the matrices of its form, in x's compute type: [matrices, C, padded O].
-Tensor prepare_weight(const MinimalForm& form, const Tensor& weight, Operands& operands);
+// Of each branch with a form its weight as the form's matrices, in x's compute type: [matrices, C,
+// padded O]; empty of the others. Those that are `prepared` (an empty list: none) are checked and
+// taken. `flipped` mirrors the taps.
+std::vector<Tensor> minimal_weights(const char* op, const MinimalForms& forms,
+                                    const std::vector<Tensor>& weights,
+                                    const std::vector<Tensor>& prepared, Operands& operands,
+                                    bool flipped = false);
 
-// Computes the branches that have a form. `prepared` is empty or has their matrices. Returns the
-// branches that are left to be computed directly: those without a form, and those in which an
-// output is not finite (see PolyphaseForward::run).
+// Seconds of all threads together.
+struct MinimalTimes {
+  double inputs = 0, products = 0, outputs = 0;
+};
+
+// Computes the branches that have a form, one after the other into out if it is to `accumulate`.
+// Returns the branches that are left to be computed directly: those without a form, and those in
+// which an output is not finite (see PolyphaseForward::run).
 std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms& forms,
-                                const std::vector<Tensor>& weights,
-                                const std::vector<Tensor>& prepared, Operands& operands);
+                                const std::vector<Tensor>& matrices, const Operands& operands,
+                                MinimalTimes* times = nullptr);
 
 }  // namespace aspp

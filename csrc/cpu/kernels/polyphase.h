@@ -9,6 +9,8 @@
 // Every sum's order depends on the branch alone, not on how products were gathered into chunks.
 #pragma once
 
+#include <time.h>
+
 #include <type_traits>
 
 #include "gemm.h"
@@ -250,7 +252,8 @@ class PolyphaseForward {
         rows_(*chunk.rows),
         columns_(*chunk.columns),
         s_(lay_out_polyphase<T>(chunk, scratch)),
-        count_(rows_.products() * columns_.products()) {}
+        count_(rows_.products() * columns_.products()),
+        time_(chunk.nanoseconds == nullptr ? 0 : now()) {}
 
   // Whether every output is finite. Where one is not, an operand may have been infinite or NaN and
   // reached neighbours it does not belong to, or a combination overflowed.
@@ -263,7 +266,9 @@ class PolyphaseForward {
       inputs.begin(p_.x, chunk_.n, c, channels);
       for (ptrdiff_t u = 0; u < rows_.weights; ++u) {
         inputs.combine(u, s_.products);
+        spent(0);
         multiply(u, c, channels);
+        spent(1);
       }
     }
     bool finite = true;
@@ -274,10 +279,23 @@ class PolyphaseForward {
         write(panel, y);
       }
     }
+    spent(2);
     return finite;
   }
 
  private:
+  static int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+  }
+  void spent(int part) {
+    if (chunk_.nanoseconds == nullptr) return;
+    const int64_t before = time_;
+    time_ = now();
+    chunk_.nanoseconds[part] += time_ - before;
+  }
+
   // Where the matrix of (u, v) has rows c, ... of a panel.
   const T* weights(ptrdiff_t u, ptrdiff_t v, ptrdiff_t c, ptrdiff_t panel) const {
     return static_cast<const T*>(p_.weights) +
@@ -397,6 +415,7 @@ class PolyphaseForward {
   const MinimalLines &rows_, &columns_;
   const PolyphaseScratch<T> s_;
   const ptrdiff_t count_;  // products of the chunk
+  int64_t time_;
 };
 
 }  // namespace aspp::ASPP_ISA

@@ -57,6 +57,8 @@ struct PolyphaseChunk {
   const MinimalLines* columns = nullptr;
   int64_t n = 0;
   int64_t first_panel = 0, panel_count = 0;
+  // Null, or where time spent is added: combining inputs, products, combining outputs.
+  int64_t* nanoseconds = nullptr;
 };
 
 // From a branch's taps to the matrices of all pairs of row and column weights.

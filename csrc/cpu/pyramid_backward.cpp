@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// CPU bindings of the dense pyramid's gradients: oneDNN's, reached through the dispatcher so that no
+// Python is needed.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "branches.h"
+
+namespace aspp {
+namespace {
+
+// One branch of aten::convolution_backward: the gradient of the input or of the weight.
+Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                            const int64_t* rates, bool of_weight) {
+  const int64_t stride[] = {1, 1}, none[] = {0, 0};
+  // Beyond the map only the centre tap lives, whatever the rate; oneDNN counts in 32 bits.
+  const int64_t rate[] = {std::min(rates[0], x.size(2)), std::min(rates[1], x.size(3))};
+  const int64_t padding[] = {weight.size(2) / 2 * rate[0], weight.size(3) / 2 * rate[1]};
+  const int32_t mask[] = {!of_weight, of_weight, false};
+  AtenTensorHandle result[3] = {nullptr, nullptr, nullptr};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+      grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, rate, 2, 0, none, 2, 1,
+      mask, 3, &result[0], &result[1], &result[2]));
+  Tensor wanted;
+  for (int i = 0; i < 3; ++i) {
+    if (result[i] == nullptr) continue;
+    const Tensor owned(result[i]);
+    if (i == int(of_weight)) wanted = owned;
+  }
+  return wanted;
+}
+
+Tensor channels_last_copy(const Tensor& t) {
+  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
+                  bool /*tf32*/, bool /*polyphase*/) {
+  const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
+  const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
+  Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
+  if (shape.batch == 0) return result;
+  Tensor source = channels_last_copy(grad);
+  // Of the missing operand convolution_backward reads the shape alone.
+  const Tensor like = empty_image(grad, shape.batch, shape.channels, shape, true);
+  Tensor sum;
+  int64_t first = 0;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const Tensor part =
+        channels_last_copy(torch::stable::narrow(source, 1, first, weights[b].size(0)));
+    const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
+    first += weights[b].size(0);
+    sum = b == 0 ? one : torch::stable::subtract(sum, one, -1.0);  // there is no stable add
+  }
+  torch::stable::copy_(result, sum);
+  return result;
+}
+
+std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
+                                std::vector<int64_t> out_channels, std::vector<int64_t> rates,
+                                bool /*tf32*/, bool /*polyphase*/) {
+  const PyramidShape shape =
+      check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCpuLimits);
+  std::vector<Tensor> weights;
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    weights.push_back(
+        empty_of(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
+  }
+  std::vector<Tensor> result;
+  if (shape.batch == 0) {
+    for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));
+    return result;
+  }
+  // In bfloat16 oneDNN's weight gradient of channels_last operands whose channels are no multiple
+  // of 16 reads and writes out of bounds.
+  const bool unsafe = x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 16 != 0;
+  const auto copy = [&](const Tensor& t) {
+    return unsafe ? torch::stable::contiguous(t) : channels_last_copy(t);
+  };
+  Tensor source = copy(grad);
+  const Tensor input = copy(x);
+  int64_t first = 0;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
+    const Tensor one = convolution_gradient(part, input, weights[b], &rates[2 * b], true);
+    first += out_channels[b];
+    result.push_back(empty_as(weights[b]));  // strides that are contiguous in every dimension
+    torch::stable::copy_(result.back(), one);
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
+  m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
+  m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
+}
+
+}  // namespace aspp
