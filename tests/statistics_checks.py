@@ -141,8 +141,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """What the training steps are given from now on."""
     seen: list[tuple] = []
 
-    def spy(*arguments):
-        seen.append(atrous_pyramid_statistics(*arguments))
+    def spy(*arguments, **keywords):
+        seen.append(atrous_pyramid_statistics(*arguments, **keywords))
         return seen[-1]
 
     monkeypatch.setattr(head, "atrous_pyramid_statistics", spy)

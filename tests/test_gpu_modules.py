@@ -119,7 +119,7 @@ def test_folded_weights_are_read_in_place(separable, monkeypatch) -> None:
     """channels_last with stride 1 over C, which neither kernel nor cuDNN has to copy."""
     calls = []
     real = fused.aspp_inference
-    monkeypatch.setattr(fused, "aspp_inference", lambda *a: calls.append(a) or real(*a))
+    monkeypatch.setattr(fused, "aspp_inference", lambda *a, **k: calls.append(a) or real(*a, **k))
     ours = randomise(ASPP(16, [2, 4], 8, separable=separable)).eval().to(DEVICE)
     with torch.no_grad():
         ours(torch.randn(1, 16, 9, 9, device=DEVICE))

@@ -258,8 +258,8 @@ def given_statistics(monkeypatch) -> list[Tensor]:
     """As if the dense pyramid's implementation returned them: on CUDA it does."""
     seen: list[Tensor] = []
 
-    def spy(x, weights, rates):
-        y = head.atrous_pyramid(x, weights, rates)
+    def spy(x, weights, rates, **keywords):
+        y = head.atrous_pyramid(x, weights, rates, **keywords)
         if not torch.compiler.is_compiling():
             seen.append(y)
         return (y, *statistics_of(y))
