@@ -2,11 +2,15 @@
 """The CPU's minimal filtering in float64, from its tables: the form of a branch, and what its
 rounding errors are bounded by.
 
-With ``y = C ((A w) * (B x))`` in each axis, every output is a sum of paths: a coefficient of B, of
-A and of C, a tap and an input. A path is rounded once for each multiplication and each addition on
-it, at most ``n`` times, so that (Higham, Accuracy and Stability of Numerical Algorithms, 3.1)
+With ``y = C ((A w) * (B x))`` in each axis, every output is a sum of paths: a coefficient of A, of
+B and of C, a tap and an input. A path is rounded once for each multiplication and each addition on
+it, at most ``n`` times, so that with u = eps / 2
 
-    |computed - exact| <= gamma * |C| ((|A| |w|) * (|B| |x|)),   gamma = n u / (1 - n u).
+    |computed - exact| <= gamma * |C| ((|A| |w|) * (|B| |x|))
+
+where gamma = n u / (1 - n u) at worst (Higham, Accuracy and Stability of Numerical Algorithms,
+3.1) and 2 sqrt(n) u where roundings do not conspire (Higham and Mary, A New Approach to
+Probabilistic Rounding Error Analysis, 2019). The latter is what is tested: it is the smaller one.
 """
 
 from __future__ import annotations
@@ -92,20 +96,40 @@ def magnitude(x: Tensor, weight: Tensor, rate: tuple[int, int], divided: bool = 
     return sums / (rows.denominator * columns.denominator) if divided else sums
 
 
-def longest_path(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> int:
-    """Roundings on the way from a tap or an input to an output."""
-    channels, axes = x.size(1), axes_of(x, weight, rate)
-    products = channels + channels // ROUNDED_BY_BLOCKS + 1
+def gamma(roundings: int, dtype: torch.dtype) -> float:
+    return 2 * roundings**0.5 * torch.finfo(dtype).eps / 2
+
+
+def roundings_outside(axes: tuple[Axis, Axis]) -> int:
+    """On the way from a tap or an input to a product and from a product to an output."""
     of_inputs = sum(int((a.inputs != 0).sum(1).max()) for a in axes)
     of_outputs = sum(int((a.outputs != 0).sum(1).max()) for a in axes)
     division = 1
-    return ROUNDED_BY_WEIGHTS + of_inputs + products + of_outputs + division
+    return ROUNDED_BY_WEIGHTS + of_inputs + of_outputs + division
 
 
 def error_bound(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
     """Of each output of a branch that is filtered minimally in x's dtype, float32 or float64."""
-    roundings = longest_path(x, weight, rate) * torch.finfo(x.dtype).eps / 2
-    return roundings / (1 - roundings) * magnitude(x, weight, rate)
+    terms = x.size(1) + x.size(1) // ROUNDED_BY_BLOCKS + 1
+    roundings = terms + roundings_outside(axes_of(x, weight, rate))
+    return gamma(roundings, x.dtype) * magnitude(x, weight, rate)
+
+
+def grad_input_bound(grad: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """The same of the gradient of x, which mirrors the taps; its form is x's."""
+    return error_bound(grad, weight.transpose(0, 1).flip(2, 3), rate)
+
+
+def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """|A'| ((|C'| |grad|) * (|B| |x|)): A's and C's transposes, and sums over all products."""
+    axes = axes_of(x, weight, rate)
+    rows, columns = (Axis(*(m.abs() for m in a[:3]), a.denominator) for a in axes)
+    of_x = rows.inputs @ x.double().abs() @ columns.inputs.T
+    of_grad = rows.outputs.T @ grad.double().abs() @ columns.outputs
+    products = torch.einsum("ncpq,nopq->ocpq", of_x, of_grad)
+    sums = rows.taps.T @ products @ columns.taps / (rows.denominator * columns.denominator)
+    roundings = x.size(0) * len(rows.taps) * len(columns.taps) + roundings_outside(axes)
+    return gamma(roundings, x.dtype) * sums
 
 
 def assert_sums_are_exact(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> None:

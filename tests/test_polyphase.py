@@ -10,7 +10,6 @@ import pytest
 import torch
 from minimal_bound import assert_sums_are_exact, choice_of, problem_of
 from table import dtype_id
-from test_isa import narrower, run
 from torch import Tensor
 
 import aspp_ext
@@ -318,13 +317,3 @@ def test_every_matrix_counts() -> None:
         matrix -= 1
     assert len(results) > 20
     assert not any(itertools.starmap(torch.equal, itertools.combinations(results, 2)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_instruction_sets(isa) -> None:
-    if isa not in narrower():
-        pytest.skip(f"{isa} is what the other tests ran, or this processor lacks it")
-    tests = ["tests/test_polyphase.py", "tests/test_polyphase_accuracy.py", "-m", "not slow"]
-    done = run(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], isa)
-    assert done.returncode == 0, done.stdout[-3000:]
