@@ -63,8 +63,10 @@ struct PolyphaseChunk {
 
 // From a branch's taps to the matrices of all pairs of row and column weights.
 struct MinimalWeights {
-  const void* taps = nullptr;  // element (tap, c, o) at tap * tap_stride + c * row_stride + o
-  int64_t tap_stride = 0, row_stride = 0;
+  // element (tap, c, o) at tap * tap_stride + c * row_stride + o * column_stride; where that is 1,
+  // o runs to padded(out_channels)
+  const void* taps = nullptr;
+  int64_t tap_stride = 0, row_stride = 0, column_stride = 1;
   int64_t kernel_h = 1, kernel_w = 1;  // 1 or 3
   bool flipped = false;                // last tap first
   int64_t channels = 0, out_channels = 0;
