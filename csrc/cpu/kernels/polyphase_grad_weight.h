@@ -85,11 +85,9 @@ class GradWeight {
 
   void add_chunk(const PolyphaseChunk& chunk) {
     const MinimalLines &rows = *chunk.rows, &columns = *chunk.columns;
-    LinesToProducts<T> inputs(rows, columns, rows.inputs, columns.inputs, rows.read,
-                              rows.read_count, columns.read, columns.read_count, s_.x_staged,
+    LinesToProducts<T> inputs(rows, columns, inputs_of(rows), inputs_of(columns), s_.x_staged,
                               s_.x_line);
-    LinesToProducts<T> gradients(rows, columns, rows.pulled, columns.pulled, rows.written,
-                                 rows.outputs.count, columns.written, columns.outputs.count,
+    LinesToProducts<T> gradients(rows, columns, gradients_of(rows), gradients_of(columns),
                                  s_.grad_staged, s_.grad_line);
     inputs.begin(p_.x, chunk.n, c_, channels_);
     gradients.begin(p_.grad, chunk.n, o_, outputs_);
