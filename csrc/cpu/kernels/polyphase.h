@@ -159,8 +159,8 @@ class PolyphaseForward {
     const T* shift = p_.shift == nullptr
                          ? nullptr
                          : static_cast<const T*>(p_.shift) + chunk_.n * p_.shift_n_stride + first;
-    const Vec<T> row_factor = broadcast(T(rows_.factor));
-    const Vec<T> column_factor = broadcast(T(columns_.factor));
+    // A division: the product with a ninth, which no float is, would err towards one side.
+    const Vec<T> denominator = broadcast(T(rows_.denominator * columns_.denominator));
     Vec<T> nothing{};  // v - v is zero for what is finite and NaN for what is not
     const Combinations& by = columns_.outputs;
     for (ptrdiff_t x = 0; x < by.count; ++x) {
@@ -171,8 +171,7 @@ class PolyphaseForward {
       T* to = s_.outputs + x * kPanel;
       add_up(sum, width, to);
       for (ptrdiff_t i = 0; i < width; i += kLanes<T>) {
-        // One factor after the other: a third of a multiple of three is exact, a ninth may not be.
-        Vec<T> v = load(to + i) * row_factor * column_factor;
+        Vec<T> v = load(to + i) / denominator;
         nothing += v - v;
         if (scale != nullptr) v *= load(scale + i);
         if (shift != nullptr) v += load(shift + i);

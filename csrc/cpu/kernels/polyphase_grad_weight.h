@@ -69,10 +69,10 @@ class GradWeight {
     std::memset(s_.matrices, 0,
                 size_t(p_.map.row_count * p_.map.column_count * size()) * sizeof(T));
     for (int64_t k = 0; k < p_.chunk_count; ++k) add_chunk(p_.chunks[k]);
-    const double factor = p_.chunks[0].rows->factor, other = p_.chunks[0].columns->factor;
+    const double denominator = p_.chunks[0].rows->denominator * p_.chunks[0].columns->denominator;
     bool finite = true;
     for (ptrdiff_t o = 0; o < outputs_; o += kLanes<T>) {
-      for (ptrdiff_t c = 0; c < channels_; ++c) finite = write(c, o, T(factor), T(other)) && finite;
+      for (ptrdiff_t c = 0; c < channels_; ++c) finite = write(c, o, T(denominator)) && finite;
     }
     return finite;
   }
@@ -116,7 +116,7 @@ class GradWeight {
   }
 
   // The taps of input channel c and a vector of output channels from o on.
-  bool write(ptrdiff_t c, ptrdiff_t o, T factor, T other) {
+  bool write(ptrdiff_t c, ptrdiff_t o, T denominator) {
     const MinimalWeights& map = p_.map;
     Vec<T> tap[3][3] = {};
     for (ptrdiff_t u = 0; u < map.row_count; ++u) {
@@ -137,7 +137,7 @@ class GradWeight {
       for (int j = 0; j < 3; ++j) {
         const ptrdiff_t t = tap_index(map, i, j);
         if (t < 0) continue;
-        const Vec<T> v = tap[i][j] * broadcast(factor) * broadcast(other);
+        const Vec<T> v = tap[i][j] / broadcast(denominator);
         nothing += v - v;
         const ptrdiff_t lanes = outputs_ - o < kLanes<T> ? outputs_ - o : kLanes<T>;
         for (ptrdiff_t l = 0; l < lanes; ++l) to[l * map.channels * taps + t] = v[l];

@@ -25,7 +25,7 @@ struct MinimalLines {
   Combinations pulled;                    // the transpose: product <- index into written
   const int64_t* weight_begin = nullptr;  // [weights + 1] first product of each weight
   int64_t weights = 0;
-  double factor = 1;  // of the outputs: 1 / MinimalAxis::denominator
+  double denominator = 1;  // of the outputs
 
   int64_t products() const { return inputs.count; }
 };
