@@ -189,7 +189,8 @@ void run_stored(PyramidParams params, const MinimalForms& forms, const std::vect
   const PyramidShape& shape = head.pyramid;
   const int64_t columns = shape.out_channels, plane = shape.height * shape.width;
   const Tensor stored = operands.empty({shape.batch * plane, columns});
-  const Image activated{stored.data_ptr(), operands.compute_dtype(), plane * columns, 1,
+  const Image activated{stored.data_ptr(),     operands.compute_dtype(),
+                        plane * columns,       1,
                         shape.width * columns, columns};
   params.out = activated;
   const std::vector<size_t> rest = run_minimal(params, forms, matrices, operands);

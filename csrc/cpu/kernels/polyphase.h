@@ -71,7 +71,8 @@ inline void add_up(const Combination<T>& sum, ptrdiff_t length, T* to) {
 class ProductRows {
  public:
   ProductRows(const MinimalLines& rows, const MinimalLines& columns)
-      : rows_(rows), columns_(columns) {}
+      : rows_(rows),
+        columns_(columns) {}
 
   struct Matrix {
     ptrdiff_t first, count;
@@ -92,6 +93,20 @@ class ProductRows {
   const MinimalLines &rows_, &columns_;
 };
 
+// From the first of some ascending positions to the last.
+inline ptrdiff_t span(const int64_t* positions, ptrdiff_t count) {
+  return positions[count - 1] + 1 - positions[0];
+}
+
+inline ptrdiff_t most_of_a_weight(const MinimalLines& lines) {
+  ptrdiff_t most = 0;
+  for (ptrdiff_t w = 0; w < lines.weights; ++w) {
+    const ptrdiff_t count = lines.weight_begin[w + 1] - lines.weight_begin[w];
+    if (count > most) most = count;
+  }
+  return most;
+}
+
 // Combines image rows, then columns, into GEMM rows: what x and, in the gradient of the weights,
 // the gradient go through.
 template <typename T>
@@ -110,13 +125,9 @@ class LinesToProducts {
         y_count_(y_count),
         x_count_(x_count),
         x0_(x[0]),
-        width_(x[x_count - 1] + 1 - x[0]),
+        width_(span(x, x_count)),
         staged_(staged),
         line_(line) {}
-
-  static ptrdiff_t staged_size(ptrdiff_t y_count, const int64_t* x, ptrdiff_t x_count) {
-    return y_count * (x[x_count - 1] + 1 - x[0]);  // pixels
-  }
 
   // Turns to channels [c, c + channels) of image n. Pixels in T with stride 1 over channels are
   // read in place, others are staged.
@@ -219,13 +230,8 @@ struct PolyphaseScratch {
 template <typename T>
 PolyphaseScratch<T> lay_out_polyphase(const PolyphaseChunk& chunk, void* memory) {
   const MinimalLines &rows = *chunk.rows, &columns = *chunk.columns;
-  const ptrdiff_t window = LinesToProducts<T>::staged_size(1, columns.read, columns.read_count);
+  const ptrdiff_t window = span(columns.read, columns.read_count);
   const ptrdiff_t count = rows.products() * columns.products();
-  ptrdiff_t most = 0;  // row products of one weight
-  for (ptrdiff_t u = 0; u < rows.weights; ++u) {
-    const ptrdiff_t down = rows.weight_begin[u + 1] - rows.weight_begin[u];
-    if (down > most) most = down;
-  }
   char* at = static_cast<char*>(memory);
   const auto take = [&at](ptrdiff_t elements) {
     T* here = reinterpret_cast<T*>(at);
@@ -235,7 +241,7 @@ PolyphaseScratch<T> lay_out_polyphase(const PolyphaseChunk& chunk, void* memory)
   PolyphaseScratch<T> s;
   s.staged = take(rows.read_count * window * kBlock<T>);
   s.line = take(window * kBlock<T>);
-  s.products = take(most * columns.products() * kBlock<T>);
+  s.products = take(most_of_a_weight(rows) * columns.products() * kBlock<T>);
   s.sums = take(count * chunk.panel_count * kPanel);
   s.mid = take(columns.products() * kPanel);
   s.outputs = take(columns.outputs.count * kPanel);
@@ -312,9 +318,17 @@ class PolyphaseForward {
       for (ptrdiff_t k = 0; k <= last; ++k) {
         const ptrdiff_t panel = chunk_.first_panel + k;
         const ptrdiff_t width = panel_width(p_.out_channels, panel);
-        Gemm<T> g{s_.products + (first - begin) * padded(channels), padded(channels), 1,
-                  weights(u, v, c, panel), width, sums(k) + first * kPanel, kPanel, count, width,
-                  channels, c > 0};
+        Gemm<T> g{s_.products + (first - begin) * padded(channels),
+                  padded(channels),
+                  1,
+                  weights(u, v, c, panel),
+                  width,
+                  sums(k) + first * kPanel,
+                  kPanel,
+                  count,
+                  width,
+                  channels,
+                  c > 0};
         // Weights come from memory, once per chunk: they are fetched a panel ahead.
         g.next = k < last ? weights(u, v, c, panel + 1) : weights(u, v + 1, c, chunk_.first_panel);
         g.next_bytes = channels * kPanel * ptrdiff_t(sizeof(T));
@@ -345,9 +359,9 @@ class PolyphaseForward {
     const ptrdiff_t first = (chunk_.first_panel + panel) * kPanel;
     const ptrdiff_t width = panel_width(p_.out_channels, chunk_.first_panel + panel);
     const T* scale = p_.scale == nullptr ? nullptr : static_cast<const T*>(p_.scale) + first;
-    const T* shift = p_.shift == nullptr ? nullptr
-                                         : static_cast<const T*>(p_.shift) +
-                                               chunk_.n * p_.shift_n_stride + first;
+    const T* shift = p_.shift == nullptr
+                         ? nullptr
+                         : static_cast<const T*>(p_.shift) + chunk_.n * p_.shift_n_stride + first;
     const Vec<T> row_factor = broadcast(T(rows_.factor));
     const Vec<T> column_factor = broadcast(T(columns_.factor));
     Vec<T> nothing{};  // v - v is zero for what is finite and NaN for what is not
@@ -405,7 +419,8 @@ class PolyphaseForward {
       const T* there = plane.data + row * plane.y_stride + columns_.written[x] * plane.x_stride;
       T* to = s_.outputs + x * kPanel;
       ptrdiff_t c = 0;
-      for (; c + kLanes<T> <= channels; c += kLanes<T>) store(to + c, load(there + c) + load(to + c));
+      for (; c + kLanes<T> <= channels; c += kLanes<T>)
+        store(to + c, load(there + c) + load(to + c));
       for (; c < channels; ++c) to[c] += there[c];
     }
   }

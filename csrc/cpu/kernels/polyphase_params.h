@@ -19,10 +19,10 @@ struct Combinations {
 struct MinimalLines {
   const int64_t* read = nullptr;  // positions that products read, ascending
   int64_t read_count = 0;
-  const int64_t* written = nullptr;  // positions of the outputs, ascending
-  Combinations inputs;               // product <- index into read
-  Combinations outputs;              // index into written <- product
-  Combinations pulled;               // the transpose: product <- index into written
+  const int64_t* written = nullptr;       // positions of the outputs, ascending
+  Combinations inputs;                    // product <- index into read
+  Combinations outputs;                   // index into written <- product
+  Combinations pulled;                    // the transpose: product <- index into written
   const int64_t* weight_begin = nullptr;  // [weights + 1] first product of each weight
   int64_t weights = 0;
   double factor = 1;  // of the outputs: 1 / MinimalAxis::denominator
@@ -71,6 +71,15 @@ struct MinimalWeights {
   const double* row_weights = nullptr;     // [row_count, 3] of first, centre and last tap
   const double* column_weights = nullptr;  // [column_count, 3]
   int64_t row_count = 0, column_count = 0;
+};
+
+// The gradient of a branch's weight, over the whole batch.
+struct PolyphaseGradWeight {
+  Image x, grad;                           // grad from the branch's first channel on
+  MinimalWeights map;                      // without taps
+  const PolyphaseChunk* chunks = nullptr;  // panels unused
+  int64_t chunk_count = 0;                 // at least 1
+  void* grad_weight = nullptr;             // T[out_channels, channels, kernel_h, kernel_w]
 };
 
 }  // namespace aspp
