@@ -20,7 +20,7 @@ class Chunks {
   // thread should get some. No bit of a result depends on the division.
   Chunks(const MinimalForm& form, int64_t batch)
       : columns_(parts_of(form.columns, kColumnProducts)) {
-    constexpr int64_t kMost = 3072, kLeast = 1024;
+    constexpr int64_t kMost = plan::kChunkRows, kLeast = 1024;
     const int64_t all = form.products() * batch;
     const int64_t chunks = std::max(
         (all + kMost - 1) / kMost,

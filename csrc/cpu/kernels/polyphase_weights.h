@@ -44,13 +44,14 @@ void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, pt
         }
         for (ptrdiff_t v = 0; v < w.column_count; ++v) {
           const double* b = w.column_weights + 3 * v;
-          store(panel_of_first + (u * w.column_count + v) * matrix + c * width + o,
-                row[0] * broadcast(T(b[0])) + row[1] * broadcast(T(b[1])) +
-                    row[2] * broadcast(T(b[2])));
+          stream(panel_of_first + (u * w.column_count + v) * matrix + c * width + o,
+                 row[0] * broadcast(T(b[0])) + row[1] * broadcast(T(b[1])) +
+                     row[2] * broadcast(T(b[2])));
         }
       }
     }
   }
+  flush_streams();
 }
 
 }  // namespace aspp::ASPP_ISA
