@@ -440,10 +440,11 @@ def choose_polyphase(
     problem: Problem,
     branch: int,
     *,
-    transform: float = 16,
-    matrix: float = 24,
-    prepare: float = 24,
-    direct: float = 0,
+    transform: float = 30,
+    matrix: float = 5,
+    prepare: float = 50,
+    direct: float = 0.05,
+    hold: float = 10,
     prepared: bool = True,
 ) -> PolyphaseChoice:
     """The choice for one branch; csrc/plan/polyphase.h has the formula's costs. Where there is no

@@ -241,8 +241,11 @@ def explain(
     atrous_rates: Sequence[int | tuple[int, int]],
     *,
     depthwise_weights: Sequence[Tensor | None] | None = None,
+    polyphase: bool = True,
 ) -> str:
     """Prints and returns who would compute a pyramid, why nobody else, and how much is skipped.
+
+    Where the CPU computes a dense one, also which branches it filters minimally, and why.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -250,12 +253,13 @@ def explain(
             ``depthwise_weights``.
         atrous_rates: per branch an int or a pair.
         depthwise_weights: per branch ``[C, 1, kh, kw]`` or None; explains the separable operator.
+        polyphase: as in :func:`aspp_ext.atrous_pyramid`.
 
     Raises:
         ValueError, TypeError: as the operator itself.
     """
     from .explanation import explain_pyramid
 
-    text = explain_pyramid(x, weights, atrous_rates, depthwise_weights)
+    text = explain_pyramid(x, weights, atrous_rates, depthwise_weights, polyphase)
     print(text)
     return text

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import _gpu, _native, _triton
 from .dispatch import IMPLEMENTATIONS, Problem, select
 from .ops import checks
+from .ops.polyphase_choice import describe, polyphase_choices, why_never
 from .ops.precision import allows_tf32
 from .ops.separable_choice import fused_choice
 from .verified import VERIFIED
@@ -141,6 +143,30 @@ def describe_choice(choice: _plan.FusedChoice) -> str:
     return f"{plain}; with a training batch norm between: {normed}"
 
 
+def _polyphase_lines(
+    x: Tensor,
+    kernels: Sequence[tuple[int, int]],
+    rates: Sequence[int],
+    outs: Sequence[int],
+    polyphase: bool,
+) -> list[str]:
+    """The CPU's way through each branch of this call, which combines the weights' taps itself, and
+    of a module in eval mode, which keeps them combined."""
+    if (reason := why_never(x, polyphase)) is not None:
+        return ["this call", f"  all     directly: {reason}"]
+    item = 8 if x.dtype == torch.float64 else 4
+    lines = []
+    for who, prepared in (
+        ("this call", False),
+        ("a module in eval mode, whose weights are prepared", True),
+    ):
+        choices = polyphase_choices(x, kernels, rates, outs, prepared=prepared)
+        lines.append(who)
+        for b, choice in enumerate(choices):
+            lines.append(f"  {b:<6}  {describe(choice, item * int(x.shape[1]) * outs[b])}")
+    return lines
+
+
 def _work(
     x: Tensor, kernels: Sequence[tuple[int, int]], rates: Sequence[int], outs: Sequence[int | None]
 ) -> tuple[float, float]:
@@ -162,7 +188,9 @@ def explain_pyramid(
     weights: Sequence[Tensor],
     atrous_rates: Sequence[int | tuple[int, int]],
     depthwise_weights: Sequence[Tensor | None] | None,
+    polyphase: bool = True,
 ) -> str:
+    checks.check_flag("explain", "polyphase", polyphase)
     separable = depthwise_weights is not None
     op = "atrous_separable_pyramid" if separable else "atrous_pyramid"
     rates = checks.flat_rates(op, atrous_rates)
@@ -187,11 +215,14 @@ def explain_pyramid(
     moved = x.element_size() * (x.numel() + n * channels * h * w + held)
     dtype = checks.dtype_name(x.dtype)
     problem = Problem(op, x, tuple(weights), given)
-    by_triton = select(problem).name == "triton"
-    details = _tile_lines(x, separable, kernels, rates, outs) if by_triton and n else []
+    chosen = select(problem).name
+    details = _tile_lines(x, separable, kernels, rates, outs) if chosen == "triton" and n else []
     if separable and n and IMPLEMENTATIONS[op][0].why_not(problem) is None:
         way = _separable_on_cuda(x, kernels, rates, outs)
         details += [f"  cuda    {way}"] if way else []
+    if chosen == "cpu" and not (separable or _native.emulated) and n:
+        with contextlib.suppress(ImportError):  # which the plan's lines tell
+            details += _polyphase_lines(x, kernels, rates, outs, polyphase)
     lines = [
         f"{op}  {list(x.shape)} -> {channels} channels, {dtype}, {x.device}",
         "implementations",
@@ -201,7 +232,7 @@ def explain_pyramid(
         *details,
         "work",
         f"  spatial    {useful / 1e9:.2f} GFLOP useful of {dense / 1e9:.2f} dense: "
-        f"{1 - useful / dense:.1%} skipped",
+        f"{1 - useful / dense if dense else 0:.1%} skipped",
     ]
     if pointwise:
         lines.append(f"  pointwise  {pointwise / 1e9:.2f} GFLOP")

@@ -209,5 +209,7 @@ class Contest:
                 return row  # a CUDA graph's memory was taken before
             extra, peak = self.settings.peak_mib(self.problem, calls[contender.name])
             return replace(row, peak_extra_mib=extra, peak_mib=peak)
-        peak = memory.measure(self.problem, contender, int(self.facts["threads"]))
-        return replace(row, peak_extra_mib=peak)
+        found = memory.measure(self.problem, contender, int(self.facts["threads"]))
+        if found is None:
+            return row
+        return replace(row, peak_extra_mib=found.extra, kept_mib=found.kept)

@@ -4,7 +4,9 @@
 PyTorch counts what its own allocator hands out, not what a native library takes, so this reads the
 kernel's high-water mark of resident memory (/proc/self/status) around one call, in a process of
 its own in which malloc returns freed blocks at once. The process warms up on a smaller map first:
-libraries are loaded and weights packed, but no buffer of the map's size can be left over.
+libraries are loaded and weights packed, but no buffer of the map's size can be left over. What a
+module of ours keeps for the map's size, the weights prepared for minimal filtering, is made before
+the call and counted by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,21 +45,29 @@ def why_not() -> str | None:
     return None
 
 
-def peak_extra_mib(problem: Problem, contender: peers.Eager) -> float:
-    """Resident memory at the peak of the first large call minus before it, result included."""
+class Memory(NamedTuple):
+    """MiB: at the peak of the first large call minus before it, result included; and what is kept
+    for the calls after it."""
+
+    extra: float
+    kept: float
+
+
+def measure_here(problem: Problem, contender: peers.Eager) -> Memory:
     module, example = problem.build()
     converted = contender.convert(module)
     x = example.to(memory_format=peers.FORMATS[contender.layout])
     with torch.no_grad():
         converted(x[..., :9, :9].contiguous(memory_format=peers.FORMATS[contender.layout]))
+        kept = contender.keep(converted, x)
         RESET.write_text("5")
         before = resident_kib("VmRSS")
         converted(x)
-        return (resident_kib("VmHWM") - before) / 1024
+        return Memory((resident_kib("VmHWM") - before) / 1024, kept / 2**20)
 
 
-def measure(problem: Problem, contender: peers.Contender, threads: int) -> float | None:
-    """Runs `peak_extra_mib` in a fresh process; None where it cannot be measured."""
+def measure(problem: Problem, contender: peers.Contender, threads: int) -> Memory | None:
+    """Runs `measure_here` in a fresh process; None where it cannot be measured."""
     if not isinstance(contender, peers.Eager) or why_not() is not None:
         return None
     environment = {
@@ -69,11 +80,11 @@ def measure(problem: Problem, contender: peers.Contender, threads: int) -> float
     words = [str(place), str(ours), contender.layout, str(threads)]
     command = [sys.executable, "-m", "benchmarks.memory", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return Memory(*map(float, done.stdout.split()[-2:])) if done.returncode == 0 else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints the peak extra memory of one call, MiB.")
+    parser = argparse.ArgumentParser(description="Prints the extra and the kept memory, MiB.")
     parser.add_argument("problem", type=int, help="index into PROBLEMS + QUICK")
     parser.add_argument("ours", type=int, help="1 for aspp_ext, 0 for eager PyTorch")
     parser.add_argument("layout", choices=list(peers.FORMATS))
@@ -81,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     contender = (peers.Ours if options.ours else peers.Eager)(options.layout)
-    print(peak_extra_mib([*PROBLEMS, *QUICK][options.problem], contender))
+    print(*measure_here([*PROBLEMS, *QUICK][options.problem], contender))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,10 @@ class Eager:
         """A copy of the module as this contender runs it."""
         return copy.deepcopy(module).to(memory_format=FORMATS[self.layout])
 
+    def keep(self, converted: nn.Module, x: Tensor) -> int:
+        """Makes what the module keeps for inputs of x's size; returns its bytes."""
+        return 0
+
     def build(self, module: nn.Module, example: Tensor) -> Call:
         x = example.to(memory_format=FORMATS[self.layout])
         return eager_call(self.convert(module), x)
@@ -104,6 +108,14 @@ class Ours(Eager):
 
     def convert(self, module: nn.Module) -> nn.Module:
         return super().convert(module.to_ours())
+
+    def keep(self, converted: nn.Module, x: Tensor) -> int:
+        from aspp_ext.modules.fused import FusedForward
+
+        if not isinstance(converted, FusedForward) or converted.training:
+            return 0
+        _, prepared = converted._folded(converted.describe(converted), x, x.dtype)
+        return sum(weight.nbytes for weight in prepared or [])
 
 
 class Compiled:

@@ -56,6 +56,10 @@ class Problem:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
     @property
+    def input_bytes(self) -> int:
+        return self.batch * self.channels * self.height * self.width * self.torch_dtype.itemsize
+
+    @property
     def title(self) -> str:
         extra = [word for word in (self.dtype, self.mode) if word not in DEFAULTS]
         return ", ".join([f"{self.level}: {self.name}", *extra])
@@ -85,6 +89,7 @@ SHAPES = {
     "large": (2048, 65, 65, (12, 24, 36)),
     "wide": (512, 64, 128, (6, 12, 18)),
     "small": (2048, 33, 33, (6, 12, 18)),
+    "narrow": (512, 33, 33, (6, 12, 18)),
 }
 
 
@@ -101,6 +106,8 @@ PROBLEMS = (
     head("module", "dense", "wide"),
     head("module", "dense", "small"),
     head("module", "separable", "large", mode="training", batch=2),
+    head("module", "dense", "large", mode="training", batch=2),
+    head("module", "dense", "narrow", mode="training", batch=2),
     head("module", "separable", "large", dtype="bfloat16"),
     head("module", "dense", "small", dtype="bfloat16"),
     Problem("model", "dense", 2048, 513, 513, (12, 24, 36), model="torchvision deeplabv3_resnet50"),
@@ -121,11 +128,12 @@ class Target:
     """How many times as fast as the best of a group `contender` has to run the problem.
 
     `against` is a group, or the beginning of contenders' names. With "memory": at most `ratio`
-    times the smallest peak memory of PyTorch's contenders.
+    times the smallest peak memory of PyTorch's contenders; with "input": a call takes at most
+    `ratio` times the input's size, beside what is kept from call to call.
     """
 
     problem: Problem
-    against: str  # "pytorch" | "other" | "memory" | a name
+    against: str  # "pytorch" | "other" | "memory" | "input" | a name
     ratio: float
     contender: str = "aspp_ext"  # a name without its memory format
 
@@ -139,10 +147,12 @@ TARGETS = (
     *targets_of(head("module", "separable", "large"), 4.0, 1.2),
     *targets_of(head("module", "separable", "wide"), 1.8, 1.2),
     *targets_of(head("module", "separable", "small"), 2.0, 1.2),
-    *targets_of(head("module", "dense", "large"), 1.0, 1.0),
-    *targets_of(head("module", "dense", "wide"), 1.0, 1.0),
-    *targets_of(head("module", "dense", "small"), 1.0, 1.0),
+    *targets_of(head("module", "dense", "large"), 1.4, 1.4),
+    *targets_of(head("module", "dense", "wide"), 1.25, 1.25),
+    *targets_of(head("module", "dense", "small"), 1.3, 1.3),
     *targets_of(head("module", "separable", "large", dtype="bfloat16"), 4.0, None),
     *targets_of(head("module", "dense", "small", dtype="bfloat16"), 1.0, None),
     *targets_of(head("module", "separable", "large", mode="training", batch=2), 3.0, None),
+    *targets_of(head("module", "dense", "large", mode="training", batch=2), 1.2, None),
+    *(Target(head("module", "dense", shape), "input", 1.0) for shape in ("large", "wide", "small")),
 )

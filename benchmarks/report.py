@@ -19,11 +19,12 @@ from rich.table import Table
 from benchmarks import csv_file
 from benchmarks.problems import DEFAULTS, TARGETS, Target
 
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MARKERS = BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 AGAINST = {
     "pytorch": "PyTorch",
     "other": "ONNX Runtime, OpenVINO",
     "memory": "PyTorch, peak memory (at most)",
+    "input": "the input's size, extra memory (at most)",
 }
 FORMATS = (" NCHW", " NHWC")
 MACHINE = "machine"  # the level of the rows that hold the measured ceilings
@@ -65,6 +66,7 @@ class Row:
     triton: str = ""
     host_ms: float | None = None
     peak_mib: float | None = None
+    kept_mib: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -173,21 +175,25 @@ class Verdict:
     def text(self) -> str:
         if self.got is None:
             return "not measured"
-        if self.target.against == "memory":
+        if self.target.against in ("memory", "input"):
             return "met" if self.got <= self.target.ratio else "above"
         return "met" if self.got >= self.target.ratio else "short"
 
 
-def least_peak(rows: Iterable[Row], group: str) -> float | None:
-    return min((r.peak_mib for r in rows if r.group == group and r.peak_mib), default=None)
+def least(values: Iterable[float | None]) -> float | None:
+    return min((value for value in values if value), default=None)
 
 
 def measured(target: Target, rows: Sequence[Row]) -> float | None:
     """The ratio that a target is about, from the rows of its problem."""
     own = of_contender(rows, target.contender)
     if target.against == "memory":
-        least, pytorch = least_peak(own, "ours"), least_peak(rows, "pytorch")
-        return least / pytorch if least and pytorch else None
+        peak = least(row.peak_mib for row in own)
+        pytorch = least(row.peak_mib for row in rows if row.group == "pytorch")
+        return peak / pytorch if peak and pytorch else None
+    if target.against == "input":
+        extra = least(row.peak_extra_mib for row in own)
+        return extra and extra * 2**20 / target.problem.input_bytes
     ours = best(own, "ours")
     if ours is None or target.against in ("pytorch", "other"):
         return ours and (
@@ -289,27 +295,27 @@ def targets_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def replace_between_markers(text: str, table: str) -> str:
-    """`text` with what stands between the benchmark markers replaced by `table`.
+def replace_between_markers(text: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
+    """`text` with what stands between the markers replaced by `table`.
 
     Raises:
         ValueError: when the text has no such pair of markers.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"expected the markers {BEGIN} and {END}, got a text without them")
+        raise ValueError(f"expected the markers {' and '.join(markers)}, got a text without them")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def refresh_readme(path: Path, table: str) -> bool:
+def refresh_readme(path: Path, table: str, markers: tuple[str, str] = MARKERS) -> bool:
     """Rewrites the table in a README; False where there is no such file or no markers in it."""
     if not path.is_file():
         return False
     text = path.read_text()
-    if BEGIN not in text or END not in text:
+    if any(marker not in text for marker in markers):
         return False
-    path.write_text(replace_between_markers(text, table))
+    path.write_text(replace_between_markers(text, table, markers))
     return True
 
 

@@ -2,7 +2,8 @@
 """What a problem must cost at least: useful arithmetic, compulsory traffic, the machine's ceilings.
 
 Useful FLOPs count live taps only: a tap that falls into the zero padding is not work, so skipping
-it earns no credit and multiplying it costs. Compulsory bytes count every operand and result once.
+it earns no credit and multiplying it costs. Minimal filtering multiplies less often than there are
+live taps and may be faster than the roofline. Compulsory bytes count every operand and result once.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 
 from benchmarks import machine, peers, report, timing  # noqa: E402
 from benchmarks.contest import Contest, Settings, with_roofline  # noqa: E402
-from benchmarks.problems import PROBLEMS, QUICK, Problem  # noqa: E402
+from benchmarks.problems import DEFAULTS, PROBLEMS, QUICK, Problem  # noqa: E402
 from benchmarks.roofline import Ceilings, measure_ceilings  # noqa: E402
 
 OUT_OF_TIME = "left out, the time limit is spent"
@@ -61,8 +61,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
         least_rounds=3 if options.quick else 5,
         most_rounds=100 if options.full else 40,
         flush=timing.cache_flusher() if options.flush else None,
-        measure_memory=lambda p: (p.separable and p.level == "operator") or options.full,
+        measure_memory=lambda p: options.full or measures_memory(p),
     )
+
+
+def measures_memory(problem: Problem) -> bool:
+    """By default: where the kernels are made to need little of it."""
+    if problem.separable:
+        return problem.level == "operator"
+    return problem.level == "module" and (problem.dtype, problem.mode) == DEFAULTS
 
 
 def machine_rows(facts: dict[str, str | int], ceilings: Ceilings) -> list[report.Row]:
@@ -168,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
-    limit = options.limit or (float("inf") if options.full else 330.0)
+    limit = options.limit or (float("inf") if options.full else 510.0)
     contenders = peers.contenders(everywhere=options.full)
     rows, failures = run_all(problems, settings_of(options), contenders, limit, console)
     cut = any(row.note == OUT_OF_TIME for row in rows)

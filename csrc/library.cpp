@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
   m.def(
       "polyphase_weights(Tensor[] weights, int[] rates, int batch, int height, int width) "
       "-> Tensor[]");
+  // For benchmarks: runs the branches that minimal filtering computes on the CPU, their weights
+  // prepared -> float64 [branches, 3], the seconds of all threads that combining inputs, products
+  // and combining outputs took; NaN of the others
+  m.def("polyphase_times(Tensor x, Tensor[] weights, int[] rates) -> Tensor");
   // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
   // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
   // the two lists themselves may be empty; tf32 as above, of the products with pointwise

@@ -341,12 +341,14 @@ void bind_polyphase(py::module_& module) {
   module.def(
       "choose_polyphase",
       [](const Problem& problem, Index branch, double transform, double matrix, double prepare,
-         double direct, bool prepared) {
-        return choose_polyphase(problem, branch, {transform, matrix, prepare, direct, prepared});
+         double direct, double hold, bool prepared) {
+        return choose_polyphase(problem, branch,
+                                {transform, matrix, prepare, direct, hold, prepared});
       },
       py::arg("problem"), py::arg("branch"), py::kw_only(), py::arg("transform") = kCosts.transform,
       py::arg("matrix") = kCosts.matrix, py::arg("prepare") = kCosts.prepare,
-      py::arg("direct") = kCosts.direct, py::arg("prepared") = kCosts.prepared);
+      py::arg("direct") = kCosts.direct, py::arg("hold") = kCosts.hold,
+      py::arg("prepared") = kCosts.prepared);
 }
 
 void bind_problem(py::module_& module) {

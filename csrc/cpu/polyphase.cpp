@@ -1,13 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "polyphase.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 
 #include "minimal_lines.h"
 #include "parallel.h"
@@ -16,39 +11,35 @@ namespace aspp {
 
 namespace {
 
-// Products of a chunk: enough of them per matrix that reading the weights does not show, few enough
-// that their sums stay in the caches.
-constexpr int64_t kChunkProducts = 3072;
 constexpr int64_t kColumnProducts = 256;
-constexpr int64_t kChunkPanels = 4;
 
-bool policy_is(const char* name) {
-  const char* text = std::getenv("ASPP_EXT_POLYPHASE");
-  return text != nullptr && std::strcmp(text, name) == 0;
-}
-
-// A branch in chunks of products.
+// The products of a branch, in parts of its rows and of its columns.
 class Chunks {
  public:
-  explicit Chunks(const MinimalForm& form) : columns_(parts_of(form.columns, kColumnProducts)) {
+  // Long chunks read the matrices seldom, short ones keep their sums in the caches; and every
+  // thread should get some. No bit of a result depends on the division.
+  Chunks(const MinimalForm& form, int64_t batch)
+      : columns_(parts_of(form.columns, kColumnProducts)) {
+    constexpr int64_t kMost = plan::kChunkRows, kLeast = 1024;
+    const int64_t all = form.products() * batch;
+    const int64_t chunks = std::max(
+        (all + kMost - 1) / kMost,
+        std::min(2 * int64_t(torch::stable::get_num_threads()), (all + kLeast - 1) / kLeast));
     int64_t widest = 1;
     for (const AxisPart& part : columns_) widest = std::max(widest, part.products());
-    rows_ = parts_of(form.rows, std::max<int64_t>(kChunkProducts / widest, 1));
+    rows_ = parts_of(form.rows, std::max<int64_t>((all + chunks - 1) / chunks / widest, 1));
     for (const AxisPart& part : rows_) row_lines_.push_back(part.lines());
     for (const AxisPart& part : columns_) column_lines_.push_back(part.lines());
   }
 
-  template <typename F>  // body(chunk) for every chunk of `panels` panels
-  void for_each(int64_t batch, int64_t panels, F&& body) const {
+  std::vector<PolyphaseChunk> of_batch(int64_t batch) const {
+    std::vector<PolyphaseChunk> chunks;
     for (int64_t n = 0; n < batch; ++n) {
       for (const MinimalLines& rows : row_lines_) {
-        for (const MinimalLines& columns : column_lines_) {
-          for (int64_t panel = 0; panel < panels; panel += kChunkPanels) {
-            body(PolyphaseChunk{&rows, &columns, n, panel, std::min(kChunkPanels, panels - panel)});
-          }
-        }
+        for (const MinimalLines& columns : column_lines_) chunks.push_back({&rows, &columns, n});
       }
     }
+    return chunks;
   }
 
  private:
@@ -56,8 +47,16 @@ class Chunks {
   std::vector<MinimalLines> row_lines_, column_lines_;
 };
 
+// Panels of one task: as many as share combined inputs well, unless threads would have no work.
+int64_t panels_of_task(int64_t panels, int64_t chunks) {
+  int64_t count = std::min<int64_t>(panels, 4);
+  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
+  while (count > 1 && chunks * ((panels + count - 1) / count) < wanted) --count;
+  return count;
+}
+
 struct Task {
-  size_t branch;
+  size_t run;
   PolyphaseChunk chunk;
 
   int64_t products() const {
@@ -67,124 +66,66 @@ struct Task {
 
 }  // namespace
 
-MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
-                           const Operands& operands, bool prepared) {
-  MinimalForms forms(branches.size());
-  if (policy_is("0") || operands.product_dtype() != operands.compute_dtype()) return forms;
-  plan::PolyphaseCosts costs;
-  costs.prepared = prepared;
-  for (size_t b = 0; b < branches.size(); ++b) {
-    const BranchParams& branch = branches[b];
-    if (branch.depthwise != nullptr) continue;
-    const plan::Problem problem(shape.batch, shape.height, shape.width,
-                                {{{branch.kernel_h, branch.kernel_w},
-                                  {branch.rate_h, branch.rate_w},
-                                  branch.out_channels}},
-                                shape.channels);
-    const plan::PolyphaseChoice choice = plan::choose_polyphase(problem, 0, costs);
-    if (!choice.form || !(choice.is_polyphase() || policy_is("always"))) continue;
-    forms[b] = {plan::minimal_axis(row_axis(problem, 0, plan::Pass::forward), choice.form->rows),
-                plan::minimal_axis(col_axis(problem, 0, plan::Pass::forward),
-                                   choice.form->columns)};
-  }
-  return forms;
-}
-
-bool any_minimal(const MinimalForms& forms) {
-  return std::any_of(forms.begin(), forms.end(), [](const auto& form) { return bool(form); });
-}
-bool all_minimal(const MinimalForms& forms) {
-  return std::all_of(forms.begin(), forms.end(), [](const auto& form) { return bool(form); });
-}
-
-namespace {
-
-// A page of the usual size is faulted in for each 4 KB: for matrices of 100 MB that alone would
-// take as long as the products.
-void ask_for_large_pages(void* memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = uintptr_t(2) << 20;
-  const uintptr_t begin = (uintptr_t(memory) + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t end = (uintptr_t(memory) + uintptr_t(bytes)) / kLarge * kLarge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-Tensor combine_taps(const MinimalForm& form, const Tensor& weight, bool flipped,
-                    Operands& operands) {
-  const int64_t channels = weight.size(1), out_channels = weight.size(0);
-  const Matrix taps = operands.weight(weight, operands.compute_dtype());
-  MinimalWeights w;
-  w.taps = taps.data;
-  w.tap_stride = taps.tap;
-  w.row_stride = taps.row;
-  w.kernel_h = weight.size(2);
-  w.kernel_w = weight.size(3);
-  w.flipped = flipped;
-  w.channels = channels;
-  w.out_channels = out_channels;
-  w.row_weights = form.rows.weights.data()->data();
-  w.column_weights = form.columns.weights.data()->data();
-  w.row_count = int64_t(form.rows.weights.size());
-  w.column_count = int64_t(form.columns.weights.size());
-  const Tensor matrices = operands.empty({form.matrices(), channels, padded(out_channels)});
-  ask_for_large_pages(matrices.data_ptr(),
-                      matrices.numel() * (operands.double_precision() ? 8 : 4));
-  constexpr int64_t kSlice = 32;
-  const int64_t slices = (channels + kSlice - 1) / kSlice;
-  run_tasks(panels(out_channels) * slices, 0, [&](int64_t task, void*) {
-    const int64_t first = task % slices * kSlice;
-    kernels().combine_taps(w, task / slices, first, std::min(first + kSlice, channels),
-                           matrices.data_ptr(), operands.double_precision());
-  });
-  return matrices;
-}
-
-void check_prepared(const char* op, const MinimalForm& form, const Tensor& prepared, size_t index,
-                    const Tensor& weight, const Operands& operands) {
-  const std::vector<int64_t> expected{form.matrices(), weight.size(1), padded(weight.size(0))};
-  const bool fits = dtype_of(prepared) == operands.compute_dtype() && prepared.is_contiguous() &&
-                    shape_of(prepared) == shape_of(expected);
-  require(fits, op, ": ", entry("prepared", index),
-          " must be what polyphase_weights returns for x's size, of shape ", shape_of(expected),
-          ", got ", dtype_name(prepared.scalar_type()), " of shape ", shape_of(prepared));
-}
-
-}  // namespace
-
-std::vector<Tensor> minimal_weights(const char* op, const MinimalForms& forms,
-                                    const std::vector<Tensor>& weights,
-                                    const std::vector<Tensor>& prepared, Operands& operands,
-                                    bool flipped) {
-  std::vector<Tensor> matrices;
-  for (size_t b = 0; b < forms.size(); ++b) {
-    if (!forms[b]) {
-      matrices.push_back(operands.empty({0}));
-    } else if (prepared.empty()) {
-      matrices.push_back(combine_taps(*forms[b], weights[b], flipped, operands));
-    } else {
-      check_prepared(op, *forms[b], prepared[b], b, weights[b], operands);
-      matrices.push_back(prepared[b]);
+void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_precision) {
+  const Kernels& k = kernels();
+  std::vector<Chunks> chunks;
+  std::vector<Task> tasks;
+  chunks.reserve(runs.size());
+  for (size_t r = 0; r < runs.size(); ++r) {
+    chunks.emplace_back(*runs[r].form, batch);
+    const std::vector<PolyphaseChunk> whole = chunks.back().of_batch(batch);
+    const int64_t all = panels(runs[r].params.out_channels);
+    const int64_t count = panels_of_task(all, int64_t(whole.size()));
+    for (PolyphaseChunk chunk : whole) {
+      for (int64_t panel = 0; panel < all; panel += count) {
+        chunk.first_panel = panel;
+        chunk.panel_count = std::min(count, all - panel);
+        tasks.push_back({r, chunk});
+      }
     }
   }
-  return matrices;
+  // Long tasks first, so that the threads end together.
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.products() > b.products(); });
+  int64_t scratch = 0;
+  for (const Task& task : tasks) {
+    scratch = std::max(scratch, k.polyphase_scratch(task.chunk, double_precision));
+  }
+  struct Outcome {
+    std::atomic<bool> failed{false};
+    std::atomic<int64_t> nanoseconds[3]{};
+  };
+  std::vector<Outcome> outcomes(runs.size());
+  run_tasks(int64_t(tasks.size()), scratch, [&](int64_t index, void* memory) {
+    Task& task = tasks[size_t(index)];
+    Outcome& outcome = outcomes[task.run];
+    int64_t spent[3] = {};
+    if (runs[task.run].times != nullptr) task.chunk.nanoseconds = spent;
+    if (!k.polyphase_forward(runs[task.run].params, task.chunk, memory, double_precision)) {
+      outcome.failed = true;
+    }
+    for (int i = 0; i < 3; ++i) outcome.nanoseconds[i] += spent[i];
+  });
+  for (size_t r = 0; r < runs.size(); ++r) {
+    runs[r].finite = !outcomes[r].failed;
+    if (runs[r].times == nullptr) continue;
+    const auto seconds = [&](int i) { return double(outcomes[r].nanoseconds[i]) * 1e-9; };
+    *runs[r].times = {seconds(0), seconds(1), seconds(2)};
+  }
 }
 
 std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms& forms,
                                 const std::vector<Tensor>& matrices, const Operands& operands,
-                                MinimalTimes* times) {
-  const Kernels& k = kernels();
-  const bool wide = operands.double_precision();
-  std::vector<PolyphaseParams> branches(forms.size());
-  std::vector<std::unique_ptr<Chunks>> chunks(forms.size());
-  std::vector<Task> tasks;
-  int64_t scratch = 0;
+                                std::vector<MinimalTimes>* times) {
+  std::vector<MinimalRun> runs;
+  std::vector<size_t> branches, rest;
   for (size_t b = 0; b < forms.size(); ++b) {
-    if (!forms[b]) continue;
+    if (!forms[b]) {
+      rest.push_back(b);
+      continue;
+    }
     const BranchParams& branch = params.branches[b];
-    PolyphaseParams& p = branches[b];
+    PolyphaseParams p;
     p.x = params.x;
     p.channels = params.channels;
     p.out_channels = branch.out_channels;
@@ -194,36 +135,44 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
     p.shift_n_stride = params.shift_n_stride;
     p.relu = params.relu;
     p.out = channels_from(params.out, branch.channel);
-    chunks[b] = std::make_unique<Chunks>(*forms[b]);
-    chunks[b]->for_each(params.batch, panels(branch.out_channels),
-                        [&](const PolyphaseChunk& chunk) {
-                          tasks.push_back({b, chunk});
-                          scratch = std::max(scratch, k.polyphase_scratch(chunk, wide));
-                        });
+    runs.push_back({p, forms[b].get(), true, times == nullptr ? nullptr : &(*times)[b]});
+    branches.push_back(b);
   }
-  // Long tasks first, so that the threads end together.
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](const Task& a, const Task& b) { return a.products() > b.products(); });
-  std::vector<std::atomic<bool>> failed(forms.size());
-  std::atomic<int64_t> nanoseconds[3] = {};
-  run_tasks(int64_t(tasks.size()), scratch, [&](int64_t index, void* memory) {
-    Task& task = tasks[size_t(index)];
-    int64_t spent[3] = {};
-    if (times != nullptr) task.chunk.nanoseconds = spent;
-    if (!k.polyphase_forward(branches[task.branch], task.chunk, memory, wide)) {
-      failed[task.branch] = true;
-    }
-    for (int i = 0; i < 3; ++i) nanoseconds[i] += spent[i];
-  });
-  if (times != nullptr) {
-    *times = {double(nanoseconds[0]) * 1e-9, double(nanoseconds[1]) * 1e-9,
-              double(nanoseconds[2]) * 1e-9};
+  run_polyphase(runs, params.batch, operands.double_precision());
+  for (size_t r = 0; r < runs.size(); ++r) {
+    if (!runs[r].finite) rest.push_back(branches[r]);
   }
-  std::vector<size_t> rest;
-  for (size_t b = 0; b < forms.size(); ++b) {
-    if (!forms[b] || failed[b]) rest.push_back(b);
-  }
+  std::sort(rest.begin(), rest.end());
   return rest;
+}
+
+bool run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,
+                     const Tensor& grad_weight, bool double_precision) {
+  const Kernels& k = kernels();
+  const Chunks chunks(form, batch);
+  const std::vector<PolyphaseChunk> all = chunks.of_batch(batch);
+  PolyphaseGradWeight p;
+  p.x = x;
+  p.grad = grad;
+  p.map = taps_to_matrices(form, grad_weight.size(0), grad_weight.size(1), grad_weight.size(2),
+                           grad_weight.size(3));
+  p.chunks = all.data();
+  p.chunk_count = int64_t(all.size());
+  p.grad_weight = grad_weight.data_ptr();
+  const int64_t blocks = (p.map.channels + k.polyphase_block - 1) / k.polyphase_block;
+  const int64_t width = panels(p.map.out_channels), count = panels_of_task(width, blocks);
+  const int64_t groups = (width + count - 1) / count;
+  std::atomic<bool> failed{false};
+  run_tasks(
+      blocks * groups, k.polyphase_grad_weight_scratch(p, count, double_precision),
+      [&](int64_t task, void* scratch) {
+        const int64_t panel = task % groups * count;
+        if (!k.polyphase_grad_weight(p, task / groups * k.polyphase_block, panel,
+                                     std::min(count, width - panel), scratch, double_precision)) {
+          failed = true;
+        }
+      });
+  return !failed;
 }
 
 }  // namespace aspp

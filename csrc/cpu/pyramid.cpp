@@ -3,6 +3,9 @@
 // whichever costs less; no concat copy.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <cstring>
+
 #include "forward.h"
 #include "polyphase.h"
 
@@ -52,11 +55,33 @@ std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<i
   return minimal_weights(op, forms, weights, {}, operands);
 }
 
+// [branches, 3]
+Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates) {
+  constexpr const char* op = "polyphase_times";
+  const PyramidShape shape = check_dense(op, x, weights, rates, kCpuLimits);
+  const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, is_channels_last(x));
+  std::vector<MinimalTimes> times(weights.size(), {std::nan(""), std::nan(""), std::nan("")});
+  if (shape.batch > 0) {
+    Operands operands(x);
+    std::vector<BranchParams> branches = dense_branches(weights, rates);
+    PyramidParams params = params_of(image_of(x), shape, branches);
+    params.out = image_of(out);
+    const MinimalForms forms = minimal_forms(shape, branches, operands, true);
+    const std::vector<Tensor> matrices = minimal_weights(op, forms, weights, {}, operands);
+    run_minimal(params, forms, matrices, operands, &times);
+  }
+  const int64_t size[] = {int64_t(times.size()), 3};
+  const Tensor result = torch::stable::new_empty(x, {size, 2}, ScalarType::Double);
+  std::memcpy(result.data_ptr(), times.data(), times.size() * sizeof(MinimalTimes));
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
   m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
   m.impl("polyphase_weights", TORCH_BOX(&polyphase_weights));
+  m.impl("polyphase_times", TORCH_BOX(&polyphase_times));
 }
 
 }  // namespace aspp

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// CPU bindings of the dense pyramid's gradients: oneDNN's, reached through the dispatcher so that no
-// Python is needed.
+// CPU bindings of the dense pyramid's gradients: by minimal filtering where that costs less, else
+// oneDNN's, reached through the dispatcher so that no Python is needed.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
-#include "branches.h"
+#include "polyphase.h"
 
 namespace aspp {
 namespace {
@@ -36,43 +36,99 @@ Tensor channels_last_copy(const Tensor& t) {
   return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
-                  bool /*tf32*/, bool /*polyphase*/) {
-  const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
-  const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
-  Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
-  if (shape.batch == 0) return result;
+// The forms of a gradient in float32 or float64; half precision is left to oneDNN.
+MinimalForms gradient_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
+                            const Operands& operands, const Tensor& grad, bool polyphase) {
+  if (!polyphase || dtype_of(grad) != operands.compute_dtype())
+    return MinimalForms(branches.size());
+  return minimal_forms(shape, branches, operands, false);
+}
+
+// Of some branches the sum of the gradients of the input, channels_last, by oneDNN.
+Tensor grad_input_directly(const Tensor& grad, const PyramidShape& shape,
+                           const std::vector<Tensor>& weights, const std::vector<int64_t>& rates,
+                           const std::vector<size_t>& listed) {
   Tensor source = channels_last_copy(grad);
   // Of the missing operand convolution_backward reads the shape alone.
   const Tensor like = empty_image(grad, shape.batch, shape.channels, shape, true);
   Tensor sum;
   int64_t first = 0;
-  for (size_t b = 0; b < weights.size(); ++b) {
-    const Tensor part =
-        channels_last_copy(torch::stable::narrow(source, 1, first, weights[b].size(0)));
-    const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
+  for (size_t b = 0, done = 0; b < weights.size(); ++b) {
+    if (done < listed.size() && listed[done] == b) {
+      const Tensor part =
+          channels_last_copy(torch::stable::narrow(source, 1, first, weights[b].size(0)));
+      const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
+      // there is no stable add
+      sum = done++ == 0 ? one : torch::stable::subtract(sum, one, -1.0);
+    }
     first += weights[b].size(0);
-    sum = b == 0 ? one : torch::stable::subtract(sum, one, -1.0);  // there is no stable add
   }
-  torch::stable::copy_(result, sum);
+  return sum;
+}
+
+// Adds the branches that have a form to `sum`; the first of them writes it if it is `fresh`. False
+// where something is not finite.
+bool add_grad_input(const Tensor& grad, const PyramidShape& shape,
+                    const std::vector<BranchParams>& branches, const MinimalForms& forms,
+                    const std::vector<Tensor>& weights, const Tensor& sum, bool fresh) {
+  for (size_t b = 0; b < forms.size(); ++b) {
+    if (!forms[b]) continue;
+    Operands operands(grad);  // of one branch, whose matrices are freed with it
+    const Tensor matrices = combine_taps(*forms[b], weights[b], true, operands);
+    PolyphaseParams p;
+    p.x = channels_from(image_of(grad), branches[b].channel);
+    p.channels = branches[b].out_channels;
+    p.out_channels = shape.channels;
+    p.weights = matrices.data_ptr();
+    p.out = image_of(sum);
+    p.accumulate = !fresh;
+    fresh = false;
+    std::vector<MinimalRun> run{{p, forms[b].get()}};
+    run_polyphase(run, shape.batch, operands.double_precision());
+    if (!run[0].finite) return false;
+  }
+  return true;
+}
+
+Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
+                  bool /*tf32*/, bool polyphase) {
+  const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
+  const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
+  Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
+  if (shape.batch == 0) return result;
+  std::vector<BranchParams> branches = dense_branches(weights, rates);
+  assign_columns(branches);
+  const MinimalForms forms = gradient_forms(shape, branches, Operands(grad), grad, polyphase);
+  std::vector<size_t> direct, all;
+  for (size_t b = 0; b < forms.size(); ++b) {
+    all.push_back(b);
+    if (!forms[b]) direct.push_back(b);
+  }
+  Tensor sum;
+  if (direct.empty()) {
+    sum = is_channels_last(result) ? result
+                                   : empty_image(grad, shape.batch, shape.channels, shape, true);
+  } else {
+    sum = grad_input_directly(grad, shape, weights, rates, direct);
+  }
+  if (!add_grad_input(grad, shape, branches, forms, weights, sum, direct.empty())) {
+    sum = grad_input_directly(grad, shape, weights, rates, all);
+  }
+  if (sum.data_ptr() != result.data_ptr()) torch::stable::copy_(result, sum);
   return result;
 }
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates,
-                                bool /*tf32*/, bool /*polyphase*/) {
+                                bool /*tf32*/, bool polyphase) {
   const PyramidShape shape =
       check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCpuLimits);
-  std::vector<Tensor> weights;
-  for (size_t b = 0; b < out_channels.size(); ++b) {
-    weights.push_back(
-        empty_of(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
-  }
   std::vector<Tensor> result;
-  if (shape.batch == 0) {
-    for (Tensor& w : weights) result.push_back(torch::stable::zero_(w));
-    return result;
+  for (size_t b = 0; b < out_channels.size(); ++b) {
+    result.push_back(empty_of(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));
+    if (shape.batch == 0) torch::stable::zero_(result.back());
   }
+  if (shape.batch == 0) return result;
   // In bfloat16 oneDNN's weight gradient of channels_last operands whose channels are no multiple
   // of 16 reads and writes out of bounds.
   const bool unsafe = x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 16 != 0;
@@ -81,13 +137,20 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
   };
   Tensor source = copy(grad);
   const Tensor input = copy(x);
-  int64_t first = 0;
-  for (size_t b = 0; b < weights.size(); ++b) {
+  std::vector<BranchParams> branches = dense_branches(result, rates);
+  assign_columns(branches);
+  const Operands operands(x);
+  const MinimalForms forms = gradient_forms(shape, branches, operands, grad, polyphase);
+  for (size_t b = 0; b < result.size(); ++b) {
+    const int64_t first = branches[b].channel;
+    if (forms[b] &&
+        run_grad_weight(*forms[b], image_of(input), channels_from(image_of(source), first),
+                        shape.batch, result[b], operands.double_precision())) {
+      continue;
+    }
     const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
-    const Tensor one = convolution_gradient(part, input, weights[b], &rates[2 * b], true);
-    first += out_channels[b];
-    result.push_back(empty_as(weights[b]));  // strides that are contiguous in every dimension
-    torch::stable::copy_(result.back(), one);
+    const Tensor one = convolution_gradient(part, input, result[b], &rates[2 * b], true);
+    torch::stable::copy_(result[b], one);
   }
   return result;
 }

@@ -47,9 +47,11 @@ double cost(const Problem& problem, const Branch& branch, const PolyphaseForm& f
   const double per_channel =
       1. / static_cast<double>(problem.in_channels) + 1. / static_cast<double>(branch.out_channels);
   const double row = 1 + costs.transform * per_channel;
-  const double matrix = costs.matrix + (costs.prepared ? 0 : costs.prepare);
-  return static_cast<double>(problem.batch) * static_cast<double>(form.products()) * row +
-         static_cast<double>(form.matrices) * matrix;
+  const Index chunks = (form.products() + kChunkRows - 1) / kChunkRows;
+  const double image = static_cast<double>(form.products()) * row +
+                       static_cast<double>(form.matrices * chunks) * costs.matrix;
+  const double once = costs.prepared ? costs.hold : costs.prepare;
+  return static_cast<double>(problem.batch) * image + static_cast<double>(form.matrices) * once;
 }
 
 Index live_tap_count(const Axis& axis) { return live_taps(axis, {0, axis.size}).size(); }
@@ -61,10 +63,10 @@ PolyphaseChoice choose_polyphase(const Problem& problem, Index index, const Poly
   const Axis rows = row_axis(problem, index, Pass::forward);
   const Axis columns = col_axis(problem, index, Pass::forward);
   PolyphaseChoice choice;
-  choice.direct =
-      static_cast<double>(problem.batch) * static_cast<double>(live_pixel_taps(problem, index)) *
-          (1 + costs.direct) +
-      static_cast<double>(live_tap_count(rows) * live_tap_count(columns)) * costs.matrix;
+  const Index taps = live_tap_count(rows) * live_tap_count(columns);
+  choice.direct = static_cast<double>(problem.batch) *
+                  (static_cast<double>(live_pixel_taps(problem, index)) * (1 + costs.direct) +
+                   static_cast<double>(taps) * costs.matrix);
   choice.why_not = obstacle(problem, branch);
   if (!choice.why_not.empty()) return choice;
   const std::vector<Side> column_sides = sides(columns);

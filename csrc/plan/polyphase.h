@@ -14,13 +14,19 @@
 
 namespace aspp::plan {
 
-// In GEMM rows: one row is in_channels * out_channels multiply-adds.
+// GEMM rows of an image that are computed together, at most: long chunks read the matrices seldom,
+// short ones keep their sums in the caches.
+inline constexpr Index kChunkRows = 3072;
+
+// In GEMM rows: one row is in_channels * out_channels multiply-adds. The defaults are what the
+// CPU's kernels took on an AVX-512 machine, as `python -m benchmarks.polyphase` measures it.
 struct PolyphaseCosts {
-  double transform = 16;  // combining a channel of a row, in multiply-adds; inputs and outputs
-  double matrix = 24;     // starting the GEMM of a matrix
-  double prepare = 24;    // combining the taps to a matrix
-  double direct = 0;      // what a row of a live tap costs beyond its multiply-adds
-  bool prepared = true;   // the matrices outlive the call and cost nothing
+  double transform = 30;  // combining a channel of a row, in multiply-adds; inputs and outputs
+  double matrix = 5;      // reading a matrix, for each chunk
+  double prepare = 50;    // combining the taps to a matrix
+  double direct = 0.05;   // what a row of a live tap costs beyond its multiply-adds
+  double hold = 10;       // what its memory is worth: a prepared matrix has to save so much
+  bool prepared = true;   // the matrices outlive the call: hold them instead of prepare
 };
 
 struct PolyphaseForm {

@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "polyphase.h"
+#include "polyphase_grad_weight.h"
 #include "polyphase_weights.h"
 
 namespace aspp::ASPP_ISA {
@@ -128,6 +129,20 @@ bool polyphase_forward(const PolyphaseParams& p, const PolyphaseChunk& chunk, vo
   });
 }
 
+int64_t polyphase_grad_weight_scratch(const PolyphaseGradWeight& p, int64_t panel_count,
+                                      bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return lay_out_grad_weight<decltype(t)>(p, panel_count, nullptr).bytes;
+  });
+}
+
+bool polyphase_grad_weight(const PolyphaseGradWeight& p, int64_t channel, int64_t panel,
+                           int64_t panel_count, void* scratch, bool double_precision) {
+  return with_compute_type(double_precision, [&](auto t) {
+    return GradWeight<decltype(t)>(p, channel, panel, panel_count, scratch).run();
+  });
+}
+
 void combine_taps(const MinimalWeights& w, int64_t panel, int64_t first, int64_t last, void* to,
                   bool double_precision) {
   with_compute_type(double_precision, [&](auto t) {
@@ -141,9 +156,21 @@ void combine_taps(const MinimalWeights& w, int64_t panel, int64_t first, int64_t
 #define ASPP_STRING(name) ASPP_STRING_OF(name)
 
 extern const Kernels table;
-const Kernels table{ASPP_STRING(ASPP_ISA), kBFloat16Products, forward_scratch, forward_chunk,
-                    backward_scratch,      kBackwardChannels, backward_block,  to_pixels,
-                    from_pixels,           finish_rows,       polyphase_scratch,
-                    polyphase_forward,     combine_taps};
+const Kernels table{ASPP_STRING(ASPP_ISA),
+                    kBFloat16Products,
+                    forward_scratch,
+                    forward_chunk,
+                    backward_scratch,
+                    kBackwardChannels,
+                    backward_block,
+                    to_pixels,
+                    from_pixels,
+                    finish_rows,
+                    polyphase_scratch,
+                    polyphase_forward,
+                    kGradBlock,
+                    polyphase_grad_weight_scratch,
+                    polyphase_grad_weight,
+                    combine_taps};
 
 }  // namespace aspp::ASPP_ISA

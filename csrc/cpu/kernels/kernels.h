@@ -35,6 +35,12 @@ struct Kernels {
   // whether all outputs of the chunk are finite
   bool (*polyphase_forward)(const PolyphaseParams&, const PolyphaseChunk&, void* scratch,
                             bool double_precision);
+  int64_t polyphase_block;  // input channels of one task of the gradient of a weight
+  int64_t (*polyphase_grad_weight_scratch)(const PolyphaseGradWeight&, int64_t panel_count,
+                                           bool double_precision);
+  // of one block of input channels and some panels of output channels; whether it is finite
+  bool (*polyphase_grad_weight)(const PolyphaseGradWeight&, int64_t channel, int64_t panel,
+                                int64_t panel_count, void* scratch, bool double_precision);
   // channels [first, last) of a panel of all matrices, into T[matrices][panel][channels][width]
   void (*combine_taps)(const MinimalWeights&, int64_t panel, int64_t first, int64_t last, void* to,
                        bool double_precision);

@@ -19,10 +19,10 @@ struct Combinations {
 struct MinimalLines {
   const int64_t* read = nullptr;  // positions that products read, ascending
   int64_t read_count = 0;
-  const int64_t* written = nullptr;  // positions of the outputs, ascending
-  Combinations inputs;               // product <- index into read
-  Combinations outputs;              // index into written <- product
-  Combinations pulled;               // the transpose: product <- index into written
+  const int64_t* written = nullptr;       // positions of the outputs, ascending
+  Combinations inputs;                    // product <- index into read
+  Combinations outputs;                   // index into written <- product
+  Combinations pulled;                    // the transpose: product <- index into written
   const int64_t* weight_begin = nullptr;  // [weights + 1] first product of each weight
   int64_t weights = 0;
   double denominator = 1;  // of the outputs
@@ -63,14 +63,25 @@ struct PolyphaseChunk {
 
 // From a branch's taps to the matrices of all pairs of row and column weights.
 struct MinimalWeights {
-  const void* taps = nullptr;  // element (tap, c, o) at tap * tap_stride + c * row_stride + o
-  int64_t tap_stride = 0, row_stride = 0;
+  // element (tap, c, o) at tap * tap_stride + c * row_stride + o * column_stride; where that is 1,
+  // o runs to padded(out_channels)
+  const void* taps = nullptr;
+  int64_t tap_stride = 0, row_stride = 0, column_stride = 1;
   int64_t kernel_h = 1, kernel_w = 1;  // 1 or 3
   bool flipped = false;                // last tap first
   int64_t channels = 0, out_channels = 0;
   const double* row_weights = nullptr;     // [row_count, 3] of first, centre and last tap
   const double* column_weights = nullptr;  // [column_count, 3]
   int64_t row_count = 0, column_count = 0;
+};
+
+// The gradient of a branch's weight, over the whole batch.
+struct PolyphaseGradWeight {
+  Image x, grad;                           // grad from the branch's first channel on
+  MinimalWeights map;                      // without taps
+  const PolyphaseChunk* chunks = nullptr;  // panels unused
+  int64_t chunk_count = 0;                 // at least 1
+  void* grad_weight = nullptr;             // T[out_channels, channels, kernel_h, kernel_w]
 };
 
 }  // namespace aspp

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The taps of a dense weight combined into the matrices of minimal filtering, and the gradients of
-// such matrices gathered back into the taps': the transpose of the same map.
+// The taps of a dense weight combined into the matrices of minimal filtering.
 #pragma once
 
 #include "gemm.h"
@@ -8,24 +7,29 @@
 
 namespace aspp::ASPP_ISA {
 
-// Tap t of an axis in the order first, centre, last; null where a 1-tap kernel has none.
-template <typename T>
-class TapGrid {
- public:
-  TapGrid(const MinimalWeights& w, ptrdiff_t c) : w_(w), c_(c) {}
-  ptrdiff_t offset(ptrdiff_t i, ptrdiff_t j) const {
-    const ptrdiff_t y = index(i, w_.kernel_h), x = index(j, w_.kernel_w);
-    return y < 0 || x < 0 ? -1 : (y * w_.kernel_w + x) * w_.tap_stride + c_ * w_.row_stride;
-  }
+// The kernel's tap for the pair (i, j) of first, centre and last taps, or -1: a 1-tap axis has but
+// the centre.
+inline ptrdiff_t tap_index(const MinimalWeights& w, ptrdiff_t i, ptrdiff_t j) {
+  if ((w.kernel_h == 1 && i != 1) || (w.kernel_w == 1 && j != 1)) return -1;
+  const ptrdiff_t y = w.kernel_h == 1 ? 0 : w.flipped ? 2 - i : i;
+  const ptrdiff_t x = w.kernel_w == 1 ? 0 : w.flipped ? 2 - j : j;
+  return y * w.kernel_w + x;
+}
 
- private:
-  ptrdiff_t index(ptrdiff_t t, ptrdiff_t kernel) const {
-    if (kernel == 1) return t == 1 ? 0 : -1;
-    return w_.flipped ? 2 - t : t;
+// Output channels o, o + 1, ... of one tap and input channel.
+template <typename T>
+inline Vec<T> load_columns(const MinimalWeights& w, const T* row, ptrdiff_t o) {
+  if (w.column_stride == 1) return load(row + o);
+  Vec<T> v{};
+  const ptrdiff_t left = w.out_channels - o;
+  row += o * w.column_stride;
+  if (left >= kLanes<T>) {
+    for (int l = 0; l < kLanes<T>; ++l) v[l] = row[l * w.column_stride];
+  } else {
+    for (int l = 0; l < left; ++l) v[l] = row[l * w.column_stride];
   }
-  const MinimalWeights& w_;
-  const ptrdiff_t c_;
-};
+  return v;
+}
 
 // Channels [first, last) of one panel of every matrix.
 template <typename T>
@@ -34,16 +38,17 @@ void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, pt
   constexpr int n = kLanes<T>;
   const ptrdiff_t matrix = w.channels * padded(w.out_channels);
   const ptrdiff_t width = panel_width(w.out_channels, panel);
-  const T* taps = static_cast<const T*>(w.taps) + panel * kPanel;
+  const ptrdiff_t first_o = panel * kPanel;
+  const T* taps = static_cast<const T*>(w.taps);
   T* const panel_of_first = to + panel * kPanel * w.channels;
   for (ptrdiff_t c = first; c < last; ++c) {
-    const TapGrid<T> grid(w, c);
+    const T* taps_of_c = taps + c * w.row_stride;
     for (ptrdiff_t o = 0; o < width; o += n) {
       Vec<T> tap[3][3];
       for (int i = 0; i < 3; ++i) {
         for (int j = 0; j < 3; ++j) {
-          const ptrdiff_t at = grid.offset(i, j);
-          tap[i][j] = at < 0 ? Vec<T>{} : load(taps + at + o);
+          const ptrdiff_t t = tap_index(w, i, j);
+          tap[i][j] = t < 0 ? Vec<T>{} : load_columns(w, taps_of_c + t * w.tap_stride, first_o + o);
         }
       }
       for (ptrdiff_t u = 0; u < w.row_count; ++u) {
@@ -55,13 +60,14 @@ void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, pt
         }
         for (ptrdiff_t v = 0; v < w.column_count; ++v) {
           const double* b = w.column_weights + 3 * v;
-          store(panel_of_first + (u * w.column_count + v) * matrix + c * width + o,
-                row[0] * broadcast(T(b[0])) + row[1] * broadcast(T(b[1])) +
-                    row[2] * broadcast(T(b[2])));
+          stream(panel_of_first + (u * w.column_count + v) * matrix + c * width + o,
+                 row[0] * broadcast(T(b[0])) + row[1] * broadcast(T(b[1])) +
+                     row[2] * broadcast(T(b[2])));
         }
       }
     }
   }
+  flush_streams();
 }
 
 }  // namespace aspp::ASPP_ISA

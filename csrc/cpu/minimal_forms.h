@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Which dense branches are computed by minimal filtering, in which form, with which weights.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "../plan/polyphase.h"
+#include "branches.h"
+
+namespace aspp {
+
+// The two axes of a branch on maps of one size.
+struct MinimalForm {
+  plan::MinimalAxis rows, columns;
+
+  int64_t products() const { return int64_t(rows.products.size() * columns.products.size()); }
+  int64_t matrices() const { return int64_t(rows.weights.size() * columns.weights.size()); }
+};
+using MinimalForms = std::vector<std::shared_ptr<const MinimalForm>>;  // null: directly
+
+// Of each dense branch the form in which it costs less than directly, if there is one; none where
+// products are bfloat16, in which combinations of inputs lose too many digits.
+// ASPP_EXT_POLYPHASE=0 gives none, =always the cheapest form wherever there is one. `prepared`: the
+// weights' matrices need not be made. Forms are kept for the calls to come.
+MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
+                           const Operands& operands, bool prepared);
+bool any_minimal(const MinimalForms& forms);
+bool all_minimal(const MinimalForms& forms);
+
+// Of each branch with a form its weight as the form's matrices, in x's compute type: [matrices, C,
+// padded O]; empty of the others. Those that are `prepared` (an empty list: none) are checked and
+// taken.
+std::vector<Tensor> minimal_weights(const char* op, const MinimalForms& forms,
+                                    const std::vector<Tensor>& weights,
+                                    const std::vector<Tensor>& prepared, Operands& operands);
+
+// The map from a weight [O, C, kh, kw] to the form's matrices, without the weight.
+MinimalWeights taps_to_matrices(const MinimalForm& form, int64_t out_channels, int64_t channels,
+                                int64_t kernel_h, int64_t kernel_w);
+// The matrices of one weight; `transposed` are those of the gradient of the input: O and C swapped,
+// taps mirrored.
+Tensor combine_taps(const MinimalForm& form, const Tensor& weight, bool transposed,
+                    Operands& operands);
+
+}  // namespace aspp
