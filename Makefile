@@ -35,7 +35,7 @@ NOT_INTERPRETED = float64 or gradcheck or python or by_environment or any_number
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZE_FLAGS = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
 	-fno-sanitize-recover=undefined
-SANITIZE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py fuzz.py)
+SANITIZE_TESTS = $(addprefix tests/test_,forward.py backward.py contract.py fuzz.py polyphase.py)
 # libstdc++ too: without it an exception aborts inside ASan's interceptor. A null allocation is what
 # the tests of sizes beyond memory wait for.
 SANITIZE_PRELOAD = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))

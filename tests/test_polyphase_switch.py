@@ -14,13 +14,15 @@ from functools import partial
 import pytest
 import torch
 from aspp_pairs import CHANNELS, RATES, WIDTH, features
+from minimal_bound import choice_of
+from table import oracle_of
 from test_precision import CALLS, PYRAMIDS, Settings, argument, dense, loss
 from torch.library import opcheck
 
 import aspp_ext
 from aspp_ext.modules import ASPP, fold, fused
 from aspp_ext.ops import head_composed, polyphase_weights
-from aspp_ext.testing import OPS, PROBLEMS
+from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch
 
 each_setting = pytest.mark.parametrize("on", [True, False])
 HEAD = OPS["head"]
@@ -94,10 +96,15 @@ def test_an_exported_program_keeps_it(on, fresh_compiler, tmp_path) -> None:
         torch.testing.assert_close(program.module()(x), ours(x))
 
 
+@pytest.mark.parametrize("problem", ["aspp", "many_triples", "rates_per_axis"])
+@pytest.mark.parametrize("policy", ["1", "always"])
 @pytest.mark.parametrize("name", ["head", "head_separable", "head_without_pool"])
-def test_what_is_prepared_changes_no_bit(name) -> None:
+def test_what_is_prepared_changes_no_more_than_the_form(name, policy, problem, monkeypatch) -> None:
+    """Matrices that need not be made cost less, so that a branch may take another form."""
+    monkeypatch.setenv("ASPP_EXT_POLYPHASE", policy)
+    op, problem = OPS[name], PROBLEMS[problem]
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        arguments = OPS[name].make(PROBLEMS["aspp"], dtype)
+        arguments = op.make(problem, dtype)
         x, _, weights, rates, *_ = arguments
         n, _, h, w = x.shape
         pairs = list(zip(rates[::2], rates[1::2], strict=True))
@@ -106,10 +113,31 @@ def test_what_is_prepared_changes_no_bit(name) -> None:
         assert all(
             p.numel() == 0 for p, w in zip(prepared, weights, strict=True) if w[0, 0].numel() == 1
         )
-        got = OPS[name].native(*arguments, True, prepared)
-        assert torch.equal(got, OPS[name].native(*arguments))
+        got, made = op.native(*arguments, True, prepared), op.native(*arguments)
+        if not any(p.numel() for p in prepared) or same_forms(problem, policy):
+            assert torch.equal(got, made)
+        elif dtype == torch.float64:
+            torch.testing.assert_close(got, made, rtol=1e-12, atol=1e-12)
+        else:
+            (exact,) = oracle_of(op, arguments)
+            assert_no_worse_than_torch(got, op.expected(*arguments), exact)
         tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
-        opcheck(OPS[name].native.default, (*arguments, False, prepared), test_utils=tests)
+        opcheck(op.native.default, (*arguments, False, prepared), test_utils=tests)
+
+
+def same_forms(problem: Problem, policy: str) -> bool:
+    """Whether every branch takes the same form with what is prepared and without."""
+
+    def forms(prepared: bool) -> list[str]:
+        choices = [choice_of(problem, b, prepared) for b in range(len(problem.branches))]
+        return [repr(c.form) for c in choices if c.is_polyphase or policy == "always"]
+
+    return forms(True) == forms(False)
+
+
+def test_forms_differ_in_some_of_these_problems_and_not_in_others() -> None:
+    same = {name: same_forms(PROBLEMS[name], "always") for name in ("aspp", "many_triples")}
+    assert same == {"aspp": False, "many_triples": True}
 
 
 def test_autocast_leaves_alone_what_is_prepared(monkeypatch) -> None:

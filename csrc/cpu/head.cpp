@@ -4,6 +4,7 @@
 // and, being constant over the plane, joins as a per-sample bias in the last, small pass.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "branches.h"
@@ -180,32 +181,85 @@ void run_fused(PyramidParams params, std::vector<BranchParams>& branches,
             });
 }
 
-// With branches by minimal filtering, whose chunks are of other pixels: all branches into memory
-// [N, H, W, sum O], then the projection as a 1x1 convolution whose shift is the bias.
-template <typename Bias>
-void run_stored(PyramidParams params, const MinimalForms& forms, const std::vector<Tensor>& weights,
-                const std::vector<Tensor>& matrices, const Tensor& project_weight,
-                const HeadShape& head, Operands& operands, const Tensor& out, Bias&& bias_of) {
-  const PyramidShape& shape = head.pyramid;
-  const int64_t columns = shape.out_channels, plane = shape.height * shape.width;
-  const Tensor stored = operands.empty({shape.batch * plane, columns});
-  const Image activated{stored.data_ptr(),     operands.compute_dtype(),
-                        plane * columns,       1,
-                        shape.width * columns, columns};
-  params.out = activated;
-  const std::vector<size_t> rest = run_minimal(params, forms, matrices, operands);
-  const PixelSums sums = run_directly(params, rest, weights, operands, head.pooled > 0);
+// Branches [first, last) that are in memory at the same time.
+struct Together {
+  size_t first, last;
 
-  const Tensor kernel = as_kernel(project_weight, 0, columns);
-  std::vector<BranchParams> project = dense_branches({kernel}, {1, 1});
-  PyramidShape projected = shape;
-  projected.channels = columns;
-  PyramidParams last = params_of(activated, projected, project);
-  last.shift = bias_of(sums);
-  last.shift_n_stride = last.columns;
-  last.relu = true;
-  last.out = image_of(out);
-  run_directly(last, {0}, {kernel}, operands);
+  size_t count() const { return last - first; }
+  int64_t channels(const PyramidParams& params) const {
+    const BranchParams& end = params.branches[last - 1];
+    return end.channel + end.out_channels - params.branches[first].channel;
+  }
+};
+
+// All of them where they take no more memory than x. Else as many as fit beside what is projected
+// so far, at least one.
+std::vector<Together> group_branches(const PyramidParams& params, const HeadShape& head) {
+  if (head.pyramid.out_channels <= params.channels) return {{0, size_t(params.branch_count)}};
+  const int64_t room = params.channels - padded(head.projected);
+  std::vector<Together> groups;
+  int64_t used = 0;
+  for (size_t b = 0; b < size_t(params.branch_count); ++b) {
+    used += params.branches[b].out_channels;
+    if (b == 0 || used > room) {
+      groups.push_back({b, b + 1});
+      used = params.branches[b].out_channels;
+    } else {
+      groups.back().last = b + 1;
+    }
+  }
+  return groups;
+}
+
+// With branches by minimal filtering, whose chunks are of other pixels: branches into memory, then
+// their share of the projection as a 1x1 convolution, the last with the bias as its shift.
+template <typename Bias>
+void run_stored(const PyramidParams& params, const MinimalForms& forms,
+                const std::vector<Tensor>& weights, const std::vector<Tensor>& matrices,
+                const Tensor& project_weight, const HeadShape& head, Operands& operands,
+                const Tensor& out, Bias&& bias_of) {
+  const PyramidShape& shape = head.pyramid;
+  const int64_t plane = shape.height * shape.width, width = padded(head.projected);
+  const auto pixels = [&](void* data, int64_t channels) {  // [N, H, W, channels]
+    return Image{data, operands.compute_dtype(), plane * channels,
+                 1,    shape.width * channels,   channels};
+  };
+  const std::vector<Together> groups = group_branches(params, head);
+  int64_t widest = 0;
+  for (const Together& group : groups) widest = std::max(widest, group.channels(params));
+  void* const stored = operands.allocate(shape.batch * plane * widest);
+  void* const projected =
+      groups.size() > 1 ? operands.allocate(shape.batch * plane * width) : nullptr;
+  PixelSums sums;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const Together& group = groups[g];
+    const int64_t first = params.branches[group.first].channel, channels = group.channels(params);
+    const Image activated = pixels(stored, channels);
+    PyramidParams branches = params;
+    branches.out = channels_from(activated, -first);
+    MinimalForms some(forms.size());
+    std::copy(&forms[group.first], &forms[group.first] + group.count(), &some[group.first]);
+    std::vector<size_t> rest = run_minimal(branches, some, matrices, operands);
+    std::erase_if(rest, [&](size_t b) { return b < group.first || b >= group.last; });
+    const bool want_sums = head.pooled > 0 && sums.data == nullptr;
+    const PixelSums found = run_directly(branches, rest, weights, operands, want_sums);
+    if (found.data != nullptr) sums = found;
+
+    const Tensor kernel = as_kernel(project_weight, first, channels);
+    std::vector<BranchParams> project = dense_branches({kernel}, {1, 1});
+    PyramidShape share = shape;
+    share.channels = channels;
+    PyramidParams last = params_of(activated, share, project);
+    last.out = pixels(projected, width);
+    if (g > 0) last.residual = projected;
+    if (g + 1 == groups.size()) {
+      last.shift = bias_of(sums);
+      last.shift_n_stride = last.columns;
+      last.relu = true;
+      last.out = image_of(out);
+    }
+    run_directly(last, {0}, {kernel}, operands);
+  }
 }
 
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,

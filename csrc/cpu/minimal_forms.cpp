@@ -127,16 +127,40 @@ MinimalWeights taps_to_matrices(const MinimalForm& form, int64_t out_channels, i
   return w;
 }
 
+namespace {
+
+// Whether the taps of a weight are a step apart, and its input channels close enough together to be
+// picked one by one: the transpose of a contiguous weight, without a copy.
+bool reads_in_place(const Tensor& weight, const Operands& operands) {
+  const int64_t kw = weight.size(3);
+  const bool one_step =
+      weight.size(2) == 1 || kw == 1 || weight.stride(2) == kw * weight.stride(3);
+  // With a stride of 1 whole vectors are read: no channel may be missing in the last.
+  const int64_t step = weight.stride(1);
+  const bool whole = step != 1 || weight.size(1) % kPad == 0;
+  return dtype_of(weight) == operands.compute_dtype() && one_step && step <= 16 && whole;
+}
+
+}  // namespace
+
 Tensor combine_taps(const MinimalForm& form, const Tensor& weight, bool transposed,
                     Operands& operands) {
-  const Tensor read = transposed ? torch::stable::transpose(weight, 0, 1) : weight;
-  const int64_t channels = read.size(1), out_channels = read.size(0);
-  const Matrix taps = operands.weight(read, operands.compute_dtype());
+  const int64_t channels = weight.size(transposed ? 0 : 1);
+  const int64_t out_channels = weight.size(transposed ? 1 : 0);
   MinimalWeights w = taps_to_matrices(form, out_channels, channels, weight.size(2), weight.size(3));
-  w.taps = taps.data;
-  w.tap_stride = taps.tap;
-  w.row_stride = taps.row;
   w.flipped = transposed;
+  if (transposed && reads_in_place(weight, operands)) {
+    w.taps = weight.data_ptr();
+    w.tap_stride = w.kernel_w > 1 ? weight.stride(3) : weight.stride(2);
+    w.row_stride = weight.stride(0);
+    w.column_stride = weight.stride(1);
+  } else {
+    const Tensor read = transposed ? torch::stable::transpose(weight, 0, 1) : weight;
+    const Matrix taps = operands.weight(read, operands.compute_dtype());
+    w.taps = taps.data;
+    w.tap_stride = taps.tap;
+    w.row_stride = taps.row;
+  }
   const Tensor matrices = operands.empty({form.matrices(), channels, padded(out_channels)});
   ask_for_large_pages(matrices.data_ptr(),
                       matrices.numel() * (operands.double_precision() ? 8 : 4));

@@ -19,7 +19,7 @@ int64_t index_of(const std::vector<int64_t>& positions, int64_t position) {
 }  // namespace
 
 AxisPart::AxisPart(const plan::MinimalAxis& axis, plan::Interval pieces)
-    : factor_(1.0 / double(axis.denominator)) {
+    : denominator_(double(axis.denominator)) {
   std::vector<const plan::MinimalProduct*> products;
   for (auto piece = pieces.begin; piece < pieces.end; ++piece) {
     const plan::MinimalPiece& one = axis.pieces[size_t(piece)];
@@ -73,7 +73,7 @@ MinimalLines AxisPart::lines() const {
   lines.pulled = pulled_.combinations();
   lines.weight_begin = weight_begin_.data();
   lines.weights = int64_t(weight_begin_.size()) - 1;
-  lines.factor = factor_;
+  lines.denominator = denominator_;
   return lines;
 }
 

@@ -30,7 +30,7 @@ class AxisPart {
 
   std::vector<int64_t> weight_of_, read_, written_, weight_begin_;
   Table inputs_, outputs_, pulled_;
-  double factor_ = 1;
+  double denominator_ = 1;
 };
 
 // The axis in parts of at most `products` each, but never less than a piece; nearly equal.

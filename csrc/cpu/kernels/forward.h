@@ -181,6 +181,7 @@ class ChunkForward {
       run_group(group);
       b = group.last;
     }
+    add_residual();
     activate();
     if (p_.project != nullptr) {
       project();
@@ -355,6 +356,26 @@ class ChunkForward {
         Vec<T> total{};
         for (int64_t x = x0; x < last; ++x) total += load_as<T>(row_of(y) + x * stride_ + v);
         store(to + v, total);
+      }
+    });
+  }
+
+  void add_residual() {
+    if (p_.residual == nullptr) return;
+    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+      const int64_t pixel = (n_ * p_.height + y) * p_.width + x0;
+      const T* from = static_cast<const T*>(p_.residual) + pixel * p_.columns;
+      for (int64_t b = 0; b < p_.branch_count; ++b) {
+        const BranchParams& branch = p_.branches[b];
+        const ptrdiff_t columns = padded(branch.out_channels);
+        T* to = rows_from(s_.accumulators, branch) + at * columns;
+        for (int64_t x = 0; x < x1 - x0; ++x) {
+          const T* pixel_from = from + x * p_.columns + branch.column;
+          for (ptrdiff_t c = 0; c < columns; c += kLanes<T>) {
+            store(to + c, load(to + c) + load(pixel_from + c));
+          }
+          to += columns;
+        }
       }
     });
   }

@@ -50,7 +50,8 @@ struct PyramidParams {
   const void* shift = nullptr;  // [shift_batch, columns] T or null
   int64_t shift_n_stride = 0;   // 0: one shift for the batch
   bool relu = false;
-  Image out;  // [N, sum O, H, W]; unused when there is a projection
+  const void* residual = nullptr;  // [N, H * W, columns] T or null: added first of all
+  Image out;                       // [N, sum O, H, W]; unused when there is a projection
 
   // Projection: raw[n, pixel, :] = activated branches @ project, still without bias; T
   const void* project = nullptr;  // [columns, project_row]

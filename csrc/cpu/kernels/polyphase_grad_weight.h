@@ -69,10 +69,10 @@ class GradWeight {
     std::memset(s_.matrices, 0,
                 size_t(p_.map.row_count * p_.map.column_count * size()) * sizeof(T));
     for (int64_t k = 0; k < p_.chunk_count; ++k) add_chunk(p_.chunks[k]);
-    const double factor = p_.chunks[0].rows->factor, other = p_.chunks[0].columns->factor;
+    const double denominator = p_.chunks[0].rows->denominator * p_.chunks[0].columns->denominator;
     bool finite = true;
     for (ptrdiff_t o = 0; o < outputs_; o += kLanes<T>) {
-      for (ptrdiff_t c = 0; c < channels_; ++c) finite = write(c, o, T(factor), T(other)) && finite;
+      for (ptrdiff_t c = 0; c < channels_; ++c) finite = write(c, o, T(denominator)) && finite;
     }
     return finite;
   }
@@ -85,11 +85,9 @@ class GradWeight {
 
   void add_chunk(const PolyphaseChunk& chunk) {
     const MinimalLines &rows = *chunk.rows, &columns = *chunk.columns;
-    LinesToProducts<T> inputs(rows, columns, rows.inputs, columns.inputs, rows.read,
-                              rows.read_count, columns.read, columns.read_count, s_.x_staged,
+    LinesToProducts<T> inputs(rows, columns, inputs_of(rows), inputs_of(columns), s_.x_staged,
                               s_.x_line);
-    LinesToProducts<T> gradients(rows, columns, rows.pulled, columns.pulled, rows.written,
-                                 rows.outputs.count, columns.written, columns.outputs.count,
+    LinesToProducts<T> gradients(rows, columns, gradients_of(rows), gradients_of(columns),
                                  s_.grad_staged, s_.grad_line);
     inputs.begin(p_.x, chunk.n, c_, channels_);
     gradients.begin(p_.grad, chunk.n, o_, outputs_);
@@ -118,7 +116,7 @@ class GradWeight {
   }
 
   // The taps of input channel c and a vector of output channels from o on.
-  bool write(ptrdiff_t c, ptrdiff_t o, T factor, T other) {
+  bool write(ptrdiff_t c, ptrdiff_t o, T denominator) {
     const MinimalWeights& map = p_.map;
     Vec<T> tap[3][3] = {};
     for (ptrdiff_t u = 0; u < map.row_count; ++u) {
@@ -139,7 +137,7 @@ class GradWeight {
       for (int j = 0; j < 3; ++j) {
         const ptrdiff_t t = tap_index(map, i, j);
         if (t < 0) continue;
-        const Vec<T> v = tap[i][j] * broadcast(factor) * broadcast(other);
+        const Vec<T> v = tap[i][j] / broadcast(denominator);
         nothing += v - v;
         const ptrdiff_t lanes = outputs_ - o < kLanes<T> ? outputs_ - o : kLanes<T>;
         for (ptrdiff_t l = 0; l < lanes; ++l) to[l * map.channels * taps + t] = v[l];

@@ -25,7 +25,7 @@ struct MinimalLines {
   Combinations pulled;                    // the transpose: product <- index into written
   const int64_t* weight_begin = nullptr;  // [weights + 1] first product of each weight
   int64_t weights = 0;
-  double factor = 1;  // of the outputs: 1 / MinimalAxis::denominator
+  double denominator = 1;  // of the outputs
 
   int64_t products() const { return inputs.count; }
 };
@@ -63,8 +63,10 @@ struct PolyphaseChunk {
 
 // From a branch's taps to the matrices of all pairs of row and column weights.
 struct MinimalWeights {
-  const void* taps = nullptr;  // element (tap, c, o) at tap * tap_stride + c * row_stride + o
-  int64_t tap_stride = 0, row_stride = 0;
+  // element (tap, c, o) at tap * tap_stride + c * row_stride + o * column_stride; where that is 1,
+  // o runs to padded(out_channels)
+  const void* taps = nullptr;
+  int64_t tap_stride = 0, row_stride = 0, column_stride = 1;
   int64_t kernel_h = 1, kernel_w = 1;  // 1 or 3
   bool flipped = false;                // last tap first
   int64_t channels = 0, out_channels = 0;

@@ -16,6 +16,21 @@ inline ptrdiff_t tap_index(const MinimalWeights& w, ptrdiff_t i, ptrdiff_t j) {
   return y * w.kernel_w + x;
 }
 
+// Output channels o, o + 1, ... of one tap and input channel.
+template <typename T>
+inline Vec<T> load_columns(const MinimalWeights& w, const T* row, ptrdiff_t o) {
+  if (w.column_stride == 1) return load(row + o);
+  Vec<T> v{};
+  const ptrdiff_t left = w.out_channels - o;
+  row += o * w.column_stride;
+  if (left >= kLanes<T>) {
+    for (int l = 0; l < kLanes<T>; ++l) v[l] = row[l * w.column_stride];
+  } else {
+    for (int l = 0; l < left; ++l) v[l] = row[l * w.column_stride];
+  }
+  return v;
+}
+
 // Channels [first, last) of one panel of every matrix.
 template <typename T>
 void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, ptrdiff_t last,
@@ -23,7 +38,8 @@ void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, pt
   constexpr int n = kLanes<T>;
   const ptrdiff_t matrix = w.channels * padded(w.out_channels);
   const ptrdiff_t width = panel_width(w.out_channels, panel);
-  const T* taps = static_cast<const T*>(w.taps) + panel * kPanel;
+  const ptrdiff_t first_o = panel * kPanel;
+  const T* taps = static_cast<const T*>(w.taps);
   T* const panel_of_first = to + panel * kPanel * w.channels;
   for (ptrdiff_t c = first; c < last; ++c) {
     const T* taps_of_c = taps + c * w.row_stride;
@@ -32,7 +48,7 @@ void combine_panel(const MinimalWeights& w, ptrdiff_t panel, ptrdiff_t first, pt
       for (int i = 0; i < 3; ++i) {
         for (int j = 0; j < 3; ++j) {
           const ptrdiff_t t = tap_index(w, i, j);
-          tap[i][j] = t < 0 ? Vec<T>{} : load(taps_of_c + t * w.tap_stride + o);
+          tap[i][j] = t < 0 ? Vec<T>{} : load_columns(w, taps_of_c + t * w.tap_stride, first_o + o);
         }
       }
       for (ptrdiff_t u = 0; u < w.row_count; ++u) {

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The CPU's minimal filtering in float64, from its tables: the form of a branch, and what its
+rounding errors are bounded by.
+
+With ``y = C ((A w) * (B x))`` in each axis, every output is a sum of paths: a coefficient of A, of
+B and of C, a tap and an input. A path is rounded once for each multiplication and each addition on
+it, at most ``n`` times, so that with u = eps / 2
+
+    |computed - exact| <= gamma * |C| ((|A| |w|) * (|B| |x|))
+
+where gamma = n u / (1 - n u) at worst (Higham, Accuracy and Stability of Numerical Algorithms,
+3.1) and 2 sqrt(n) u where roundings do not conspire (Higham and Mary, A New Approach to
+Probabilistic Rounding Error Analysis, 2019). The latter is what is tested: it is the smaller one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aspp_ext import _plan
+from aspp_ext.testing import Branch, Problem
+
+ROUNDED_BY_WEIGHTS = 2 * 3  # per axis three products and their sum
+ROUNDED_BY_BLOCKS = 64  # of channels, whose sums are added: at least so many to a block
+
+
+class Axis(NamedTuple):
+    """A: [products, 3], B: [products, size], C: [size, products]; C before the division."""
+
+    taps: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    denominator: int
+
+
+def axis_of(size: int, kernel: int, rate: int, kinds: dict[str, bool]) -> Axis:
+    plan = _plan.minimal_axis(size, kernel, rate, **kinds)
+    taps = torch.tensor([plan.weights[p.weight] for p in plan.products], dtype=torch.float64)
+    inputs, outputs = (torch.zeros(len(taps), size, dtype=torch.float64) for _ in range(2))
+    for k, product in enumerate(plan.products):
+        for lines, terms in ((inputs, product.inputs), (outputs, product.outputs)):
+            for at, coefficient in terms:
+                lines[k, at] = coefficient
+    return Axis(taps, inputs, outputs.T, plan.denominator)
+
+
+def choice_of(problem: Problem, index: int = 0, prepared: bool = False) -> _plan.PolyphaseChoice:
+    """What the CPU's operators choose for a branch, alone as they do."""
+    n, c, h, w = problem.shape
+    b = problem.branches[index]
+    alone = _plan.Problem(n, h, w, [_plan.Branch(b.kernel, b.rate, b.out_channels)], c)
+    return _plan.choose_polyphase(alone, 0, prepared=prepared)
+
+
+def chosen(problem: Problem) -> list[int]:
+    """The branches that are filtered minimally by default."""
+    return [b for b in range(len(problem.branches)) if choice_of(problem, b).is_polyphase]
+
+
+def problem_of(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Problem:
+    out_channels, _, *kernel = weight.shape
+    return Problem("", tuple(x.shape), (Branch(out_channels, tuple(kernel), rate),))
+
+
+def axes_of(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> tuple[Axis, Axis]:
+    """In the cheapest form, which ``ASPP_EXT_POLYPHASE=always`` takes."""
+    form = choice_of(problem_of(x, weight, rate)).form
+    assert form is not None
+    sizes = zip(x.shape[2:], weight.shape[2:], rate, (form.rows, form.columns), strict=True)
+    rows, columns = (axis_of(*size) for size in sizes)
+    return rows, columns
+
+
+def filtered(x: Tensor, weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """What the form computes, before it is divided: [N, O, H, W]."""
+    o, c, *kernel = weight.shape
+    taps = weight.new_zeros(o, c, 3, 3)
+    live = [slice(None) if k == 3 else slice(1, 2) for k in kernel]
+    taps[:, :, live[0], live[1]] = weight
+    combined = rows.inputs @ x @ columns.inputs.T
+    matrices = rows.taps @ taps @ columns.taps.T
+    products = torch.einsum("ncpq,ocpq->nopq", combined, matrices)
+    return rows.outputs @ products @ columns.outputs.T
+
+
+def magnitude(x: Tensor, weight: Tensor, rate: tuple[int, int], divided: bool = True) -> Tensor:
+    """|C| ((|A| |w|) * (|B| |x|)) of one branch in float64."""
+    rows, columns = (
+        Axis(a.taps.abs(), a.inputs.abs(), a.outputs.abs(), a.denominator)
+        for a in axes_of(x, weight, rate)
+    )
+    sums = filtered(x.double().abs(), weight.double().abs(), rows, columns)
+    return sums / (rows.denominator * columns.denominator) if divided else sums
+
+
+def gamma(roundings: int, dtype: torch.dtype) -> float:
+    return 2 * roundings**0.5 * torch.finfo(dtype).eps / 2
+
+
+def roundings_outside(axes: tuple[Axis, Axis]) -> int:
+    """On the way from a tap or an input to a product and from a product to an output."""
+    of_inputs = sum(int((a.inputs != 0).sum(1).max()) for a in axes)
+    of_outputs = sum(int((a.outputs != 0).sum(1).max()) for a in axes)
+    division = 1
+    return ROUNDED_BY_WEIGHTS + of_inputs + of_outputs + division
+
+
+def error_bound(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """Of each output of a branch that is filtered minimally in x's dtype, float32 or float64."""
+    terms = x.size(1) + x.size(1) // ROUNDED_BY_BLOCKS + 1
+    roundings = terms + roundings_outside(axes_of(x, weight, rate))
+    return gamma(roundings, x.dtype) * magnitude(x, weight, rate)
+
+
+def grad_input_bound(grad: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """The same of the gradient of x, which mirrors the taps; its form is x's."""
+    return error_bound(grad, weight.transpose(0, 1).flip(2, 3), rate)
+
+
+def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """|A'| ((|C'| |grad|) * (|B| |x|)): A's and C's transposes, and sums over all products."""
+    axes = axes_of(x, weight, rate)
+    rows, columns = (Axis(*(m.abs() for m in a[:3]), a.denominator) for a in axes)
+    of_x = rows.inputs @ x.double().abs() @ columns.inputs.T
+    of_grad = rows.outputs.T @ grad.double().abs() @ columns.outputs
+    products = torch.einsum("ncpq,nopq->ocpq", of_x, of_grad)
+    sums = rows.taps.T @ products @ columns.taps / (rows.denominator * columns.denominator)
+    roundings = x.size(0) * len(rows.taps) * len(columns.taps) + roundings_outside(axes)
+    return gamma(roundings, x.dtype) * sums
+
+
+def assert_sums_are_exact(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> None:
+    """Of integers: every number on the way is a multiple of 1 / 256 and fits into float32.
+
+    The outputs' magnitudes bound every partial sum before them, for no coefficient is below 1.
+    """
+    largest = magnitude(x, weight, rate, divided=False).max().item() if x.numel() else 0
+    assert 256 * largest <= 2**24, f"sums up to {largest} are not exact in float32"
