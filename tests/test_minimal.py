@@ -208,8 +208,8 @@ def test_long_sequences_are_cut_into_pieces():
         (9, 5, 1, "plan: an axis' kernel must be 1 or 3 but is 5"),
         (9, 3, 0, "plan: an axis' rate must be >= 1 but is 0"),
         (9, 3, -2, "plan: an axis' rate must be >= 1 but is -2"),
-        (0, 3, 1, "plan: an axis' size must be in [1, 16384] but is 0"),
-        (16385, 3, 1, "plan: an axis' size must be in [1, 16384] but is 16385"),
+        (0, 3, 1, "plan: an axis' size must be in [1, 2048] but is 0"),
+        (2049, 3, 1, "plan: an axis' size must be in [1, 2048] but is 2049"),
     ],
 )
 def test_refusals(size, kernel, rate, sentence):
@@ -319,7 +319,7 @@ def test_choice_needs_something_to_save():
         (
             (1, 20000),
             (1, 3),
-            "minimal filtering needs axes of at most 16384 positions but the map is (1, 20000)",
+            "minimal filtering needs axes of at most 2048 positions but the map is (1, 20000)",
         ),
     ],
 )

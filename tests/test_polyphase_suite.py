@@ -16,7 +16,7 @@ from test_isa import narrower, run
 SUITES = {
     "forward": ["test_forward"],
     "gradients": ["test_backward", "test_second_order"],
-    "calls": ["test_layouts", "test_contract", "test_opcheck", "test_polyphase_switch"],
+    "calls": ["test_layouts", "test_contract", "test_opcheck"],
 }
 SLOW = {
     "modules": ["test_modules", "test_module_integration", "test_head_composed"],

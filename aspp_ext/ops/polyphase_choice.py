@@ -2,7 +2,7 @@
 """How the CPU computes each branch of a dense pyramid: tap by tap or by minimal filtering.
 
 The planner weighs the two (csrc/plan/polyphase.h); this file tells it, and the reader, what the
-kernel does (csrc/cpu/polyphase.cpp).
+kernel does (csrc/cpu/minimal_forms.cpp).
 """
 
 from __future__ import annotations
