@@ -108,7 +108,7 @@ _PROBLEMS = (
     _problem("kernel_7x1_3x5", (2, 3, 11, 9), (5, (7, 1), 2), (4, (3, 5), (4, 1))),
     _problem("kernel_1x1_at_a_rate", (1, 7, 5, 6), (5, 1, 3), (3, 1)),
     _problem("kernel_63x63", (1, 2, 9, 8), (3, 63, 1), (2, (63, 1), 2)),
-    _problem("many_triples", (6, 32, 9, 9), *_aspp(32, 3)),
+    _problem("many_triples", (8, 56, 9, 9), *_aspp(56, 3)),
     _problem("rates_per_axis", (2, 9, 10, 14), (6, 3, (1, 6)), (6, 3, (5, 2))),
     _problem("many_chunks", (1, 3, 41, 40), (5, 3, 12), (4, 3, 7), (3, 1)),
     _problem("row_windows", (1, 3, 3, 431), (4, 3, (1, 150)), (2, 3, (2, 3)), (2, 1)),

@@ -86,12 +86,13 @@ def filtered(x: Tensor, weight: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return rows.outputs @ products @ columns.outputs.T
 
 
+def absolute(axis: Axis) -> Axis:
+    return Axis(axis.taps.abs(), axis.inputs.abs(), axis.outputs.abs(), axis.denominator)
+
+
 def magnitude(x: Tensor, weight: Tensor, rate: tuple[int, int], divided: bool = True) -> Tensor:
     """|C| ((|A| |w|) * (|B| |x|)) of one branch in float64."""
-    rows, columns = (
-        Axis(a.taps.abs(), a.inputs.abs(), a.outputs.abs(), a.denominator)
-        for a in axes_of(x, weight, rate)
-    )
+    rows, columns = map(absolute, axes_of(x, weight, rate))
     sums = filtered(x.double().abs(), weight.double().abs(), rows, columns)
     return sums / (rows.denominator * columns.denominator) if divided else sums
 
@@ -120,22 +121,37 @@ def grad_input_bound(grad: Tensor, weight: Tensor, rate: tuple[int, int]) -> Ten
     return error_bound(grad, weight.transpose(0, 1).flip(2, 3), rate)
 
 
-def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
-    """|A'| ((|C'| |grad|) * (|B| |x|)): A's and C's transposes, and sums over all products."""
-    axes = axes_of(x, weight, rate)
-    rows, columns = (Axis(*(m.abs() for m in a[:3]), a.denominator) for a in axes)
+def grad_weight_magnitude(grad: Tensor, x: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
+    """|A'| ((|C'| |grad|) * (|B| |x|)), with the transposes of A and C; before it is divided."""
+    rows, columns = map(absolute, axes)
     of_x = rows.inputs @ x.double().abs() @ columns.inputs.T
     of_grad = rows.outputs.T @ grad.double().abs() @ columns.outputs
     products = torch.einsum("ncpq,nopq->ocpq", of_x, of_grad)
-    sums = rows.taps.T @ products @ columns.taps / (rows.denominator * columns.denominator)
+    return rows.taps.T @ products @ columns.taps
+
+
+def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
+    """The same of the gradient of the weight, [O, C, 3, 3], which is a sum over all products."""
+    axes = rows, columns = axes_of(x, weight, rate)
     roundings = x.size(0) * len(rows.taps) * len(columns.taps) + roundings_outside(axes)
+    sums = grad_weight_magnitude(grad, x, axes) / (rows.denominator * columns.denominator)
     return gamma(roundings, x.dtype) * sums
 
 
-def assert_sums_are_exact(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> None:
-    """Of integers: every number on the way is a multiple of 1 / 256 and fits into float32.
+def assert_sums_are_exact(
+    x: Tensor, weight: Tensor, rate: tuple[int, int], grad: Tensor | None = None
+) -> None:
+    """Of integers: every number on the way is a multiple of 1 / 256 and fits into float32; with
+    ``grad`` on the way to both gradients, else to the outputs.
 
-    The outputs' magnitudes bound every partial sum before them, for no coefficient is below 1.
+    Results' magnitudes bound every partial sum before them: no coefficient of an input or output is
+    below 1. Those of the taps are multiples of 1 / 16.
     """
-    largest = magnitude(x, weight, rate, divided=False).max().item() if x.numel() else 0
+    if grad is None:
+        sums = [magnitude(x, weight, rate, divided=False)]
+    else:
+        mirrored = weight.transpose(0, 1).flip(2, 3)
+        sums = [magnitude(grad, mirrored, rate, divided=False)]
+        sums.append(grad_weight_magnitude(grad, x, axes_of(x, weight, rate)))
+    largest = max(s.max().item() for s in sums)
     assert 256 * largest <= 2**24, f"sums up to {largest} are not exact in float32"

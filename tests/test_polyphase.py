@@ -51,6 +51,28 @@ def check(x: Tensor, weights: list[Tensor], rates: list[Rate], dtype=torch.float
     assert torch.equal(got, expected.to(dtype))
 
 
+def check_gradients(
+    x: Tensor, weights: list[Tensor], rates: list[Rate], dtype=torch.float32, layout="contiguous"
+) -> None:
+    n, _, h, w = x.shape
+    outs = [len(weight) for weight in weights]
+    grad = integers(n, sum(outs), h, w, dense=min(1, 40 / (n * h * w), 48 / sum(outs)))
+    grad = laid_out(grad, layout)  # one that expands changes the values
+    for weight, rate, part in zip(weights, rates, grad.split(outs, 1), strict=True):
+        if max(weight.shape[2:]) == 3:
+            assert_sums_are_exact(x, weight, rate, part)
+
+    def gradients(atrous_pyramid, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).detach().requires_grad_() for t in (x, *weights)]
+        y = atrous_pyramid(leaves[0], leaves[1:], rates)
+        return list(torch.autograd.grad(y, leaves, laid_out(grad.to(dtype), layout)))
+
+    got = gradients(aspp_ext.atrous_pyramid, dtype)
+    expected = gradients(reference.atrous_pyramid, torch.float64)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e.to(dtype))
+
+
 def has_forms(weights: list[Tensor], rates: list[Rate], x: Tensor) -> list[bool]:
     n, _, h, w = x.shape
     return [p.numel() > 0 for p in polyphase_weights(weights, rates, n, h, w)]
@@ -92,6 +114,7 @@ def test_every_pair_of_lengths(dtype) -> None:
             n = 1 + 3 * (height + width) % 5
             x, weight = operands((n, 4, height * rate[0], max(width * rate[1] - 1, 1)), 5)
             check(x, [weight], [rate], dtype)
+            check_gradients(x, [weight], [rate], dtype)
 
 
 def test_lines_take_every_form_that_can_pay() -> None:
@@ -131,6 +154,7 @@ def test_sizes(name, dtype) -> None:
     x, weight = operands(shape, out_channels)
     assert has_forms([weight], [rate], x) == [True]
     check(x, [weight], [rate], dtype)
+    check_gradients(x, [weight], [rate], dtype)
 
 
 # --- Everything around a branch
@@ -147,6 +171,8 @@ def test_layouts(channels, dtype) -> None:
     for layout in LAYOUTS:
         check(laid_out(x, layout), [weight], [(2, 3)], dtype)
         check(x, [laid_out(weight, layout)], [(2, 3)], dtype)
+        check_gradients(laid_out(x, layout), [weight], [(2, 3)], dtype, layout)
+        check_gradients(x, [laid_out(weight, layout)], [(2, 3)], dtype)
         there = laid_out(noise, layout)
         got = aspp_ext.atrous_pyramid(there, [weight], [(2, 3)])
         assert torch.equal(got, aspp_ext.atrous_pyramid(there.contiguous(), [weight], [(2, 3)]))
@@ -175,7 +201,10 @@ def test_other_branches_are_computed_directly(dtype) -> None:
     rates = [(1, 1), (4, 3), (2, 2), (1, 6), (5, 1), (2, 1)]
     assert has_forms(weights, rates, x) == [False, True, False, True, True, False]
     check(x, weights, rates, dtype)
-    check(x, weights[1:2] + weights[3:5], rates[1:2] + rates[3:5], dtype)
+    check_gradients(x, weights, rates, dtype)
+    for some in (slice(1, 2), slice(3, 5)):
+        check(x, weights[some], rates[some], dtype)
+        check_gradients(x, weights[some], rates[some], dtype)
 
 
 def test_one_dimension() -> None:

@@ -44,8 +44,8 @@ def aspp(name: str, shape: tuple[int, int, int, int], out_channels: int, *rates:
 
 
 REALISTIC = [
-    aspp("output_stride_16", (2, 96, 33, 33), 64, 6, 12, 18),
-    aspp("crops", (6, 64, 17, 17), 72, 3, 6, 9),
+    aspp("output_stride_16", (2, 128, 33, 33), 64, 6, 12, 18),
+    aspp("crops", (8, 80, 17, 17), 72, 3, 6, 9),
     aspp("wide_map", (1, 64, 24, 48), 80, 4, 8),
 ]
 
