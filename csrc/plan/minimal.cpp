@@ -21,8 +21,8 @@ constexpr std::array<double, 3> kWeights[] = {
     {0, 1, 0},
     {0, 0, 1},
     // pair
-    {0, -1, 1},
-    {1, -1, 0},
+    {0.09375, -0.0625, -0.03125},
+    {-0.03125, -0.0625, 0.09375},
     // triple
     {0.375, 0.1875, -0.375},
     {-0.375, 0.1875, 0.375},
@@ -31,6 +31,7 @@ constexpr std::array<double, 3> kWeights[] = {
     // overlapped
     {0.5, 0.5, 0.5},
     {0.5, -0.5, 0.5},
+    {0.1875, 0.625, 0.1875},
 };
 constexpr int kFirstTap = 0;
 constexpr int kCentreTap = 1;
@@ -55,9 +56,9 @@ constexpr Product kOverlapped[] = {
     {kLastTap, {0, 1, 0, -1}, {0, -1}},
 };
 constexpr Product kPair[] = {
-    {kCentreTap, {1, 1}, {1, 1}},
-    {3, {0, 1}, {1}},
-    {4, {1}, {0, 1}},
+    {11, {1, 1}, {1, 1}},
+    {3, {-3, 1}, {1, -3}},
+    {4, {-1, 3}, {3, -1}},
 };
 constexpr Product kOne[] = {{kCentreTap, {1}, {1}}};
 
