@@ -413,7 +413,7 @@ def minimal_axis(
 ) -> MinimalAxis:
     """The fewest products with these kinds of blocks; csrc/plan/minimal.h explains them.
 
-    Raises ValueError where kernel is not 1 or 3, rate < 1 or size not in [1, 2**14].
+    Raises ValueError where kernel is not 1 or 3, rate < 1 or size not in [1, 2048].
     """
 
 class PolyphaseForm:

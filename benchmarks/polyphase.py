@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aspp_ext import aspp_inference, reference
 from aspp_ext.ops import polyphase_weights
-from aspp_ext.ops.polyphase_choice import blocks, is_minimal, polyphase_choices
+from aspp_ext.ops.polyphase_choice import blocks, polyphase_choices
 from benchmarks import csv_file, gate, machine, report, timing
 from benchmarks.problems import Problem, head
 from benchmarks.roofline import live_taps, measure_peak
@@ -119,9 +119,8 @@ class Part:
 
     def products(self, branch: int) -> float:
         """GEMM rows of an image by minimal filtering; 0 of a branch that is computed directly."""
-        form = self.choices[branch].form
-        minimal = form is not None and is_minimal(self.choices[branch])
-        return form.row_products * form.column_products if minimal else 0
+        form = self.choices[branch].form if self.prepared[branch].numel() else None
+        return form.row_products * form.column_products if form else 0
 
     def counts(self) -> dict[str, Any]:
         """The columns that no clock measures."""
@@ -201,6 +200,7 @@ def measure(problem: Problem, budget_s: float, least_rounds: int) -> list[Row]:
     facts = machine.facts()
     common = {name: facts[name] for name in ("date", "commit", "device", "threads", "torch")}
     common |= {"isa": torch.ops.aspp_ext.cpu_isa().removeprefix("isa_"), "problem": problem.name}
+    common |= {"peak_gflop_per_s": measure_peak(problem.torch_dtype, 0.2) / 1e9}
     parts = parts_of(problem)
     verdicts = checked(parts)
     calls = {
@@ -224,7 +224,6 @@ def measure(problem: Problem, budget_s: float, least_rounds: int) -> list[Row]:
             }
             measured |= {"rounds": len(direct.samples), "ratio": direct.p50_ms / minimal.p50_ms}
             measured |= part.shares(least_rounds)
-            measured["peak_gflop_per_s"] = measure_peak(part.x.dtype, 0.2) / 1e9
         rows.append(Row(**common, **part.counts(), **errors, **measured))
     return rows
 

@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
-    limit = options.limit or (float("inf") if options.full else 510.0)
+    limit = options.limit or (float("inf") if options.full else 590.0)
     contenders = peers.contenders(everywhere=options.full)
     rows, failures = run_all(problems, settings_of(options), contenders, limit, console)
     cut = any(row.note == OUT_OF_TIME for row in rows)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 import subprocess
@@ -13,7 +14,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import contest, gate, machine, memory, modules, peers, report, roofline, timing
+from benchmarks import (
+    contest,
+    gate,
+    machine,
+    memory,
+    modules,
+    peers,
+    polyphase,
+    report,
+    roofline,
+    run,
+    timing,
+)
 from benchmarks.problems import PROBLEMS, QUICK, TARGETS, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -317,6 +330,21 @@ def test_verdicts():
     assert len(texts) == len(TARGETS)
 
 
+def test_memory_is_held_against_the_input():
+    (target, *_) = [t for t in TARGETS if t.against == "input"]
+    level, problem, dtype, mode = target.problem.key
+    key = {"level": level, "problem": problem, "dtype": dtype, "mode": mode}
+    assert target.problem.input_bytes == 4 * 2048 * 65 * 65
+    for extra, text in ((33.0, "met"), (34.0, "above")):
+        both = {"aspp_ext NCHW": extra, "aspp_ext NHWC": 50.0}
+        rows = [row(**key, contender=c, peak_extra_mib=mib) for c, mib in both.items()]
+        (verdict,) = report.verdicts(rows, [target])
+        assert verdict.got == pytest.approx(extra * 2**20 / target.problem.input_bytes)
+        assert verdict.text == text
+    (verdict,) = report.verdicts([row(**key, contender="aspp_ext NCHW")], [target])
+    assert verdict.text == "not measured"
+
+
 def test_tables_and_plots_are_drawn(tmp_path):
     plots = pytest.importorskip("benchmarks.plots")
     pytest.importorskip("matplotlib")
@@ -340,6 +368,24 @@ def test_slug():
     assert machine.slug("Some(R) CPU 9000+ @ 2", 4) == "some-r-cpu-9000-2-4t"
 
 
+def test_memory_is_measured_where_a_target_is_about_it():
+    about = {target.problem for target in TARGETS if target.against == "input"}
+    measured = {p for p in PROBLEMS if run.measures_memory(p)}
+    assert about < measured
+    assert {p.head for p in measured - about} == {"separable"}
+
+
+def test_what_a_module_keeps_is_counted_by_itself(monkeypatch):
+    monkeypatch.setenv("ASPP_EXT_POLYPHASE", "always")
+    module, x = small(head="dense").build()
+    for contender in (peers.Eager("NHWC"), peers.Ours("NHWC")):
+        converted = contender.convert(module)
+        with torch.no_grad():
+            kept = [contender.keep(converted, x) for _ in range(2)]
+        assert kept[0] == kept[1]
+        assert (kept[0] > 0) == (contender.group == "ours")
+
+
 def test_memory_sees_an_allocation():
     if memory.why_not() is not None:
         pytest.skip(memory.why_not())
@@ -351,3 +397,58 @@ def test_memory_sees_an_allocation():
     argv = [sys.executable, "-c", program]
     ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(ran.stdout) >= 8 * 1024
+
+
+# Minimal filtering
+
+
+def quick_rows(folder):
+    assert polyphase.main(["--quick", "--out", str(folder)]) in (0, 1)
+    (path,) = folder.glob("*-polyphase.csv")
+    return list(csv.DictReader(path.open(newline="")))
+
+
+def test_minimal_filtering_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASPP_EXT_POLYPHASE", "always")
+    rows = quick_rows(tmp_path)
+    assert [row["branch"] for row in rows] == ["rate 6", "rate 12", "rate 18", "pyramid"]
+    for row in rows:
+        assert float(row["products"]) < float(row["live_taps"])
+        assert float(row["prepared_mb"]) > 0
+        if not row["note"]:  # right, hence timed
+            shares = [float(row[f"{step}_share"]) for step in ("inputs", "products", "outputs")]
+            assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+            ways = [float(row[f"{way}_p50_ms"]) for way in polyphase.WAYS]
+            assert float(row["ratio"]) == pytest.approx(ways[0] / ways[1], rel=1e-4)
+    # One live tap is one product of the 1x1 branch, which is never filtered minimally.
+    parts = sum(float(row["products"]) for row in rows[:3]) + 1
+    assert float(rows[3]["products"]) == pytest.approx(parts, rel=1e-4)
+
+
+def test_what_is_not_filtered_runs_directly_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASPP_EXT_POLYPHASE", "0")
+    for row in quick_rows(tmp_path):
+        assert not row["note"]
+        assert row["products"] == row["live_taps"]
+        assert float(row["modelled"]) == 1
+        assert row["minimal_error"] == row["direct_error"]
+        assert row["products_share"] == ""
+
+
+def test_wrong_minimal_filtering_is_not_timed(monkeypatch):
+    call = polyphase.Part.call
+
+    def planted(part, way):
+        y = call(part, way)
+        return y + 0.01 if (part.name, way) == ("rate 12", "minimal") else y
+
+    monkeypatch.setattr(polyphase.Part, "call", planted)
+    with torch.no_grad():
+        rows = polyphase.measure(polyphase.QUICK[0], 0.0, 1)
+    by_name = {row.branch: row for row in rows}
+    assert by_name["rate 12"].note.startswith("minimal: wrong: result 0 may be off by")
+    assert by_name["rate 12"].ratio is None
+    assert by_name["rate 6"].ratio > 0
+    lines = polyphase.table(rows).splitlines()
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert by_name["rate 12"].note in lines[-3]

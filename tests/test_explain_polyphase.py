@@ -89,6 +89,15 @@ def test_it_says_what_switches_it_off(monkeypatch) -> None:
         aspp_ext.explain(x, weights, RATES, polyphase=1)
 
 
+def test_it_refuses_what_the_kernel_refuses(monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_POLYPHASE", "yes")
+    x, weights = operands()
+    words = "ASPP_EXT_POLYPHASE must be 0, 1 or always, got 'yes'"
+    for call in (aspp_ext.explain, aspp_ext.atrous_pyramid):
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            call(x, weights, RATES)
+
+
 def test_it_is_silent_where_nothing_filters(monkeypatch) -> None:
     x, weights = operands()
     monkeypatch.setenv("ASPP_EXT_BACKEND", "reference")

@@ -20,7 +20,7 @@ SUBSETS = [
 ALL = SUBSETS[-1]
 PRODUCTS = {"one": 1, "pair": 3, "triple": 4, "overlapped": 4}
 SIZES = {"one": 1, "pair": 2, "triple": 3, "overlapped": 2}
-UNIT = 16  # every number of an algorithm is a multiple of 1 / UNIT
+UNIT = 32  # every number of an algorithm is a multiple of 1 / UNIT
 
 
 class Algorithm(NamedTuple):
@@ -177,7 +177,7 @@ def test_fewest_products(length, kinds):
         (2, "", 4, 3),
         (2, "pair", 3, 3),
         (3, "triple", 4, 4),
-        (3, "pair", 6, 5),
+        (3, "pair", 6, 6),
         (3, "overlapped", 5, 5),
         (4, "pair overlapped", 7, 7),
         (5, "triple overlapped", 8, 8),
@@ -208,8 +208,8 @@ def test_long_sequences_are_cut_into_pieces():
         (9, 5, 1, "plan: an axis' kernel must be 1 or 3 but is 5"),
         (9, 3, 0, "plan: an axis' rate must be >= 1 but is 0"),
         (9, 3, -2, "plan: an axis' rate must be >= 1 but is -2"),
-        (0, 3, 1, "plan: an axis' size must be in [1, 16384] but is 0"),
-        (16385, 3, 1, "plan: an axis' size must be in [1, 16384] but is 16385"),
+        (0, 3, 1, "plan: an axis' size must be in [1, 2048] but is 0"),
+        (2049, 3, 1, "plan: an axis' size must be in [1, 2048] but is 2049"),
     ],
 )
 def test_refusals(size, kernel, rate, sentence):
@@ -319,7 +319,7 @@ def test_choice_needs_something_to_save():
         (
             (1, 20000),
             (1, 3),
-            "minimal filtering needs axes of at most 16384 positions but the map is (1, 20000)",
+            "minimal filtering needs axes of at most 2048 positions but the map is (1, 20000)",
         ),
     ],
 )

@@ -2,7 +2,7 @@
 """How the CPU computes each branch of a dense pyramid: tap by tap or by minimal filtering.
 
 The planner weighs the two (csrc/plan/polyphase.h); this file tells it, and the reader, what the
-kernel does (csrc/cpu/polyphase.cpp).
+kernel does (csrc/cpu/minimal_forms.cpp).
 """
 
 from __future__ import annotations
@@ -50,11 +50,19 @@ def polyphase_choices(
     return [_plan.choose_polyphase(problem, b, prepared=prepared) for b in range(len(branches))]
 
 
+def _policy() -> str:
+    """The environment's; raises ValueError for one that the kernel would refuse, in its words."""
+    policy = os.environ.get(POLICY, "")
+    if policy not in ("", "0", "1", "always"):
+        raise ValueError(f"{POLICY} must be 0, 1 or always, got '{policy}'")
+    return policy
+
+
 def why_never(x: Tensor, polyphase: bool) -> str | None:
     """Why no branch of this call is filtered minimally, whatever it costs; None if one may be."""
     if not polyphase:
         return "polyphase=False"
-    if os.environ.get(POLICY) == "0":
+    if _policy() == "0":
         return f"{POLICY}=0"
     if x.dtype == torch.bfloat16 and torch.ops.aspp_ext.cpu_isa() == "isa_avx512bf16":
         return "products are in bfloat16, in which combinations of inputs lose too many digits"
@@ -63,7 +71,7 @@ def why_never(x: Tensor, polyphase: bool) -> str | None:
 
 def is_minimal(choice: _plan.PolyphaseChoice) -> bool:
     """Whether the kernel filters a branch minimally, where nothing forbids it."""
-    return choice.is_polyphase or (choice.form is not None and os.environ.get(POLICY) == "always")
+    return choice.is_polyphase or (choice.form is not None and _policy() == "always")
 
 
 def describe(choice: _plan.PolyphaseChoice, matrix_bytes: int) -> str:

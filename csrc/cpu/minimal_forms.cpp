@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
+#include <string_view>
 
 #include "parallel.h"
 
@@ -16,9 +16,16 @@ namespace aspp {
 
 namespace {
 
-bool policy_is(const char* name) {
+enum class Policy { never, by_cost, always };
+
+Policy policy() {
   const char* text = std::getenv("ASPP_EXT_POLYPHASE");
-  return text != nullptr && std::strcmp(text, name) == 0;
+  const std::string_view name = text == nullptr ? "" : text;
+  if (name == "0") return Policy::never;
+  if (name == "always") return Policy::always;
+  require(name.empty() || name == "1", "ASPP_EXT_POLYPHASE must be 0, 1 or always, got '", name,
+          "'");
+  return Policy::by_cost;
 }
 
 std::shared_ptr<const MinimalForm> cheapest_form(const plan::Problem& problem, bool always,
@@ -59,8 +66,9 @@ MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchPa
                            const Operands& operands, bool prepared) {
   static FormCache cache;
   MinimalForms forms(branches.size());
-  if (policy_is("0") || operands.product_dtype() != operands.compute_dtype()) return forms;
-  const bool always = policy_is("always");
+  const Policy wish = policy();
+  if (wish == Policy::never || operands.product_dtype() != operands.compute_dtype()) return forms;
+  const bool always = wish == Policy::always;
   for (size_t b = 0; b < branches.size(); ++b) {
     const BranchParams& branch = branches[b];
     const plan::Branch planned{
@@ -133,8 +141,7 @@ namespace {
 // picked one by one: the transpose of a contiguous weight, without a copy.
 bool reads_in_place(const Tensor& weight, const Operands& operands) {
   const int64_t kw = weight.size(3);
-  const bool one_step =
-      weight.size(2) == 1 || kw == 1 || weight.stride(2) == kw * weight.stride(3);
+  const bool one_step = weight.size(2) == 1 || kw == 1 || weight.stride(2) == kw * weight.stride(3);
   // With a stride of 1 whole vectors are read: no channel may be missing in the last.
   const int64_t step = weight.stride(1);
   const bool whole = step != 1 || weight.size(1) % kPad == 0;

@@ -21,8 +21,8 @@ constexpr std::array<double, 3> kWeights[] = {
     {0, 1, 0},
     {0, 0, 1},
     // pair
-    {0, -1, 1},
-    {1, -1, 0},
+    {0.09375, -0.0625, -0.03125},
+    {-0.03125, -0.0625, 0.09375},
     // triple
     {0.375, 0.1875, -0.375},
     {-0.375, 0.1875, 0.375},
@@ -31,6 +31,7 @@ constexpr std::array<double, 3> kWeights[] = {
     // overlapped
     {0.5, 0.5, 0.5},
     {0.5, -0.5, 0.5},
+    {0.1875, 0.625, 0.1875},
 };
 constexpr int kFirstTap = 0;
 constexpr int kCentreTap = 1;
@@ -55,9 +56,9 @@ constexpr Product kOverlapped[] = {
     {kLastTap, {0, 1, 0, -1}, {0, -1}},
 };
 constexpr Product kPair[] = {
-    {kCentreTap, {1, 1}, {1, 1}},
-    {3, {0, 1}, {1}},
-    {4, {1}, {0, 1}},
+    {11, {1, 1}, {1, 1}},
+    {3, {-3, 1}, {1, -3}},
+    {4, {-1, 3}, {3, -1}},
 };
 constexpr Product kOne[] = {{kCentreTap, {1}, {1}}};
 
@@ -118,6 +119,7 @@ Cut extended(const Cut& cut, Kind left, Block right, Index length) {
 
 struct Sequence {
   Index length = 0;
+  Index products = 0;
   std::vector<Block> blocks;
 };
 
@@ -140,7 +142,7 @@ Sequence best_cut(Index length, const Allowed& allowed, WeightSet& used) {
   for (const Kind other : kKinds)
     if (best[length][other].is_better_than(best[length][kind])) kind = other;
   used = best[length][kind].weights;
-  Sequence result{length, {}};
+  Sequence result{length, best[length][kind].products, {}};
   for (Index end = length; end > 0; end = result.blocks.back().at) {
     const Cut& cut = best[end][kind];
     result.blocks.push_back({kind, cut.begin});
@@ -165,11 +167,11 @@ std::vector<Term> terms(const std::array<double, count>& coefficients, double sc
 
 // At the positions of the sequence, with kWeights for weights.
 std::vector<MinimalProduct> products_of(const Sequence& sequence, Index denominator) {
-  const auto& [length, blocks] = sequence;
+  const Index length = sequence.length;
   const auto whole = static_cast<double>(denominator);
   std::vector<MinimalProduct> result;
   Kind left = one;
-  for (const Block block : blocks) {
+  for (const Block block : sequence.blocks) {
     const auto [kind, at] = block;
     const Index first = kind == overlapped ? at - 1 : at;
     const double scale = kind == triple ? whole / 3 : whole;
@@ -219,25 +221,47 @@ std::vector<Piece> pieces_of(const Sequence& sequence, Index denominator) {
   return pieces;
 }
 
-}  // namespace
+// The sequences of an axis, whose lengths differ by one at most.
+struct Sequences {
+  Index rate = 1;         // as many phases
+  Index long_phases = 1;  // the first ones; the others are `shorter`
+  Sequence longer, shorter;
+  WeightSet used = 0;
 
-MinimalAxis minimal_axis(const Axis& axis, Blocks allowed) {
+  int weights() const { return std::popcount(used); }
+  Index products() const {
+    return long_phases * longer.products + (rate - long_phases) * shorter.products;
+  }
+};
+
+Sequences sequences_of(const Axis& axis, Blocks allowed) {
   require(axis.kernel == 1 || axis.kernel == 3, "an axis' kernel must be 1 or 3 but is ",
           axis.kernel);
   require(axis.rate >= 1, "an axis' rate must be >= 1 but is ", axis.rate);
   require(axis.size >= 1 && axis.size <= kLongestAxis, "an axis' size must be in [1, ",
           kLongestAxis, "] but is ", axis.size);
-  const Index rate = axis.kernel == 1 ? axis.size : std::min(axis.rate, axis.size);
-  const Index length = ceil_div(axis.size, rate);
-  const Index long_phases = axis.size - (length - 1) * rate;  // the others are shorter by one
+  Sequences result;
+  result.rate = axis.kernel == 1 ? axis.size : std::min(axis.rate, axis.size);
+  const Index length = ceil_div(axis.size, result.rate);
+  result.long_phases = axis.size - (length - 1) * result.rate;
 
   const Allowed kinds{allowed.triple, allowed.overlapped, allowed.pair, true};
-  WeightSet used = 0;
-  const Sequence longer = best_cut(length, kinds, used);
-  const Sequence shorter = long_phases < rate ? best_cut(length - 1, kinds, used) : Sequence{};
+  result.longer = best_cut(length, kinds, result.used);
+  if (result.long_phases < result.rate) result.shorter = best_cut(length - 1, kinds, result.used);
+  return result;
+}
 
+}  // namespace
+
+MinimalCounts count_minimal(const Axis& axis, Blocks allowed) {
+  const Sequences sequences = sequences_of(axis, allowed);
+  return {sequences.products(), sequences.weights()};
+}
+
+MinimalAxis minimal_axis(const Axis& axis, Blocks allowed) {
+  const auto [rate, long_phases, longer, shorter, used] = sequences_of(axis, allowed);
   MinimalAxis result;
-  const auto is_used = [&](int weight) { return (used >> weight & 1) != 0; };
+  const auto is_used = [&, used = used](int weight) { return (used >> weight & 1) != 0; };
   for (int weight = 0; weight < std::ssize(kWeights); ++weight)
     if (is_used(weight)) result.weights.push_back(kWeights[weight]);
   result.denominator = is_used(kTriple[0].weight) ? 3 : 1;
@@ -254,7 +278,7 @@ MinimalAxis minimal_axis(const Axis& axis, Blocks allowed) {
 
   const auto count = [&] { return static_cast<Index>(result.products.size()); };
   for (const auto& [piece, phase] : phased) {
-    const auto on_axis = [&, phase = phase](std::vector<Term> terms) {
+    const auto on_axis = [&, phase = phase, rate = rate](std::vector<Term> terms) {
       for (Term& term : terms) term.at = phase + term.at * rate;
       return terms;
     };

@@ -55,11 +55,18 @@ struct MinimalAxis {
   std::vector<MinimalPiece> pieces;            // by where they begin in their sequence, by phase
 };
 
-inline constexpr Index kLongestAxis = Index{1} << 14;  // beyond it a list would not pay
+inline constexpr Index kLongestAxis = 2048;  // the lists of longer ones would take too long
 
 // Each sequence has a cut with the fewest products; among those, one with few weights that the
 // longer sequences do not have. Throws unless axis.kernel is 1 or 3, axis.rate >= 1 and axis.size
 // at most kLongestAxis.
 MinimalAxis minimal_axis(const Axis& axis, Blocks allowed);
+
+// What it would have, without building it.
+struct MinimalCounts {
+  Index products = 0;
+  Index weights = 0;
+};
+MinimalCounts count_minimal(const Axis& axis, Blocks allowed);
 
 }  // namespace aspp::plan

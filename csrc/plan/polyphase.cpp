@@ -31,9 +31,8 @@ std::vector<Side> sides(const Axis& axis) {
   std::vector<Side> result;
   for (int bits = 0; bits < 8; ++bits) {
     const Blocks blocks{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
-    const MinimalAxis minimal = minimal_axis(axis, blocks);
-    const Side side{blocks, static_cast<Index>(minimal.products.size()),
-                    static_cast<Index>(minimal.weights.size())};
+    const auto [products, weights] = count_minimal(axis, blocks);
+    const Side side{blocks, products, weights};
     const auto same = [&](const Side& other) {
       return other.products == side.products && other.weights == side.weights;
     };
