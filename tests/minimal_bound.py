@@ -138,20 +138,28 @@ def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, 
     return gamma(roundings, x.dtype) * sums
 
 
+def parts_of_one(axis: Axis) -> int:
+    """Of which the taps' coefficients are multiples."""
+    return next(
+        n for n in (1, 2, 4, 8, 16, 32) if torch.equal((n * axis.taps).frac(), 0 * axis.taps)
+    )
+
+
 def assert_sums_are_exact(
     x: Tensor, weight: Tensor, rate: tuple[int, int], grad: Tensor | None = None
 ) -> None:
-    """Of integers: every number on the way is a multiple of 1 / 256 and fits into float32; with
-    ``grad`` on the way to both gradients, else to the outputs.
+    """Of integers: every number on the way fits into float32, in the unit of the combined taps;
+    with ``grad`` on the way to both gradients, else to the outputs.
 
-    Results' magnitudes bound every partial sum before them: no coefficient of an input or output is
-    below 1. Those of the taps are multiples of 1 / 16.
+    Results' magnitudes bound every partial sum before them, for no coefficient of an input or an
+    output is below 1.
     """
+    axes = axes_of(x, weight, rate)
     if grad is None:
         sums = [magnitude(x, weight, rate, divided=False)]
     else:
         mirrored = weight.transpose(0, 1).flip(2, 3)
         sums = [magnitude(grad, mirrored, rate, divided=False)]
-        sums.append(grad_weight_magnitude(grad, x, axes_of(x, weight, rate)))
-    largest = max(s.max().item() for s in sums)
-    assert 256 * largest <= 2**24, f"sums up to {largest} are not exact in float32"
+        sums.append(grad_weight_magnitude(grad, x, axes))
+    largest = max(s.max().item() for s in sums) * parts_of_one(axes[0]) * parts_of_one(axes[1])
+    assert largest <= 2**24, f"sums up to {largest:.0f} units are not exact in float32"

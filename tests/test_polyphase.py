@@ -313,6 +313,29 @@ def test_what_is_not_finite_is_as_if_computed_directly(where, value, relu) -> No
     assert all(map(same_bits, got, expected))
 
 
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("where", ["x", "weight", "grad"])
+def test_gradients_that_are_not_finite_are_as_if_computed_directly(where, value) -> None:
+    """That of x, to which every branch adds, as a whole; those of the weights one by one."""
+    x, weights = noise()
+    grad = torch.randn(2, 108, *x.shape[2:])
+
+    def gradients(polyphase: bool) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+        y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], NOISE_RATES, polyphase=polyphase)
+        return list(torch.autograd.grad(y, leaves, grad))
+
+    clean = gradients(True)
+    {"x": x, "weight": weights[2], "grad": grad[:, 38:]}[where][-1, 3, -1, 1] = value
+    of_x, *of_weights = gradients(False)
+    expected = {
+        "x": [clean[0], *of_weights],
+        "weight": [of_x, *clean[1:]],
+        "grad": [of_x, *clean[1:3], of_weights[2]],
+    }
+    assert all(map(same_bits, gradients(True), expected[where]))
+
+
 def test_a_combination_may_overflow_where_no_output_does() -> None:
     x, weight = torch.randn(1, 4, 9, 9), 1e-3 * torch.randn(5, 4, 3, 3)
     x[0, :, :3] = LIMIT / 4
