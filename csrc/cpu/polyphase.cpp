@@ -16,15 +16,16 @@ constexpr int64_t kColumnProducts = 256;
 // The products of a branch, in parts of its rows and of its columns.
 class Chunks {
  public:
-  // Long chunks read the matrices seldom, short ones keep their sums in the caches; and every
-  // thread should get some. No bit of a result depends on the division.
+  // As few as keep their sums in the caches, since each reads all matrices; a whole number for each
+  // thread where that leaves them long. No bit of a result depends on the division.
   Chunks(const MinimalForm& form, int64_t batch)
       : columns_(parts_of(form.columns, kColumnProducts)) {
-    constexpr int64_t kMost = plan::kChunkRows, kLeast = 1024;
+    constexpr int64_t kLeast = 1024;
     const int64_t all = form.products() * batch;
-    const int64_t chunks = std::max(
-        (all + kMost - 1) / kMost,
-        std::min(2 * int64_t(torch::stable::get_num_threads()), (all + kLeast - 1) / kLeast));
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    int64_t chunks = (all + plan::kChunkRows - 1) / plan::kChunkRows;
+    const int64_t even = (chunks + threads - 1) / threads * threads;
+    if (chunks > 1 && all / even >= kLeast) chunks = even;
     int64_t widest = 1;
     for (const AxisPart& part : columns_) widest = std::max(widest, part.products());
     rows_ = parts_of(form.rows, std::max<int64_t>((all + chunks - 1) / chunks / widest, 1));
@@ -50,7 +51,7 @@ class Chunks {
 // Panels of one task: as many as share combined inputs well, unless threads would have no work.
 int64_t panels_of_task(int64_t panels, int64_t chunks) {
   int64_t count = std::min<int64_t>(panels, 4);
-  const int64_t wanted = 2 * int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = int64_t(torch::stable::get_num_threads());
   while (count > 1 && chunks * ((panels + count - 1) / count) < wanted) --count;
   return count;
 }
