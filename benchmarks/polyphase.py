@@ -90,8 +90,7 @@ class Part:
     ) -> None:
         self.name, self.x, self.rates = name, x, list(rates)
         self.weights = [as_read(w) for w in weights]
-        n, _, h, w = x.shape
-        self.prepared = polyphase_weights(self.weights, self.rates, n, h, w)
+        self.prepared = polyphase_weights(self.weights, self.rates, *x.shape[2:])
         kernels = [(w.size(2), w.size(3)) for w in weights]
         outs = [w.size(0) for w in weights]
         self.choices = polyphase_choices(x, kernels, self.flat_rates, outs, prepared=True)

@@ -25,9 +25,7 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]");
   // Per branch the weight as minimal filtering of maps of that size takes it, or an empty tensor
   // where the branch is computed directly
-  m.def(
-      "polyphase_weights(Tensor[] weights, int[] rates, int batch, int height, int width) "
-      "-> Tensor[]");
+  m.def("polyphase_weights(Tensor[] weights, int[] rates, int height, int width) -> Tensor[]");
   // For benchmarks: runs the branches that minimal filtering computes on the CPU, their weights
   // prepared -> float64 [branches, 3], the seconds of all threads that combining inputs, products
   // and combining outputs took; NaN of the others

@@ -51,7 +51,9 @@ def choice_of(problem: Problem, index: int = 0, prepared: bool = False) -> _plan
     """What the CPU's operators choose for a branch, alone as they do."""
     n, c, h, w = problem.shape
     b = problem.branches[index]
-    alone = _plan.Problem(n, h, w, [_plan.Branch(b.kernel, b.rate, b.out_channels)], c)
+    alone = _plan.Problem(
+        1 if prepared else n, h, w, [_plan.Branch(b.kernel, b.rate, b.out_channels)], c
+    )
     return _plan.choose_polyphase(alone, 0, prepared=prepared)
 
 

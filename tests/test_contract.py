@@ -186,7 +186,7 @@ def head(depthwise=(None,), weights=(W,), shift=V, pool=(None, None), project=PR
     return lambda: aspp_ext.aspp_inference(X, depthwise, weights, [2], *end, **keywords)
 
 
-def prepare(weights=(W,), rates=(2,), size=(1, 5, 7)):
+def prepare(weights=(W,), rates=(2,), size=(5, 7)):
     return lambda: ops.polyphase_weights(weights, rates, *size)
 
 
@@ -261,7 +261,7 @@ PYTHON_ONLY = {
         F + "weights[0] must have odd kernel sizes, got 2x3"),
     "rates to prepare": (prepare(rates=[0]), ValueError,
         F + "atrous_rates[0] must be >= 1, got 0"),
-    "no rows to prepare for": (prepare(size=(1, 0, 7)), ValueError,
+    "no rows to prepare for": (prepare(size=(0, 7)), ValueError,
         F + "x needs at least one channel, row and column, got shape [1, 6, 0, 7]"),
     "empty line": (pyramid(x=zeros(2, 6, 0), weights=[zeros(4, 6, 3)]), ValueError,
         A + "x needs at least one channel, row and column, got shape [2, 6, 1, 0]"),

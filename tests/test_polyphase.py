@@ -74,8 +74,7 @@ def check_gradients(
 
 
 def has_forms(weights: list[Tensor], rates: list[Rate], x: Tensor) -> list[bool]:
-    n, _, h, w = x.shape
-    return [p.numel() > 0 for p in polyphase_weights(weights, rates, n, h, w)]
+    return [p.numel() > 0 for p in polyphase_weights(weights, rates, *x.shape[2:])]
 
 
 def directly(*arguments, **keywords) -> Tensor:
@@ -236,7 +235,7 @@ def test_head(pool, kernels, dtype) -> None:
         x.double(), none, [w.double() for w in weights], rates, *double
     )
     assert torch.equal(aspp_ext.aspp_inference(*given), exact.to(dtype))
-    prepared = polyphase_weights(given[2], rates, 2, 8, 4)
+    prepared = polyphase_weights(given[2], rates, 8, 4)
     assert [p.numel() > 0 for p in prepared] == [k == 3 for k in kernels]
     assert torch.equal(aspp_ext.aspp_inference(*given, prepared=prepared), exact.to(dtype))
 
@@ -272,6 +271,29 @@ def test_threads_and_repetition_change_no_bit(call) -> None:
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
         results.append(OPS[call].native(*arguments))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("face", ["", "_grad_input", "_grad_weight"])
+def test_threads_that_divide_a_branch_otherwise_change_no_bit(face) -> None:
+    """A map of several chunks, whose number depends on that of the threads in a forward pass."""
+    x, grad, weight = (
+        torch.randn(1, 7, 90, 90),
+        torch.randn(1, 20, 90, 90),
+        torch.randn(20, 7, 3, 3),
+    )
+    form = choice_of(problem_of(x, weight, (12, 12))).form
+    assert form.row_products * form.column_products > 3 * 3072
+    arguments = {
+        "": (x, [weight], [12, 12]),
+        "_grad_input": (grad, [weight], [12, 12]),
+        "_grad_weight": (grad, x, [3, 3], [20], [12, 12]),
+    }[face]
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        result = getattr(torch.ops.aspp_ext, f"atrous_pyramid{face}")(*arguments)
+        results.append(result[0] if face == "_grad_weight" else result)
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
@@ -360,7 +382,7 @@ def test_every_matrix_counts() -> None:
     """A change in any of the prepared matrices shows, so that none is read for another."""
     _, none, weights, rates, *_ = head(False, (3, 3))
     x, offset = torch.randn(2, 6, 8, 4), torch.full((22,), 1e3)  # beyond the ReLUs' zeros
-    prepared = polyphase_weights(weights, rates, 2, 8, 4)
+    prepared = polyphase_weights(weights, rates, 8, 4)
     rest = (offset, None, None, torch.eye(22), offset)
     results = []
     for matrix in itertools.chain(*prepared):

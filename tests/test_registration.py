@@ -26,8 +26,8 @@ SCHEMAS = {
     "bool tf32=False, bool polyphase=True) -> Tensor",
     "atrous_pyramid_grad_weight": "(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
     "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]",
-    "polyphase_weights": "(Tensor[] weights, int[] rates, int batch, int height, int width) "
-    "-> Tensor[]",
+    "polyphase_times": "(Tensor x, Tensor[] weights, int[] rates) -> Tensor",
+    "polyphase_weights": "(Tensor[] weights, int[] rates, int height, int width) -> Tensor[]",
     "atrous_separable_pyramid": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
     "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
     "Tensor? scale=None, Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
@@ -53,10 +53,13 @@ SCHEMAS = {
 }
 TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
-WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "cpu_isa", *STEPS_OF_A_NORM]
+FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
+WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "cpu_isa"]
+WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]
+TENSOR_OPS = [name for name in TENSOR_OPS if name not in FOR_BENCHMARKS]
 ON_CUDA_ALONE = ["atrous_pyramid_statistics", *STEPS_OF_A_NORM]
 WITH_AUTOCAST = ["atrous_pyramid", "atrous_separable_pyramid", "atrous_pyramid_statistics"]
 WITH_AUTOCAST = [*WITH_AUTOCAST, *(f"{name}{TRITON}" for name in WITH_AUTOCAST), "aspp_inference"]

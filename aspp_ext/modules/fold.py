@@ -86,13 +86,13 @@ def _as_read(weight: Tensor) -> Tensor:
     return weight.permute(inner).contiguous().permute(order)
 
 
-_PREPARED_SIZES = 2  # a model's own and that of its last, smaller batch
+_PREPARED_SIZES = 2  # of images upright and across
 
 
-def _prepare(folded: Folded, batch: int, height: int, width: int) -> list[Tensor]:
+def _prepare(folded: Folded, height: int, width: int) -> list[Tensor]:
     # Outside inference mode, as the folded copy.
     with torch.inference_mode(False), torch.no_grad():
-        return polyphase_weights(folded.weights, folded.atrous_rates, batch, height, width)
+        return polyphase_weights(folded.weights, folded.atrous_rates, height, width)
 
 
 class FoldCache:
@@ -103,7 +103,7 @@ class FoldCache:
     CPU a fingerprint of the values is compared too: every element of small tensors, a diagonal of
     large ones. On other devices that comparison would make the host wait, and is left out.
 
-    ``prepared(batch, height, width)`` are the folded weights as minimal filtering takes them, kept
+    ``prepared(height, width)`` are the folded weights as minimal filtering takes them, kept
     for the last sizes. They take several times the memory of the branches' weights.
     """
 

@@ -89,9 +89,8 @@ class FusedForward(nn.Module):
         if cache is None:
             with torch.no_grad():
                 return fold(head, dtype), None
-        by_cpu = self.polyphase and x.device.type == "cpu"
-        n, _, h, w = x.shape
-        return cache.folded, cache.prepared(n, h, w) if by_cpu else None
+        by_cpu = self.polyphase and x.device.type == "cpu" and x.dim() == 4
+        return cache.folded, cache.prepared(*x.shape[-2:]) if by_cpu else None
 
     def _cache(self, head: Head, dtype: torch.dtype) -> FoldCache | None:
         cache = self.__dict__.get(_CACHE)

@@ -178,7 +178,7 @@ def check_head(
 
 
 def polyphase_weights(
-    weights: Sequence[Tensor], atrous_rates: Sequence[Rate], batch: int, height: int, width: int
+    weights: Sequence[Tensor], atrous_rates: Sequence[Rate], height: int, width: int
 ) -> list[Tensor]:
     """The weights of a pyramid as minimal filtering takes them: ``prepared`` of a head.
 
@@ -187,7 +187,7 @@ def polyphase_weights(
 
     Args:
         weights, atrous_rates: as in :func:`aspp_inference`.
-        batch, height, width: N, H and W of x.
+        height, width: H and W of x, at any N.
 
     Returns:
         Per branch a tensor, which is empty where the branch is computed directly.
@@ -203,11 +203,11 @@ def polyphase_weights(
         checks.check_kernel(_WEIGHTS, f"weights[{b}]", w)
     rates = checks.flat_rates(_WEIGHTS, atrous_rates)
     checks.check_rates(_WEIGHTS, rates, len(weights))
-    x = weights[0].new_empty(1).expand(batch, weights[0].size(1), height, width)
+    x = weights[0].new_empty(1).expand(1, weights[0].size(1), height, width)
     checks.check_dense(_WEIGHTS, x, weights, rates)
     if _native.cpu_missing is not None:
         return [w.new_empty(0) for w in weights]
-    return NATIVE.op(_WEIGHTS)(list(weights), rates, batch, height, width)
+    return NATIVE.op(_WEIGHTS)(list(weights), rates, height, width)
 
 
 def _fake_weights(*_: Any) -> list[Tensor]:

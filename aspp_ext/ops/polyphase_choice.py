@@ -46,7 +46,8 @@ def polyphase_choices(
         _plan.Branch(kernel=kernel, rate=(rates[2 * b], rates[2 * b + 1]), out_channels=outs[b])
         for b, kernel in enumerate(kernels)
     ]
-    problem = _plan.Problem(n, h, w, branches, in_channels=c)
+    # What is prepared serves batches of any size, and is chosen for one image.
+    problem = _plan.Problem(1 if prepared else n, h, w, branches, in_channels=c)
     return [_plan.choose_polyphase(problem, b, prepared=prepared) for b in range(len(branches))]
 
 

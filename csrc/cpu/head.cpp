@@ -153,8 +153,8 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
 
 // Where nothing but the CPU's kernels filters minimally.
 std::vector<Tensor> no_polyphase_weights(std::vector<Tensor> weights,
-                                         std::vector<int64_t> /*rates*/, int64_t /*batch*/,
-                                         int64_t /*height*/, int64_t /*width*/) {
+                                         std::vector<int64_t> /*rates*/, int64_t /*height*/,
+                                         int64_t /*width*/) {
   std::vector<Tensor> direct;
   for (const Tensor& w : weights) direct.push_back(empty_of(w, {0}));
   return direct;

@@ -93,7 +93,9 @@ void run_fused(const HeadCall& call, std::vector<BranchParams>& branches) {
 
 void run_stored(const HeadCall& call, const MinimalForms& forms,
                 const std::vector<Tensor>& matrices) {
-  const auto& [head, params, weights, project_weight, operands, out, bias] = call;
+  const PyramidParams& params = call.params;
+  const HeadShape& head = call.head;
+  Operands& operands = call.operands;
   const PyramidShape& shape = head.pyramid;
   const int64_t plane = shape.height * shape.width, width = padded(head.projected);
   const auto pixels = [&](void* data, int64_t channels) {  // [N, H, W, channels]
@@ -118,10 +120,10 @@ void run_stored(const HeadCall& call, const MinimalForms& forms,
     std::vector<size_t> rest = run_minimal(branches, some, matrices, operands);
     std::erase_if(rest, [&](size_t b) { return b < group.first || b >= group.last; });
     const bool want_sums = head.pooled > 0 && sums.data == nullptr;
-    const PixelSums found = run_directly(branches, rest, weights, operands, want_sums);
+    const PixelSums found = run_directly(branches, rest, call.weights, operands, want_sums);
     if (found.data != nullptr) sums = found;
 
-    const Tensor kernel = as_kernel(project_weight, first, channels);
+    const Tensor kernel = as_kernel(call.project_weight, first, channels);
     std::vector<BranchParams> project = dense_branches({kernel}, {1, 1});
     PyramidShape share = shape;
     share.channels = channels;
@@ -129,10 +131,10 @@ void run_stored(const HeadCall& call, const MinimalForms& forms,
     last.out = pixels(projected, width);
     if (g > 0) last.residual = projected;
     if (g + 1 == groups.size()) {
-      last.shift = bias(sums);
+      last.shift = call.bias(sums);
       last.shift_n_stride = last.columns;
       last.relu = true;
-      last.out = image_of(out);
+      last.out = image_of(call.out);
     }
     run_directly(last, {0}, {kernel}, operands);
   }

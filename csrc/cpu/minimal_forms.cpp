@@ -36,11 +36,12 @@ std::shared_ptr<const MinimalForm> cheapest_form(const plan::Problem& problem, b
   if (!choice.form || !(choice.is_polyphase() || always)) return nullptr;
   const auto rows = row_axis(problem, 0, plan::Pass::forward);
   const auto columns = col_axis(problem, 0, plan::Pass::forward);
-  return std::make_shared<MinimalForm>(plan::minimal_axis(rows, choice.form->rows),
-                                       plan::minimal_axis(columns, choice.form->columns));
+  return std::make_shared<MinimalForm>(
+      MinimalForm{plan::minimal_axis(rows, choice.form->rows),
+                  plan::minimal_axis(columns, choice.form->columns)});
 }
 
-// Choosing takes up to a millisecond, which a small map feels.
+// Choosing and planning take up to a millisecond, which a small map feels.
 class FormCache {
  public:
   using Key = std::array<int64_t, 11>;
@@ -69,18 +70,18 @@ MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchPa
   const Policy wish = policy();
   if (wish == Policy::never || operands.product_dtype() != operands.compute_dtype()) return forms;
   const bool always = wish == Policy::always;
+  const int64_t batch = prepared ? 1 : shape.batch;
   for (size_t b = 0; b < branches.size(); ++b) {
     const BranchParams& branch = branches[b];
     const plan::Branch planned{
         {branch.kernel_h, branch.kernel_w}, {branch.rate_h, branch.rate_w}, branch.out_channels};
     if (branch.depthwise != nullptr || planned.kernel == plan::Extent{1, 1}) continue;
-    const FormCache::Key key{shape.batch,     shape.channels,   shape.height,
+    const FormCache::Key key{batch,           shape.channels,   shape.height,
                              shape.width,     planned.kernel.h, planned.kernel.w,
                              planned.rate.h,  planned.rate.w,   branch.out_channels,
                              int64_t(always), int64_t(prepared)};
     forms[b] = cache.get(key, [&] {
-      const plan::Problem problem(shape.batch, shape.height, shape.width, {planned},
-                                  shape.channels);
+      const plan::Problem problem(batch, shape.height, shape.width, {planned}, shape.channels);
       return cheapest_form(problem, always, prepared);
     });
   }

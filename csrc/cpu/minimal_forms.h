@@ -22,7 +22,8 @@ using MinimalForms = std::vector<std::shared_ptr<const MinimalForm>>;  // null: 
 // Of each dense branch the form in which it costs less than directly, if there is one; none where
 // products are bfloat16, in which combinations of inputs lose too many digits.
 // ASPP_EXT_POLYPHASE=0 gives none, =always the cheapest form wherever there is one. `prepared`: the
-// weights' matrices need not be made. Forms are kept for the calls to come.
+// weights' matrices need not be made; then the form is that of one image, so that matrices serve
+// batches of any size. Forms are kept for the calls to come.
 MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
                            const Operands& operands, bool prepared);
 bool any_minimal(const MinimalForms& forms);

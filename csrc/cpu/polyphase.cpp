@@ -16,13 +16,12 @@ constexpr int64_t kColumnProducts = 256;
 // The products of a branch, in parts of its rows and of its columns.
 class Chunks {
  public:
-  // As few as keep their sums in the caches, since each reads all matrices; a whole number for each
-  // thread where that leaves them long. No bit of a result depends on the division.
-  Chunks(const MinimalForm& form, int64_t batch)
+  // As few as keep their sums in the caches, since each reads all matrices; where that leaves them
+  // long, a whole number for each of `threads`.
+  Chunks(const MinimalForm& form, int64_t batch, int64_t threads)
       : columns_(parts_of(form.columns, kColumnProducts)) {
     constexpr int64_t kLeast = 1024;
     const int64_t all = form.products() * batch;
-    const int64_t threads = int64_t(torch::stable::get_num_threads());
     int64_t chunks = (all + plan::kChunkRows - 1) / plan::kChunkRows;
     const int64_t even = (chunks + threads - 1) / threads * threads;
     if (chunks > 1 && all / even >= kLeast) chunks = even;
@@ -73,7 +72,8 @@ void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_pre
   std::vector<Task> tasks;
   chunks.reserve(runs.size());
   for (size_t r = 0; r < runs.size(); ++r) {
-    chunks.emplace_back(*runs[r].form, batch);
+    // No bit of an output depends on the division into chunks.
+    chunks.emplace_back(*runs[r].form, batch, int64_t(torch::stable::get_num_threads()));
     const std::vector<PolyphaseChunk> whole = chunks.back().of_batch(batch);
     const int64_t all = panels(runs[r].params.out_channels);
     const int64_t count = panels_of_task(all, int64_t(whole.size()));
@@ -150,7 +150,7 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
 bool run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,
                      const Tensor& grad_weight, bool double_precision) {
   const Kernels& k = kernels();
-  const Chunks chunks(form, batch);
+  const Chunks chunks(form, batch, 1);  // sums run through the chunks: the same for any threads
   const std::vector<PolyphaseChunk> all = chunks.of_batch(batch);
   PolyphaseGradWeight p;
   p.x = x;

@@ -37,7 +37,7 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
 }
 
 std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<int64_t> rates,
-                                      int64_t batch, int64_t height, int64_t width) {
+                                      int64_t height, int64_t width) {
   constexpr const char* op = "polyphase_weights";
   check_rates(op, rates, weights.size());
   for (size_t b = 0; b < weights.size(); ++b) {
@@ -47,11 +47,10 @@ std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<i
     require(weights[b].size(1) == weights[0].size(1), op, ": ", name, " has ", weights[b].size(1),
             " input channels but weights[0] has ", weights[0].size(1));
   }
-  check_image_size(op, "x", {batch, weights[0].size(1), height, width});
+  check_image_size(op, "x", {1, weights[0].size(1), height, width});
   Operands operands(weights[0]);
-  const PyramidShape shape{batch, weights[0].size(1), height, width};
-  MinimalForms forms(weights.size());
-  if (batch > 0) forms = minimal_forms(shape, dense_branches(weights, rates), operands, true);
+  const PyramidShape shape{1, weights[0].size(1), height, width};
+  const MinimalForms forms = minimal_forms(shape, dense_branches(weights, rates), operands, true);
   return minimal_weights(op, forms, weights, {}, operands);
 }
 
