@@ -12,7 +12,8 @@ import torch
 from aspp_ext.testing import OPS, PROBLEMS, outputs
 
 BUSY = ["aspp", "many_chunks", "row_windows_batch", "seven_branches"]
-# Dense gradients are oneDNN's, which divides its sums among the threads there are.
+# Where dense gradients are not filtered minimally they are oneDNN's, which divides its sums among
+# the threads there are.
 ONEDNN = ("pyramid_grad_input", "pyramid_grad_weight")
 
 

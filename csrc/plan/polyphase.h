@@ -18,8 +18,9 @@ namespace aspp::plan {
 // short ones keep their sums in the caches.
 inline constexpr Index kChunkRows = 3072;
 
-// In GEMM rows: one row is in_channels * out_channels multiply-adds. The defaults are what the
-// CPU's kernels took on an AVX-512 machine, as `python -m benchmarks.polyphase` measures it.
+// In GEMM rows: one row is in_channels * out_channels multiply-adds. The defaults are
+// estimates from timings of the CPU's kernels on an AVX-512 machine; `python -m
+// benchmarks.polyphase` holds what they predict against what it measures.
 struct PolyphaseCosts {
   double transform = 30;  // combining a channel of a row, in multiply-adds; inputs and outputs
   double matrix = 5;      // reading a matrix, for each chunk

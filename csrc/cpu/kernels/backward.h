@@ -13,6 +13,7 @@
 #include "gemm.h"
 #include "params.h"
 #include "pixels.h"
+#include "scratch.h"
 
 namespace aspp::ASPP_ISA {
 
@@ -36,15 +37,14 @@ BackwardScratch<T> lay_out_backward(const SeparableBackwardParams& p, void* memo
     if (p.branches[b].out_channels > most) most = p.branches[b].out_channels;
   }
   const int64_t plane = p.height * p.width * kBackwardChannels;
-  char* at = static_cast<char*>(memory);
-  const auto take = [&at](int64_t count) {
-    T* here = reinterpret_cast<T*>(at);
-    at += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
-    return here;
-  };
-  BackwardScratch<T> s{
-      take(plane), take(plane), take(plane), take(plane), take(most * kBackwardChannels), 0};
-  s.bytes = at - static_cast<char*>(memory);
+  Buffers<T> buffers(memory);
+  BackwardScratch<T> s{};
+  s.x = buffers.take(plane);
+  s.depthwise = buffers.take(plane);
+  s.h = buffers.take(plane);
+  s.grad_x = buffers.take(plane);
+  s.pointwise = buffers.take(most * kBackwardChannels);
+  s.bytes = buffers.bytes();
   return s;
 }
 

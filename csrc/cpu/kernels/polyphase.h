@@ -13,6 +13,7 @@
 
 #include "gemm.h"
 #include "products.h"
+#include "scratch.h"
 
 namespace aspp::ASPP_ISA {
 
@@ -30,20 +31,15 @@ PolyphaseScratch<T> lay_out_polyphase(const PolyphaseChunk& chunk, void* memory)
   const MinimalLines &rows = *chunk.rows, &columns = *chunk.columns;
   const ptrdiff_t window = span(columns.read, columns.read_count);
   const ptrdiff_t count = rows.products() * columns.products();
-  char* at = static_cast<char*>(memory);
-  const auto take = [&at](ptrdiff_t elements) {
-    T* here = reinterpret_cast<T*>(at);
-    at += (elements * ptrdiff_t(sizeof(T)) + 127) / 64 * 64;
-    return here;
-  };
+  Buffers<T> buffers(memory);
   PolyphaseScratch<T> s;
-  s.staged = take(rows.read_count * window * kBlock<T>);
-  s.line = take(window * kBlock<T>);
-  s.products = take(most_of_a_weight(rows) * columns.products() * kBlock<T>);
-  s.sums = take(count * chunk.panel_count * kPanel);
-  s.mid = take(columns.products() * kPanel);
-  s.outputs = take(columns.outputs.count * kPanel);
-  s.bytes = at - static_cast<char*>(memory);
+  s.staged = buffers.take(rows.read_count * window * kBlock<T>);
+  s.line = buffers.take(window * kBlock<T>);
+  s.products = buffers.take(most_of_a_weight(rows) * columns.products() * kBlock<T>);
+  s.sums = buffers.take(count * chunk.panel_count * kPanel);
+  s.mid = buffers.take(columns.products() * kPanel);
+  s.outputs = buffers.take(columns.outputs.count * kPanel);
+  s.bytes = buffers.bytes();
   return s;
 }
 

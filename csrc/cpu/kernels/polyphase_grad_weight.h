@@ -32,21 +32,16 @@ GradWeightScratch<T> lay_out_grad_weight(const PolyphaseGradWeight& p, int64_t p
     grow(products, most_of_a_weight(rows) * columns.products());
   }
   const ptrdiff_t width = panel_count * kPanel;
-  char* at = static_cast<char*>(memory);
-  const auto take = [&at](ptrdiff_t elements) {
-    T* here = reinterpret_cast<T*>(at);
-    at += (elements * ptrdiff_t(sizeof(T)) + 127) / 64 * 64;
-    return here;
-  };
+  Buffers<T> buffers(memory);
   GradWeightScratch<T> s;
-  s.x_staged = take(read * read_window * kGradBlock);
-  s.x_line = take(read_window * kGradBlock);
-  s.x_products = take(products * kGradBlock);
-  s.grad_staged = take(written * written_window * width);
-  s.grad_line = take(written_window * width);
-  s.grad_products = take(products * width);
-  s.matrices = take(p.map.row_count * p.map.column_count * kGradBlock * width);
-  s.bytes = at - static_cast<char*>(memory);
+  s.x_staged = buffers.take(read * read_window * kGradBlock);
+  s.x_line = buffers.take(read_window * kGradBlock);
+  s.x_products = buffers.take(products * kGradBlock);
+  s.grad_staged = buffers.take(written * written_window * width);
+  s.grad_line = buffers.take(written_window * width);
+  s.grad_products = buffers.take(products * width);
+  s.matrices = buffers.take(p.map.row_count * p.map.column_count * kGradBlock * width);
+  s.bytes = buffers.bytes();
   return s;
 }
 
