@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
-from build_graph import Graph, find_cuda, is_emulated, read_env, refuse, say  # noqa: E402
+import build_graph as build  # noqa: E402
+from build_graph import read_env, refuse, say  # noqa: E402
 
 
 def find_torch():
@@ -78,19 +80,21 @@ class NinjaBuild(build_ext):
         folder = Path(elsewhere).resolve() if elsewhere else package / "aspp_ext"
         work = f"build/{folder.name}-objects" if elsewhere else "build/objects"
         cxx, compiler = find_compiler()
-        graph, cuda = Graph(work, cxx, torch), find_cuda()
+        graph, cuda = build.Graph(work, cxx, torch), build.find_cuda()
+        architectures = build.choose_architectures(everywhere=package != ROOT) if cuda else []
         if not elsewhere:  # Python finds the planner in the package only
             graph.add_planner()
         facts = {
             "version": self.distribution.get_version(),
             "torch": version["__version__"],
             "compiler": compiler,
-            "isas": graph.add_cpu(emulated := is_emulated()),
+            "isas": graph.add_cpu(emulated := build.is_emulated()),
             "emulated": emulated,
             "cuda": None,
-            "architectures": graph.add_cuda(cuda) if cuda else [],
+            "architectures": architectures,
         }
         if cuda:
+            graph.add_cuda(cuda, architectures)
             nvcc = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True)
             facts["cuda"] = nvcc.stdout.partition("release ")[2].partition(",")[0]
             if version["cuda"] and version["cuda"].split(".")[0] != facts["cuda"].split(".")[0]:
@@ -103,8 +107,13 @@ class NinjaBuild(build_ext):
         Path(ROOT, work, "build.ninja").write_text("\n".join(graph) + "\n")
         jobs = read_env("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         ninja = [find_ninja(), "-f", f"{work}/build.ninja", "-j", jobs]
+        log, began = Path(ROOT, work, ".ninja_log"), time.perf_counter()
+        before = set(build.read_log(log))
         if code := subprocess.run(ninja, cwd=ROOT).returncode:
             refuse(f"ninja stopped with exit status {code}; the reason is printed above")
+        if built := [line for line in build.read_log(log) if line not in before]:
+            wall = time.perf_counter() - began
+            say(f"compiled {build.seconds_by_stage(built)}; {wall:.0f} s, {jobs} at a time")
 
         folder.mkdir(parents=True, exist_ok=True)
         made = [Path(ROOT, library) for library in graph.libraries]

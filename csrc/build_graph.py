@@ -5,7 +5,9 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +17,7 @@ NVCC = "-std=c++20 -O3 -DNDEBUG -Icsrc -Werror all-warnings -Xptxas -warn-spills
 EMULATE = "-DASPP_EMULATE -Icsrc/cuda/emulation -fno-strict-aliasing -w"
 DEFAULT_CUDA = "/usr/local/cuda"
 ARCHITECTURES = "8.0;9.0a;10.0f;12.0f+PTX"
+PORTABLE = "8.0+PTX"  # newer GPUs compile the PTX when they load it
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 X86_ISAS = {
@@ -90,6 +93,47 @@ def split_architectures(text):
     return result
 
 
+def gpu_generations():
+    """The major compute capabilities of the GPUs that are here, as {"9"}."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return set()
+    query = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    lines = answer.stdout.split() if answer.returncode == 0 else []
+    return {line.partition(".")[0] for line in lines}
+
+
+def choose_architectures(everywhere):
+    """TORCH_CUDA_ARCH_LIST; or all for a build that is to run `everywhere` and where
+    ASPP_EXT_CUDA_ARCHS=all asks for them; or what the GPUs here need; or one, without a GPU."""
+    if named := read_env("TORCH_CUDA_ARCH_LIST"):
+        return split_architectures(named)
+    if (wish := read_env("ASPP_EXT_CUDA_ARCHS", "auto")) not in ("auto", "all"):
+        refuse(f"ASPP_EXT_CUDA_ARCHS must be auto or all but is {wish!r}")
+    every, here = split_architectures(ARCHITECTURES), gpu_generations()
+    if everywhere or wish == "all":
+        return every
+    if not here:
+        say(f"no GPU here: kernels for {PORTABLE} alone; ASPP_EXT_CUDA_ARCHS=all builds for all")
+        return [PORTABLE]
+    return [arch for arch in every if arch.partition(".")[0] in here] or every
+
+
+def read_log(path):
+    """The lines of ninja's log, of which each is an output it made."""
+    return path.read_text().splitlines()[1:] if path.exists() else []
+
+
+def seconds_by_stage(lines):
+    """How long the compilers took for each folder of sources, as text, from lines of the log."""
+    spent = Counter()
+    for line in lines:
+        begin, end, _, output, _ = line.split("\t")
+        folder = Path(output).parent.as_posix().partition("/csrc")[1:]
+        spent["".join(folder).strip("/") or "linking"] += (int(end) - int(begin)) / 1000
+    return ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in spent.most_common())
+
+
 def gencodes(source, architectures):
     """nvcc's flags for one kernel file, or [] where none of the architectures can use it."""
     if source.stem.endswith("_sm90"):
@@ -146,15 +190,17 @@ class Graph(list):
         import pybind11
 
         python = [*system(pybind11.get_include()), *system(sysconfig.get_path("include"))]
-        objects = self.compile("csrc/plan_bindings.cpp", [*self.host, *python])
+        # Its templates take the compiler half as long at -O1, and Python is what calls them.
+        objects = self.compile("csrc/plan_bindings.cpp", [*self.host, *python, "-O1"])
         self.link("_plan" + sysconfig.get_config_var("EXT_SUFFIX"), objects)
 
     def add_cpu(self, emulated=False):
         """The kernels once per instruction set; which of them runs is chosen at run time.
 
-        Emulated, the CUDA bindings and kernels take the place of the CPU's pyramids.
+        Emulated, the CUDA bindings and kernels take the place of the CPU's pyramids, of which one
+        instruction set is enough.
         """
-        x86 = platform.machine() in ("x86_64", "AMD64")
+        x86 = platform.machine() in ("x86_64", "AMD64") and not emulated
         isas = X86_ISAS if x86 else {"isa_baseline": ""}
         objects = [*self.bindings, *self.compile("csrc/library.cpp", self.tensor)]
         argv = [*self.tensor, *["-DASPP_X86=1"] * x86]
@@ -174,8 +220,7 @@ class Graph(list):
             objects += self.compile(f"csrc/{folder}/*.cpp", argv)
         return objects + self.compile("csrc/cuda/kernels/*_sm80.cu", [*argv, "-xc++"])
 
-    def add_cuda(self, home):
-        architectures = split_architectures(read_env("TORCH_CUDA_ARCH_LIST", ARCHITECTURES))
+    def add_cuda(self, home, architectures):
         nvcc = [home / "bin/nvcc", *NVCC.split(), "-ccbin", self.cxx[-1]]
         nvcc += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"]
         nvcc += ["--threads", read_env("NVCC_THREADS", "1")]
@@ -195,4 +240,3 @@ class Graph(list):
             libraries.insert(0, f"-L{self.folder}/stand_in")
         libraries += [f"-L{home / 'lib64'}", f"-L{home / 'lib'}", "-lcudart_static"]
         self.link("libaspp_cuda.so", objects, [*libraries, "-ldl", "-lrt", "-lpthread"], stand_in)
-        return architectures

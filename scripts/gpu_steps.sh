@@ -104,10 +104,10 @@ instructions() {
   "$PYTHON" scripts/compare_instructions.py "$WORK/hardware.txt" "$WORK/emulated.txt"
 }
 
-# The tests for a GPU that an expression selects, by so many processes.
+# The tests for a GPU whose markers an expression selects, by so many processes.
 run_tests() {
   local selected=$1 processes=$2 status files
-  local options=(-m gpu -k "$selected" -p no:cacheprovider --color=no)
+  local options=(-m "gpu and $selected" -p no:cacheprovider --color=no)
   options+=(--continue-on-collection-errors)
   # Where there is no plugin for it, the time limit in pyproject.toml is an unknown option.
   has_module pytest_timeout || options+=(-o addopts=)
@@ -126,7 +126,6 @@ run_tests() {
   return 1
 }
 
-# Every test of Triton's kernels has the word in its name or its file's, and no other test has.
 tests() { run_tests 'not triton' 6; }
 # Most of its time goes into compiling, on as many processors.
 triton() { run_tests triton "$(($(nproc) > 12 ? 12 : $(nproc)))"; }

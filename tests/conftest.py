@@ -6,14 +6,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import interpreting
 import pytest
+import selection
 import torch
 
-from aspp_ext import _triton
 from aspp_ext.testing import nan_poison
 
 LARGE_GIB = 12
+# No limit on how long an example takes, and none on how long it takes to draw some.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 def available_gib() -> float:
@@ -23,12 +29,25 @@ def available_gib() -> float:
     return 0.0
 
 
-def pytest_configure() -> None:
-    if _triton.interpreted:
+pytest_addoption = selection.add_options
+pytest_terminal_summary = selection.say_what_was_left
+pytest_runtest_setup = pytest.hookimpl(tryfirst=True)(selection.skip_when_out_of_time)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in selection.MARKERS.replace("\n  ", " ").strip().splitlines():
+        config.addinivalue_line("markers", line)
+    if selection.KERNELS == "interpreted":
         interpreting.quicken()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_report_header(config: pytest.Config) -> str:
+    without = "" if torch.cuda.is_available() else "; without a CUDA device: no test for one"
+    return f"kernels: {selection.KERNELS}{without}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    selection.choose(config, items)
     absent = {}
     if not torch.cuda.is_available():
         absent["gpu"] = "no CUDA device"
@@ -41,15 +60,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def isolated() -> Iterator[None]:
+def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
     """Global state a test may change does not reach the next one.
 
-    One thread is quicker on these sizes; test_threads.py compares the bits with two threads'.
+    One thread is quicker on these sizes; `make prove` tries other numbers.
     """
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), nan_poison():
         torch.manual_seed(0)
-        torch.set_num_threads(1)
+        torch.set_num_threads(request.config.option.threads)
         yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from selection import ALL_KERNELS, KERNELS
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import aspp_ext
-from aspp_ext import _native, _triton
+from aspp_ext import _triton
 from aspp_ext.ops.family import NATIVE, TRITON
 from aspp_ext.testing import (
     DTYPES,
@@ -32,22 +33,49 @@ from aspp_ext.testing import (
 LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
 SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
-EMULATED = _native.emulated
-"""Whether the CPU's pyramids are the CUDA kernels in csrc/cuda/emulation: test_emulated.py."""
+on_all = pytest.mark.kernels(*ALL_KERNELS)
+on_native = pytest.mark.kernels("cpu", "emulated")
+on_cpu, on_emulated, on_interpreted = (pytest.mark.kernels(name) for name in ALL_KERNELS)
+on_what_has_heads = pytest.mark.kernels("cpu", "interpreted")
+"""Emulated, the whole head is composed of pyramids, or the CPU's own."""
+varied = pytest.mark.settings("filtered", "unfiltered", "threads")
+"""Holds whichever way the CPU's pyramids go, by any number of threads."""
+sanitized = pytest.mark.settings("sanitized")
+proven_interpreted = pytest.mark.prove("interpreted")
+"""Triton's interpreter takes seconds for what others do in none."""
+
+proven_emulated = pytest.mark.prove("emulated")
+
+
+def quick_emulated(when: Callable[..., bool] | None = None) -> pytest.MarkDecorator:
+    return pytest.mark.quick("emulated", when=when)
+
+
+def quick_interpreted(when: Callable[..., bool] | None = None) -> pytest.MarkDecorator:
+    return pytest.mark.quick("interpreted", when=when)
+
+
+EMULATED = KERNELS == "emulated"
+"""Whether the CPU's pyramids are the CUDA kernels, run by csrc/cuda/emulation."""
 
 FILTERED = os.environ.get("ASPP_EXT_POLYPHASE") == "always"
-"""Whether minimal filtering is forced: test_polyphase_suite.py."""
+"""Whether minimal filtering is forced."""
 
-INTERPRETED = _triton.interpreted
-"""Whether Triton's operators are tested, and no others, interpreted: test_interpreted.py."""
+INTERPRETED = KERNELS == "interpreted"
+"""Whether Triton's operators are tested, and no others, run by its interpreter."""
 FAMILY = TRITON if INTERPRETED else NATIVE
 """The operators that are tested."""
 WIDEST = torch.float32 if INTERPRETED else torch.float64
 """The most exact dtype that they compute in."""
 BACKENDS = ["triton"] if INTERPRETED else [None, "cpu", "reference"]
 
+
+def marks_of(op_name: str) -> list[pytest.MarkDecorator]:
+    return [on_what_has_heads] if op_name.startswith("head") else []
+
+
 CASES = [
-    pytest.param(op, problem, id=f"{op_name}-{name}")
+    pytest.param(op, problem, id=f"{op_name}-{name}", marks=marks_of(op_name))
     for (op_name, op), (name, problem) in itertools.product(OPS.items(), PROBLEMS.items())
 ]
 
@@ -95,7 +123,8 @@ def call_of(op: Op) -> Callable[..., Any]:
     return implementations(op)["triton"] if INTERPRETED else op.native
 
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+EACH = [d if has_dtype("triton", d) else pytest.param(d, marks=on_native) for d in DTYPES]
+each_dtype = pytest.mark.parametrize("dtype", EACH, ids=dtype_id)
 
 
 def oracle_of(op: Op, arguments: Any) -> list[torch.Tensor]:

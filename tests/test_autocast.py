@@ -6,10 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from table import BACKENDS, FAMILY
+from table import BACKENDS, FAMILY, on_all, on_native, proven_interpreted, quick_interpreted, varied
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
+
+pytestmark = [on_all, proven_interpreted, varied]
 
 LOW = [torch.bfloat16, torch.float16]
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
@@ -29,6 +31,7 @@ def calls(x, backend):
     }
 
 
+@quick_interpreted()
 @each_backend
 @each_low
 def test_result_has_the_autocast_dtype(low, backend) -> None:
@@ -41,6 +44,7 @@ def test_result_has_the_autocast_dtype(low, backend) -> None:
         assert torch.equal(y, expected[name]), name
 
 
+@on_native
 @each_backend
 def test_float64_is_left_alone(backend) -> None:
     x = torch.randn(1, 3, 5, 6, dtype=torch.float64)
@@ -48,6 +52,7 @@ def test_float64_is_left_alone(backend) -> None:
         assert all(y.dtype == torch.float64 for y in calls(x, backend).values())
 
 
+@quick_interpreted()
 @each_backend
 @each_low
 def test_mixed_dtypes_as_in_a_model(low, backend) -> None:
@@ -62,6 +67,7 @@ def test_mixed_dtypes_as_in_a_model(low, backend) -> None:
     assert torch.equal(y, expected)
 
 
+@quick_interpreted()
 @each_backend
 def test_disabled_inside(backend) -> None:
     x = torch.randn(1, 3, 5, 6)
@@ -69,6 +75,7 @@ def test_disabled_inside(backend) -> None:
         assert all(y.dtype == torch.float32 for y in calls(x, backend).values())
 
 
+@quick_interpreted()
 @pytest.mark.parametrize("separable", [False, True])
 def test_gradients_are_those_of_the_cast(separable) -> None:
     x, p = torch.randn(1, 3, 5, 6, requires_grad=True), torch.randn(4, 3, 1, 1, requires_grad=True)
@@ -89,6 +96,7 @@ def test_gradients_are_those_of_the_cast(separable) -> None:
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
 
 
+@quick_interpreted()
 def test_direct_operator() -> None:
     x, w = torch.randn(1, 3, 5, 6), torch.randn(4, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -96,6 +104,7 @@ def test_direct_operator() -> None:
     assert y.dtype == torch.bfloat16
 
 
+@on_native
 @each_low
 @pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 def test_cuda_autocast_without_a_gpu(low) -> None:

@@ -8,13 +8,26 @@ from collections import Counter
 
 import pytest
 import torch
-from table import FAMILY, WIDEST
+from table import (
+    FAMILY,
+    WIDEST,
+    on_all,
+    on_native,
+    proven_emulated,
+    proven_interpreted,
+    quick_emulated,
+    quick_interpreted,
+    sanitized,
+    varied,
+)
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import aspp_ext
 from aspp_ext import reference
 from aspp_ext.testing import assert_no_worse_than_torch, laid_out
+
+pytestmark = [on_all, proven_interpreted, varied, sanitized]
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -81,6 +94,8 @@ FUNCTIONS = {
 LINEAR = [name for name in FUNCTIONS if name != "separable_between_relu"]
 
 
+@quick_emulated(lambda name: name in ("pyramid", "separable"))
+@on_native
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradcheck(name) -> None:
     function, shapes = FUNCTIONS[name]
@@ -93,6 +108,8 @@ def test_gradcheck(name) -> None:
     )
 
 
+@proven_emulated
+@on_native
 @pytest.mark.parametrize("name", LINEAR)
 def test_gradgradcheck(name) -> None:
     function, shapes = FUNCTIONS[name]
@@ -149,6 +166,7 @@ def test_only_what_requires_a_gradient_gets_one(name, shapes) -> None:
             assert calls.count[weight] == any(needed[1:])
 
 
+@quick_interpreted()
 def test_nothing_is_recorded_without_need() -> None:
     x, w = torch.randn(1, 3, 4, 5), torch.randn(2, 3, 3, 3)
     assert aspp_ext.atrous_pyramid(x, [w], [1]).grad_fn is None
@@ -161,6 +179,7 @@ def test_nothing_is_recorded_without_need() -> None:
 GRADS = ["expanded_batch", "expanded_channels", "expanded_plane", "channels_last", "sliced"]
 
 
+@quick_interpreted(lambda layout: layout == "sliced")
 @pytest.mark.parametrize("layout", [*GRADS, "transposed"])
 @pytest.mark.parametrize("name", ["pyramid", "separable", "separable_between_relu"])
 def test_gradient_of_any_layout(name, layout) -> None:
@@ -173,6 +192,7 @@ def test_gradient_of_any_layout(name, layout) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
+@quick_interpreted()
 def test_sum_backward() -> None:
     """``sum`` sends a gradient of stride 0 in every dimension."""
     x, w = leaf(2, 3, 4, 5), leaf(2, 3, 3, 3)
@@ -181,6 +201,7 @@ def test_sum_backward() -> None:
     torch.testing.assert_close([x.grad, w.grad], list(expected))
 
 
+@quick_interpreted()
 @pytest.mark.parametrize("name", ["pyramid", "separable"])
 def test_gradients_have_their_tensors_memory_format(name) -> None:
     x = torch.randn(2, 16, 6, 7).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -195,6 +216,7 @@ def test_gradients_have_their_tensors_memory_format(name) -> None:
     assert w.grad.stride() == w.stride()
 
 
+@quick_interpreted()
 def test_shared_tensor_gets_both_gradients() -> None:
     x, w = leaf(1, 3, 5, 4), leaf(2, 3, 3, 3)
     got = torch.autograd.grad(aspp_ext.atrous_pyramid(x, [w, w], [1, 2]).square().sum(), w)
@@ -228,6 +250,7 @@ def test_low_precision_gradients(name, dtype) -> None:
         assert_no_worse_than_torch(got, baseline, oracle, factor=3)
 
 
+@on_native
 @pytest.mark.parametrize("channels", [(37, 203), (43, 11), (24, 40), (48, 40)])
 def test_weight_gradient_in_bfloat16_of_any_number_of_channels(channels) -> None:
     """PyTorch's, in channels_last, is wrong or crashes where they are no multiple of 16."""

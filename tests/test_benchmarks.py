@@ -6,13 +6,11 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import said_by_python
 
 from benchmarks import (
     contest,
@@ -28,8 +26,6 @@ from benchmarks import (
     timing,
 )
 from benchmarks.problems import PROBLEMS, QUICK, TARGETS, Problem
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = {"channels": 8, "height": 7, "width": 5, "rates": (1, 2, 6), "out_channels": 4}
 CEILINGS = roofline.Ceilings({"float32": 2e11, "bfloat16": 4e11}, 5e10)
@@ -394,9 +390,7 @@ def test_memory_sees_an_allocation():
         "torch.ones(16 * 2**18); print(resident_kib('VmHWM') - before)"  # 16 MiB, freed at once
     )
     # A process that has freed much takes memory from what it has kept.
-    argv = [sys.executable, "-c", program]
-    ran = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(ran.stdout) >= 8 * 1024
+    assert int(said_by_python(program)) >= 8 * 1024
 
 
 # Minimal filtering

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from table import on_all, proven_emulated, quick_emulated, quick_interpreted, varied
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -14,6 +15,9 @@ import aspp_ext
 from aspp_ext import reference
 
 pytestmark = [
+    proven_emulated,
+    on_all,
+    varied,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -83,6 +87,9 @@ def assert_same_step(layer: nn.Module, expected: nn.Module, x: Tensor) -> None:
 SIZES = [(2, 7, 9), (3, 12, 8), (4, 5, 31), (2, 3, 17)]
 
 
+@quick_interpreted(lambda backend, separable: (backend, separable) == ("aot_eager", False))
+@quick_emulated(lambda backend: backend == "aot_eager")
+@pytest.mark.quick("cpu", when=lambda backend, separable: backend == "aot_eager" or separable)
 @each_kind
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_gradients_once_for_all_sizes(separable, backend) -> None:
@@ -186,7 +193,7 @@ def test_export_for_training_has_gradients(separable) -> None:
     assert_same_step(module, layer, x)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["pyramid", "separable", "head"])
 def test_aot_inductor(name, tmp_path) -> None:

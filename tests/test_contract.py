@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from bad_inputs import BAD, FLOATS, VALID, Bad, T
-from table import BACKENDS, EMULATED
+from table import BACKENDS, EMULATED, on_all, on_native, sanitized, varied
 from torch.utils._pytree import tree_leaves, tree_map
 
 import aspp_ext
 from aspp_ext import _triton, ops
 from aspp_ext.ops.family import FAMILIES, NATIVE, TRITON, Family
+
+pytestmark = [on_all, varied, sanitized]
 
 PUBLIC = ("atrous_pyramid", "atrous_separable_pyramid", "aspp_inference")
 each_public = pytest.mark.parametrize(
@@ -268,6 +270,7 @@ PYTHON_ONLY = {
 }  # fmt: skip
 
 
+@on_native
 @pytest.mark.parametrize("name", PYTHON_ONLY)
 def test_what_only_python_can_get_wrong(name) -> None:
     call, kind, sentence = PYTHON_ONLY[name]
@@ -276,6 +279,7 @@ def test_what_only_python_can_get_wrong(name) -> None:
     assert str(refusal.value) == sentence
 
 
+@on_native
 def test_a_kernel_too_large_for_the_cpu_goes_to_the_reference() -> None:
     x, w = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 65, 1)
     got = aspp_ext.atrous_pyramid(x, [w], [1])
@@ -288,6 +292,7 @@ def test_a_kernel_too_large_for_the_cpu_goes_to_the_reference() -> None:
         torch.ops.aspp_ext.atrous_pyramid(x, [w], [1, 1])
 
 
+@on_native
 def test_backend_by_environment(monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_BACKEND", "nonsense")
     with pytest.raises(
@@ -299,6 +304,7 @@ def test_backend_by_environment(monkeypatch) -> None:
     pyramid()()
 
 
+@on_native
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn", "quantized", "nested"])
 def test_other_kinds_of_tensors_are_refused(layout) -> None:
     x = torch.randn(1, 6, 5, 7)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CUDA binding refuses although the operator could do it, in a process that
-``test_emulated.py`` starts."""
+"""What the CUDA binding refuses although the operator could do it; emulated."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from table import EMULATED
+from table import on_emulated
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+pytestmark = on_emulated
 EDGE = 2**31 - 1
 
 

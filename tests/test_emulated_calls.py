@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an operator's call asks of the CUDA runtime, in a process that ``test_emulated.py`` starts.
+"""What an operator's call asks of the CUDA runtime.
 
 The emulation writes down every call; nothing here is seen by PyTorch, whose tensors are the CPU's.
 """
@@ -14,13 +14,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from table import EMULATED, PYRAMIDS, SEPARABLE, oracle_of
+from table import PYRAMIDS, SEPARABLE, on_emulated, oracle_of
 
 from aspp_ext import _native
 from aspp_ext.ops.head_composed import aspp_inference
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, laid_out, outputs
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+pytestmark = on_emulated
 # Sums long enough to be sliced, channels that may be read in place.
 BRANCHES = (Branch(40, (1, 1)), Branch(40, (3, 3), (6, 6)))
 SLICED = Problem("sliced", (1, 1024, 9, 9), BRANCHES)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The separable operators by way of memory, in a process that ``test_emulated.py`` starts: what
-they launch, and results that depend on how a batch is cut and pixels are added up."""
+"""The separable operators by way of memory: what they launch, and results that depend on how a
+batch is cut and pixels are added up."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from table import EMULATED, check_integers, dtype_id, each_dtype, oracle_of
+from table import check_integers, dtype_id, each_dtype, on_emulated, oracle_of
 from test_emulated_calls import ALLOWED, Emulation, kernels
 
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+pytestmark = on_emulated
 NAMES = [name for name in OPS if name.startswith("separable")]
 FORWARD = [name for name in NAMES if "backward" not in name]
 BACKWARD = [name for name in NAMES if "backward" in name]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``atrous_pyramid_statistics`` and the training step of a dense head that is built on it.
 
-Where the CPU's dense pyramid is the CUDA kernels: in a process that ``test_emulated.py`` starts.
+By the CUDA kernels, emulated.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import pytest
 import statistics_checks as checks
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
-from table import EMULATED
+from table import on_emulated
 from test_emulated_calls import ALLOWED, IN_PLACE, Emulation, kernels
 from torch import nn
 
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS
 
-pytestmark = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+pytestmark = on_emulated
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 DENSE = [name for name in PAIRS if "separable" not in name]
 

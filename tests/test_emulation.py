@@ -5,12 +5,12 @@ it notices each kind of fault a kernel can have, by the means meant for it."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import emulated
+import programs
 import pytest
+from planted_faults import plain_is_quick
 
-VARIANTS = list(emulated.VARIANTS)
+VARIANTS = list(programs.VARIANTS)
 
 SILENT, WRONG = 0, 3  # what faults.cpp ends with where results are right, and where not
 RACE = r"WARNING: ThreadSanitizer: data race"
@@ -60,29 +60,24 @@ FAULTS = {
 
 SANITIZED_TOO = ("never_awaited", "half_at_barrier")
 
-PROGRAMS = {
-    "twins": ["plain", "address"],
-    "execution": VARIANTS,
-    "runtime": ["plain", "address"],
-    "faults": VARIANTS,
-}
-MODELS = [(name, v) for name in PROGRAMS if name != "faults" for v in PROGRAMS[name]]
+MODELS = [
+    (name, variant)
+    for name in ("twins", "execution", "runtime")
+    for variant in programs.PROGRAMS[name].variants
+]
 
 
-@pytest.fixture(scope="module")
-def programs() -> dict[str, dict[str, Path]]:
-    return {name: emulated.build(name, variants) for name, variants in PROGRAMS.items()}
-
-
+@plain_is_quick
 @pytest.mark.parametrize(("name", "variant"), MODELS)
-def test_model(programs, name, variant) -> None:
-    ran = emulated.run(programs[name][variant], ASAN_OPTIONS="detect_leaks=1")
+def test_model(name, variant) -> None:
+    ran = programs.run(programs.ready(name, variant), ASAN_OPTIONS="detect_leaks=1")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+@plain_is_quick
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_without_their_faults_pass(programs, variant) -> None:
-    ran = emulated.run(programs["faults"][variant], "right")
+def test_kernels_without_their_faults_pass(variant) -> None:
+    ran = programs.run(programs.ready("faults", variant), "right")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert set(ran.stdout.split()) == set(FAULTS)
 
@@ -98,10 +93,11 @@ def expectations() -> dict[tuple[str, str], str | int]:
     return result
 
 
+@plain_is_quick
 @pytest.mark.parametrize(("fault", "variant"), expectations())
-def test_fault_is_noticed(programs, fault, variant) -> None:
+def test_fault_is_noticed(fault, variant) -> None:
     expected = expectations()[fault, variant]
-    ran = emulated.run(programs["faults"][variant], fault)
+    ran = programs.run(programs.ready("faults", variant), fault)
     if expected in (SILENT, WRONG):
         assert ran.returncode == expected, ran.stderr
         return

@@ -10,11 +10,8 @@ import pytest
 import torch
 
 import aspp_ext
-from aspp_ext import _native
 from aspp_ext.ops import polyphase_weights
 from aspp_ext.ops.polyphase_choice import blocks
-
-pytestmark = pytest.mark.skipif(_native.emulated, reason="the CPU's kernels are CUDA's here")
 
 SIZE, KERNELS, RATES = (1, 64, 33, 33), (1, 3, 3, 5), (1, 12, 6, 6)
 CALL, MODULE = "this call", "a module in eval mode, whose weights are prepared"

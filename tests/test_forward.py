@@ -29,7 +29,14 @@ from table import (
     implementations,
     is_representative,
     nan_and_seen,
+    on_all,
+    on_native,
+    proven_interpreted,
+    quick_emulated,
+    quick_interpreted,
+    sanitized,
     tensors_in,
+    varied,
 )
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -37,9 +44,13 @@ import aspp_ext
 from aspp_ext import reference
 from aspp_ext.testing import OPS, PROBLEMS, laid_out
 
+pytestmark = [on_all, proven_interpreted, varied, sanitized, pytest.mark.settings("isa")]
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 
+@quick_emulated(lambda problem: problem.name not in ("aspp", "kernel_63x63"))
+@quick_interpreted(lambda problem: problem.name == "prime_sizes")
 @each_dtype
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if c.values[0].exact(c.values[1])])
 def test_integers_are_exact(op, problem, dtype) -> None:
@@ -52,12 +63,14 @@ def test_integers_are_exact(op, problem, dtype) -> None:
         check_integers(call, op, arguments, name)
 
 
+@quick_emulated(lambda problem: problem.name == "prime_sizes")
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=dtype_id)
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_error_law(op, problem, dtype) -> None:
     check_error_law(call_of(op), op, problem, dtype, "cpu")
 
 
+@on_native
 @pytest.mark.parametrize(("op", "problem"), [c for c in CASES if is_representative(c.values[1])])
 def test_float64(op, problem) -> None:
     check_float64(call_of(op), op, problem, "cpu")
@@ -66,6 +79,10 @@ def test_float64(op, problem) -> None:
 OURS = [name for name in OPS if not name.startswith("pyramid_grad")]
 
 
+@quick_emulated(lambda dtype: dtype == torch.float32)
+@quick_interpreted(
+    lambda op_name, name, dtype: (op_name, name, dtype) == ("pyramid", SEEN[1], torch.float32)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("name", SEEN)
 @pytest.mark.parametrize("op_name", OURS)
@@ -89,6 +106,7 @@ def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
             assert nan[seen].all(), f"argument {leaf}"
 
 
+@quick_interpreted()
 def test_infinity_is_kept() -> None:
     x = torch.randn(1, 5, 7, 9)
     x[0, 2, 3, 4], x[0, 1, 6, 0] = torch.inf, -torch.inf
@@ -104,6 +122,7 @@ def integers(*shape: int) -> torch.Tensor:
     return torch.randint(-2, 3, shape).float()
 
 
+@quick_interpreted(lambda given: given == (1, 1, "per_sample", "relu"))
 @each_backend
 @pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
 @pytest.mark.parametrize(
@@ -129,6 +148,7 @@ def test_epilogue(separable, given, backend) -> None:
     assert torch.equal(got, getattr(reference, name)(x, *weights, rates, **keywords))
 
 
+@quick_interpreted()
 @each_backend
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_between(activation, backend) -> None:
@@ -148,6 +168,7 @@ def test_between(activation, backend) -> None:
     assert torch.equal(got, reference.atrous_separable_conv2d(x, *first, **one))
 
 
+@quick_interpreted()
 @each_backend
 def test_one_dimension(backend) -> None:
     x, weights = integers(2, 6, 29), [integers(5, 6, 3), integers(4, 6, 1), integers(3, 6, 5)]
@@ -156,6 +177,7 @@ def test_one_dimension(backend) -> None:
     assert torch.equal(got, reference.atrous_pyramid(x, weights, [4, 1, (9, 20)], **keywords))
 
 
+@quick_interpreted()
 @each_backend
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])
 def test_head(pool, backend) -> None:
@@ -170,6 +192,7 @@ def test_head(pool, backend) -> None:
     assert torch.equal(got, reference.aspp_inference(*arguments))
 
 
+@quick_interpreted(lambda layout: layout == "sliced")
 @each_format
 def test_memory_format_is_that_of_convolution(shape, layout, weight_layout) -> None:
     check_memory_format(shape, layout, weight_layout, "cpu", None)
@@ -193,6 +216,7 @@ def outputs_of(arguments) -> list[torch.Tensor]:
     return [t for t in tree_flatten(arguments)[0] if isinstance(t, torch.Tensor)]
 
 
+@on_native
 def test_samples_do_not_depend_on_the_batch(monkeypatch) -> None:
     """A sample's bits are the same alone and among others, where the same form computes both."""
     monkeypatch.setenv("ASPP_EXT_POLYPHASE", "0")

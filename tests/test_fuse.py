@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -26,6 +24,7 @@ from aspp_pairs import (
     torchvision,
     torchvision_aspp,
 )
+from processes import said_by_python
 from torch import nn
 
 from aspp_ext.fuse import ADAPTERS, fuse, fuse_report, unfuse
@@ -325,4 +324,4 @@ aspp_ext.fuse(nn.Sequential(aspp_ext.ASPP(4, [1], 4)))
 for name in ("torchvision", "segmentation_models_pytorch", "triton"):
     assert name not in sys.modules, name
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    said_by_python(script)

@@ -352,7 +352,7 @@ def test_sixty_four_branches(by, separable) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
 @each_implementation

@@ -128,6 +128,7 @@ def test_folded_weights_are_read_in_place(separable, monkeypatch) -> None:
     assert all(w.stride(1) == 1 for w in (*weights, pool, project))
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("name", PAIRS)
 def test_training_by_triton(name, monkeypatch) -> None:
     """In float32, with products in float32: at most so many times as far off as PyTorch."""

@@ -29,6 +29,7 @@ def nothing(x):
 
 
 @pytest.mark.gpu
+@pytest.mark.triton
 def test_they_are_compiled() -> None:
     """And compilations are seen, so that none seen is none done."""
     assert _triton.missing is None
@@ -65,6 +66,7 @@ def test_statistics_of_a_new_shape_compile_nothing(run) -> None:
 
 # Compiled here, by many processes at a time, they are ready for the sanitizers.
 @pytest.mark.gpu
+@pytest.mark.triton
 @pytest.mark.parametrize("variant", kernel_calls.VARIANTS["triton"], ids=lambda v: v.name)
 def test_the_calls_for_the_sanitizers_are_right(variant) -> None:
     for call in kernel_calls.calls_of(variant, "triton", DEVICE):
@@ -73,7 +75,6 @@ def test_the_calls_for_the_sanitizers_are_right(variant) -> None:
 
 
 @compiled
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_new_shapes_compile_nothing_on_a_pretended_gpu(dtype, monkeypatch) -> None:
     """The same without a GPU: the host code is the real one, and nothing is compiled."""
@@ -94,7 +95,6 @@ def test_new_shapes_compile_nothing_on_a_pretended_gpu(dtype, monkeypatch) -> No
 
 
 @compiled
-@pytest.mark.slow
 def test_the_sanitizers_see_every_kernel(monkeypatch) -> None:
     monkeypatch.setattr(_triton, "interpreted", True)
     with pretended("sm_90") as device:

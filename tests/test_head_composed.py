@@ -9,7 +9,6 @@ import pytest
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
 from table import (
-    EMULATED,
     LOW,
     SEEN,
     check_error_law,
@@ -19,6 +18,10 @@ from table import (
     dtype_id,
     each_dtype,
     is_representative,
+    on_cpu,
+    on_native,
+    proven_emulated,
+    varied,
 )
 
 import aspp_ext
@@ -26,6 +29,8 @@ from aspp_ext import dispatch
 from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.ops.head_composed import aspp_inference
 from aspp_ext.testing import OPS, PROBLEMS, Op
+
+pytestmark = [proven_emulated, on_native, varied]
 
 HEAD = OPS["head"]
 HEADS = {name: OPS[name] for name in ("head", "head_separable")}
@@ -68,7 +73,7 @@ def test_float64(head, problem) -> None:
     check_float64(aspp_inference, head, problem, "cpu")
 
 
-@pytest.mark.skipif(EMULATED, reason="a NaN among the weights reaches more: see check_nan")
+@on_cpu  # emulated, a NaN among the weights reaches more: see check_nan
 @pytest.mark.parametrize("name", SEEN)
 @each_head
 def test_nan_reaches_exactly_what_sees_it(head, name) -> None:

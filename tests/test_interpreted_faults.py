@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Faults planted in what Triton's kernels are told: each of them changes a result.
 
-In a process that ``test_interpreted.py`` starts. None writes outside of what a kernel may write.
+None writes outside of what a kernel may write.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from table import CUT, INTERPRETED, call_of, check_integers
+from table import CUT, call_of, check_integers, on_interpreted
 from torch import Tensor
 
+from aspp_ext import _triton
 from aspp_ext.testing import OPS, Branch, Problem
 
-if not INTERPRETED:
-    pytest.skip("in a process of test_interpreted.py", allow_module_level=True)
+if _triton.missing is not None:
+    pytest.skip(_triton.missing, allow_module_level=True)
 
 from triton.runtime import interpreter
 
 from aspp_ext.triton import work
 
+pytestmark = on_interpreted
 # As in records.py and csrc/plan/work_list.h.
 UNIT = {"m_count": 2, "n_begin": 3, "k_end": 6, "slice": 9, "slices": 10, "slot": 11}
 REGION = {"y": 0, "x": 1, "height": 2, "width": 3, "run_begin": 8, "run_end": 9}
@@ -131,12 +133,17 @@ def check(name: str, problem: Problem) -> None:
     check_integers(call_of(op), op, op.make(problem, torch.float32, integer=True))
 
 
+@pytest.mark.prove  # most of it is in test_interpreted_kernels.py
 @pytest.mark.parametrize("name", CUT)
 def test_without_a_fault(name) -> None:
     for problem in (CUT[name], PAIR):
         check(name, problem)
 
 
+QUICK = ("a slice in another's place", "a region a row up", "a tap a row off", "channels left out")
+
+
+@pytest.mark.quick(when=lambda name: name in QUICK)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_work_list(name, plant) -> None:
     fault = FAULTS[name]
@@ -162,6 +169,7 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(when=lambda name: name in ("no shift", "not mirrored"))
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_fault_in_an_argument(name, monkeypatch) -> None:
     op, kernel, argument, changed, problem = ARGUMENTS[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What only Triton's kernels have to satisfy, in a process that ``test_interpreted.py`` starts.
+"""What only Triton's kernels have to satisfy, run by its interpreter.
 
 Statistics, sums that are cut into slices, real tiles, and faults that the tests have to notice.
 """
@@ -13,21 +13,24 @@ import pytest
 import statistics_checks as checks
 import torch
 from interpreting import overflow_refused
-from table import CUT, INTERPRETED, call_of, check_integers
+from table import CUT, call_of, check_integers, on_interpreted
 
+from aspp_ext import _triton
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
 
-if not INTERPRETED:
-    pytest.skip("in a process of test_interpreted.py", allow_module_level=True)
+if _triton.missing is not None:
+    pytest.skip(_triton.missing, allow_module_level=True)
 
 from triton.runtime import interpreter
 
 from aspp_ext.triton import configurations, separable_configurations, target, work
 
+pytestmark = on_interpreted
 DENSE = ("pyramid", "pyramid_grad_input", "pyramid_grad_weight")
 EVERY = (*DENSE, "pyramid_epilogue", "separable", "separable_backward_between")
 
 
+@pytest.mark.quick(when=lambda name, dtype: name == "prime_sizes" and dtype != torch.float16)
 @pytest.mark.parametrize("name", ["prime_sizes", "one_pixel", "outputs_not_of_16", "x_sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_statistics(name, dtype) -> None:
@@ -38,6 +41,7 @@ def test_statistics_of_cut_sums() -> None:
     checks.check_statistics(CUT["pyramid"], torch.float32, True, "cpu")
 
 
+@pytest.mark.prove
 def test_statistics_otherwise() -> None:
     checks.check_large_mean(torch.float32, "cpu")
     checks.check_autocast("cpu")
@@ -45,12 +49,14 @@ def test_statistics_otherwise() -> None:
     checks.check_refusals("cpu")
 
 
+@pytest.mark.quick(when=lambda name: name == "one_pixel")
 @pytest.mark.parametrize("name", ["one_branch", "weights_channels_last", "one_pixel"])
 def test_statistics_operator(name) -> None:
     checks.check_operator(name, torch.bfloat16, "cpu")
     checks.check_operator(name, torch.float32, "cpu", grad=True)
 
 
+@pytest.mark.quick(when=lambda name: name in ("pyramid", "separable"))
 @pytest.mark.parametrize("name", EVERY)
 def test_the_same_bits_every_time(name) -> None:
     op = OPS[name]
@@ -92,6 +98,7 @@ def test_the_table_has_cut_sums(monkeypatch, found) -> None:
         assert found[0][1].cut_count > 0, name
 
 
+@pytest.mark.quick(when=lambda dtype: dtype == torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CUT)
 def test_cut_sums_are_exact(name, dtype) -> None:
@@ -99,6 +106,7 @@ def test_cut_sums_are_exact(name, dtype) -> None:
     check_integers(call_of(op), op, op.make(CUT[name], dtype, integer=True))
 
 
+@pytest.mark.prove
 def test_no_number_outgrows_its_type() -> None:
     for name in EVERY:
         arguments = OPS[name].make(PROBLEMS["kernel_7x1_3x5"], torch.float32)
@@ -141,6 +149,7 @@ TILED = Problem("tiled", (2, 72, 11, 13), (Branch(132, (1, 1)), Branch(40, (3, 3
 HIGH = Problem("high", (1, 20, 64, 65), (Branch(40, (1, 1)), Branch(12, (1, 3), (2, 3))))
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", [*DENSE, "separable", "separable_backward_between"])
 def test_with_the_tiles_of_a_gpu(name, cut, as_on, found) -> None:

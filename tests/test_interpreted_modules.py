@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whole modules on Triton's kernels, in a process that ``test_interpreted.py`` starts."""
+"""Whole modules on Triton's kernels, run by its interpreter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from aspp_pairs import (
 )
 from aspp_pairs import train_step as step
 from pretending import Calls
-from table import INTERPRETED
+from table import on_interpreted
 from torch import Tensor, nn
 
 from aspp_ext.fuse import fuse
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="in a process of test_interpreted.py")
+pytestmark = on_interpreted
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 DENSE = {"atrous_pyramid_statistics_triton", "atrous_pyramid_triton"}
 GRADIENTS = {"atrous_pyramid_grad_input_triton", "atrous_pyramid_grad_weight_triton"}
@@ -49,6 +49,7 @@ def ran(calls: Calls) -> set[str]:
     return names
 
 
+@pytest.mark.quick(when=lambda name: name.startswith("ours"))
 @pytest.mark.parametrize("name", PAIRS)
 def test_training_step(name) -> None:
     original, ours = both(name)
@@ -61,6 +62,7 @@ def test_training_step(name) -> None:
     assert separable or ran(calls) >= GRADIENTS
 
 
+@pytest.mark.quick(when=lambda name: name.startswith("fused"))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", PAIRS)
 def test_inference(name, layout) -> None:

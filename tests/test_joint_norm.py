@@ -310,6 +310,7 @@ def test_forward_mode_in_training(name, given_statistics) -> None:
     assert not given_statistics
 
 
+@pytest.mark.quick(when=lambda momentum: momentum is not None)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_compiled_training_step(momentum, fresh_compiler, given_statistics) -> None:
     """The whole graph, with either way to the statistics; a cumulative average breaks it not."""

@@ -3,13 +3,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import programs
+from planted_faults import check_passes, each_variant, plain_is_quick
 
-import emulated
-import pytest
-
-KERNELS = "csrc/cuda/kernels/*.cu"
-HOST = ("csrc/plan/*.cpp", "csrc/cuda/plan_cache.cpp")
 EVERY_SHAPE = [
     "every_launch_is_legal_and_the_second_call_only_launches",
     "every_fused_launch_is_legal_and_asked_for",
@@ -27,38 +23,23 @@ CACHE = [
 ]
 
 
-@pytest.fixture(scope="module")
-def launches() -> dict[str, Path]:
-    variants = list(emulated.VARIANTS)
-    return emulated.build("launches", variants, *HOST, "csrc/cuda/prepare.cpp", KERNELS)
+def test_every_launch() -> None:
+    check_passes(programs.ready("launches"), *EVERY_SHAPE)
 
 
-@pytest.fixture(scope="module")
-def transpose() -> dict[str, Path]:
-    kernel = "csrc/cuda/kernels/transpose_sm80.cu"
-    return emulated.build("transpose", list(emulated.VARIANTS), kernel)
-
-
-def check(program: Path, *names: str, **variables: str) -> None:
-    ran = emulated.run(program, *names, **variables)
-    assert ran.returncode == 0, ran.stdout + ran.stderr[-5000:]
-
-
-def test_every_launch(launches) -> None:
-    check(launches["plain"], *EVERY_SHAPE)
-
-
-@pytest.mark.parametrize("variant", emulated.VARIANTS)
-def test_plan_cache(launches, variant) -> None:
-    check(launches[variant], *CACHE)
+@plain_is_quick
+@each_variant
+def test_plan_cache(variant) -> None:
+    check_passes(programs.ready("launches", variant), *CACHE)
 
 
 def test_every_test_of_the_program_runs() -> None:
-    text = (emulated.ROOT / "tests/emulation/launches.cpp").read_text()
+    text = (programs.ROOT / "tests/emulation/launches.cpp").read_text()
     assert text.count("\nTEST(") == len(CACHE) + len(EVERY_SHAPE)
 
 
-@pytest.mark.parametrize("variant", emulated.VARIANTS)
-def test_transpose(transpose, variant) -> None:
+@plain_is_quick
+@each_variant
+def test_transpose(variant) -> None:
     names = ["four_bytes"] if variant == "thread" else []  # the slowest of the three
-    check(transpose[variant], *names, ASPP_EMULATE_SEED="3")
+    check_passes(programs.ready("transpose", variant), *names, ASPP_EMULATE_SEED="3")

@@ -7,9 +7,20 @@ import random
 
 import pytest
 import torch
-from table import FAMILY, dtype_id
+from table import (
+    FAMILY,
+    dtype_id,
+    on_all,
+    proven_interpreted,
+    quick_emulated,
+    quick_interpreted,
+    sanitized,
+    varied,
+)
 
 from aspp_ext import reference
+
+pytestmark = [on_all, proven_interpreted, varied, sanitized]
 
 RATES = [1, 1, 2, 1, 1, 3]
 OUT_CHANNELS = [16, 5, 8]
@@ -58,6 +69,12 @@ def filled(layout: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> to
     return result.copy_(values)
 
 
+@quick_emulated(lambda batch, size: (batch, size) == (3, (4, 6)))
+@quick_interpreted(
+    lambda batch, size, channels, dtype: (
+        (batch, *size, channels, dtype) == (1, 4, 6, 5, torch.float32)
+    )
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("channels", [16, 5, 1])
 @pytest.mark.parametrize("size", [(4, 6), (1, 6), (5, 1), (1, 1)], ids="{0[0]}x{0[1]}".format)

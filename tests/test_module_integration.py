@@ -10,9 +10,12 @@ import threading
 import pytest
 import torch
 from aspp_pairs import PAIRS, Pair, assert_all_close, features, train_step
+from table import varied
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
+
+pytestmark = varied
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 CHOSEN = ("ours separable", "fused torchvision", "fused smp separable")

@@ -21,9 +21,12 @@ from aspp_pairs import (
     torchvision_aspp,
     train_step,
 )
+from table import on_native, proven_emulated, quick_emulated, varied
 from torch import nn
 
 from aspp_ext.modules import ASPP, fold, fused
+
+pytestmark = [proven_emulated, on_native, varied]
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -61,6 +64,7 @@ def test_same_keys_order_and_initial_values(separable: bool) -> None:
     original.load_state_dict(own, strict=True)
 
 
+@quick_emulated()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_eval(pair: Pair, layout: torch.memory_format, inferences: list) -> None:
     original, ours = (m.eval() for m in pair.build())
@@ -109,6 +113,7 @@ def test_eval_with_gradients(pair: Pair, inferences: list) -> None:
     assert len(inferences) == 1  # nothing requires a gradient, though grad mode is on
 
 
+@quick_emulated()
 def test_training(pair: Pair) -> None:
     original, ours = pair.build()
     for step in range(2):

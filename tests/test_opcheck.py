@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import FAMILY, INTERPRETED, WIDEST
+from table import FAMILY, INTERPRETED, WIDEST, on_all, quick_interpreted, varied
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
 from aspp_ext.testing import DTYPES, OPS, PROBLEMS
+
+pytestmark = [on_all, varied]
 
 WITH_OPERATOR = [n for n in OPS if not (INTERPRETED and n.startswith("head"))]
 DIFFERENTIABLE = [n for n in OPS if not n.startswith("head")]
@@ -17,6 +19,7 @@ DIFFERENTIABLE = [n for n in OPS if not n.startswith("head")]
 ONCE = [n for n in DIFFERENTIABLE if n != "separable_backward_between"]
 
 
+@quick_interpreted(lambda dtype: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", WITH_OPERATOR)
 def test_every_dtype(name, dtype) -> None:
@@ -35,6 +38,7 @@ def test_fake_has_the_real_strides(name, problem) -> None:
     )
 
 
+@quick_interpreted(lambda name: name in ("pyramid", "separable"))
 @pytest.mark.parametrize("name", ONCE)
 def test_with_gradients(name) -> None:
     arguments = OPS[name].make(PROBLEMS["kernel_1x3_3x1"], WIDEST)

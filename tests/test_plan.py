@@ -5,17 +5,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
+import programs
 import pytest
 
 from aspp_ext import _plan
-
-TESTS = Path(__file__).parent
 
 
 def pyramid(batch: int, height: int, width: int, *rates, **channels: int) -> _plan.Problem:
@@ -24,22 +18,9 @@ def pyramid(batch: int, height: int, width: int, *rates, **channels: int) -> _pl
     return _plan.Problem(batch, height, width, branches, **channels)
 
 
-@pytest.fixture(scope="module")
-def exhaustive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    sources = TESTS.parent / "csrc" / "plan"
-    if shutil.which(compiler[0]) is None or not sources.is_dir():
-        pytest.skip("needs a C++ compiler and the sources")
-    program = tmp_path_factory.mktemp("plan") / "exhaustive"
-    flags = shlex.split(os.environ.get("CXXFLAGS", "-O1"))
-    files = [TESTS / "plan_exhaustive.cpp", *sorted(sources.glob("*.cpp"))]
-    subprocess.run([*compiler, "-std=c++20", *flags, *files, "-o", program], check=True)
-    return program
-
-
 @pytest.mark.parametrize("mode", [[], ["--planted"]], ids=["agrees", "notices faults"])
-def test_exhaustive(exhaustive: Path, mode: list[str]) -> None:
-    run = subprocess.run([exhaustive, *mode], capture_output=True, text=True)
+def test_exhaustive(mode: list[str]) -> None:
+    run = programs.run(programs.ready("plan_exhaustive"), *mode)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -9,13 +9,15 @@ import itertools
 import pytest
 import torch
 from minimal_bound import assert_sums_are_exact, choice_of, problem_of
-from table import dtype_id
+from table import dtype_id, sanitized
 from torch import Tensor
 
 import aspp_ext
 from aspp_ext import reference
 from aspp_ext.ops import polyphase_weights
 from aspp_ext.testing import OPS, PROBLEMS, laid_out
+
+pytestmark = [sanitized, pytest.mark.settings("isa", "threads")]
 
 EXACT = (torch.float32, torch.float64, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", EXACT, ids=dtype_id)

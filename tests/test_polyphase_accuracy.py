@@ -34,6 +34,8 @@ import aspp_ext
 from aspp_ext import reference
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem
 
+pytestmark = pytest.mark.settings("isa", "threads")
+
 GROWTH = 34 / 3
 DENSE = [name for name in OPS if name.startswith("pyramid") or name == "head"]
 

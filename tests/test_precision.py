@@ -4,16 +4,14 @@ operator of a call, its gradients of every order, and a compiled graph."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_python
+from table import varied
 from torch import func
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +19,8 @@ import aspp_ext
 from aspp_ext.ops import head_composed, precision, pyramid
 from aspp_ext.ops import separable as separable_ops
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = varied
+
 PYRAMIDS = ("atrous_pyramid", "atrous_pyramid_grad_input", "atrous_pyramid_grad_weight")
 SEPARABLE = ("atrous_separable_pyramid", "atrous_separable_pyramid_backward")
 
@@ -55,14 +54,7 @@ def test_every_mix_of_the_switches() -> None:
         "    os.wait()"
     )
     settings = [";".join(done) for done, _ in SETTINGS]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *settings],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
+    done = run_python("-c", code, *settings)
     assert done.stderr == ""
     assert [c == "1" for c in done.stdout] == [allowed for _, allowed in SETTINGS]
 

@@ -3,18 +3,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import said_by_python
 
 import aspp_ext
 from aspp_ext import _native
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A released schema may grow at its end, with defaults; it may not change otherwise.
 SCHEMAS = {
@@ -131,19 +125,6 @@ def test_a_missing_autograd_kernel_is_an_error() -> None:
     library._destroy()
 
 
-def in_a_new_process(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_import_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import aspp_ext;"
@@ -152,7 +133,7 @@ def test_import_is_light() -> None:
         "print([m for m in heavy if m in sys.modules and m not in before],"
         "      torch.cuda.is_initialized())"
     )
-    assert in_a_new_process(code) == "[] False"
+    assert said_by_python(code) == "[] False"
 
 
 def test_import_is_silent_and_leaves_torch_alone() -> None:
@@ -162,7 +143,7 @@ def test_import_is_silent_and_leaves_torch_alone() -> None:
         "assert s == (torch.get_default_dtype(), torch.get_num_threads(),"
         " torch.is_grad_enabled(), torch.initial_seed())"
     )
-    assert in_a_new_process(code) == ""
+    assert said_by_python(code) == ""
 
 
 def test_without_the_library_the_reference_runs(tmp_path) -> None:
@@ -173,7 +154,7 @@ def test_without_the_library_the_reference_runs(tmp_path) -> None:
         "try: aspp_ext.atrous_pyramid(x, w, [2], backend='cpu')\n"
         "except RuntimeError as error: print(error)"
     )
-    printed = in_a_new_process(code, ASPP_EXT_LIBRARY_DIR=str(tmp_path))
+    printed = said_by_python(code, ASPP_EXT_LIBRARY_DIR=str(tmp_path))
     assert printed.startswith(
         "atrous_pyramid: backend 'cpu' cannot run this: libaspp_cpu.so was not"
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from table import on_native, proven_emulated, varied
 from torch import func
 
 import aspp_ext
 from aspp_ext import reference
 from aspp_ext.autograd import AtrousPyramid, AtrousSeparablePyramid
+
+pytestmark = [proven_emulated, on_native, varied]
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 MODULES = {"ours": aspp_ext, "reference": reference}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``atrous_separable_pyramid_batch_norm``: by PyTorch's operators and, in a process that
-``test_emulated.py`` starts, by the CUDA kernels."""
+"""``atrous_separable_pyramid_batch_norm``: by PyTorch's operators and, emulated, by the CUDA
+kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import norm_checks as checks
 import pytest
 import torch
 from norm_checks import made, operator
-from table import EMULATED, LOW, dtype_id
+from table import LOW, dtype_id, on_emulated, on_native
 from test_emulated_calls import Emulation, kernels
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -24,7 +24,8 @@ from aspp_ext.ops import (
 )
 from aspp_ext.testing import DTYPES, PROBLEMS, Branch, Problem
 
-by_kernels = pytest.mark.skipif(not EMULATED, reason="needs the library of test_emulated.py")
+pytestmark = on_native
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 exact_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=dtype_id)
 SMALL = Problem("small", (2, 2, 3, 4), (Branch(1, (1, 1)), Branch(2, (3, 3), (2, 3)), Branch(1)))
@@ -34,21 +35,21 @@ MANY = Problem(
 OP = "atrous_separable_pyramid_batch_norm"
 
 
-@by_kernels
+@on_emulated
 @each_dtype
 @checks.each_filled
 def test_statistics(problem, dtype) -> None:
     checks.check_statistics(problem, dtype, "cpu")
 
 
-@by_kernels
+@on_emulated
 @exact_dtype
 @checks.each_filled
 def test_stored_integers_are_exact(problem, dtype) -> None:
     checks.check_stored_integers(problem, dtype, "cpu")
 
 
-@by_kernels
+@on_emulated
 @checks.each_path
 @exact_dtype
 @checks.each_filled
@@ -56,7 +57,7 @@ def test_integers_are_exact(problem, dtype, path) -> None:
     checks.check_integers(problem, dtype, "cpu", path)
 
 
-@by_kernels
+@on_emulated
 @checks.each_path
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=dtype_id)
 @pytest.mark.parametrize("problem", [PROBLEMS["aspp"], MANY], ids=lambda p: p.name)
@@ -64,7 +65,7 @@ def test_error_law(problem, dtype, path) -> None:
     checks.check_error_law(problem, dtype, "cpu", path)
 
 
-@by_kernels
+@on_emulated
 @checks.each_store
 @checks.each_shape
 def test_float64(name, store, monkeypatch) -> None:
@@ -72,7 +73,7 @@ def test_float64(name, store, monkeypatch) -> None:
     checks.check_against_torch(PROBLEMS[name], torch.float64, "cpu", 1e-11)
 
 
-@by_kernels
+@on_emulated
 @checks.each_store
 @checks.each_shape
 def test_float32(name, store, monkeypatch) -> None:
@@ -80,7 +81,7 @@ def test_float32(name, store, monkeypatch) -> None:
     checks.check_against_torch(PROBLEMS[name], torch.float32, "cpu", 1e-5)
 
 
-@by_kernels
+@on_emulated
 @checks.each_store
 def test_without_an_activation(store, monkeypatch) -> None:
     checks.choosing(monkeypatch, store)
@@ -88,7 +89,7 @@ def test_without_an_activation(store, monkeypatch) -> None:
         checks.check_against_torch(MANY, dtype, "cpu", tolerance, activation_between=None, eps=0.1)
 
 
-@by_kernels
+@on_emulated
 @checks.each_store
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_low_precision(dtype, store, monkeypatch) -> None:
@@ -96,7 +97,7 @@ def test_low_precision(dtype, store, monkeypatch) -> None:
     checks.check_gradients_in_low_precision(MANY, dtype, "cpu")
 
 
-@by_kernels
+@on_emulated
 @checks.each_store
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 def test_a_large_mean_costs_few_digits(dtype, store, monkeypatch) -> None:
@@ -118,7 +119,7 @@ def test_gradcheck(activation, store, monkeypatch) -> None:
     assert gradcheck(result, given)
 
 
-@by_kernels
+@on_emulated
 def test_each_gradient_alone_is_the_same() -> None:
     call = made(MANY, torch.float32, "cpu")
     grad = torch.randn(2, 104, 13, 15)
@@ -187,7 +188,7 @@ def test_the_reference_differentiates_twice() -> None:
     assert gradgradcheck(result, leaves)
 
 
-@by_kernels
+@on_emulated
 def test_second_derivatives_are_refused() -> None:
     call = made(SMALL, torch.float64, "cpu").map(lambda t: t.detach().requires_grad_())
     y = call()[0]
@@ -200,7 +201,7 @@ def test_second_derivatives_are_refused() -> None:
         assert str(refusal.value) == sentence
 
 
-@by_kernels
+@on_emulated
 @pytest.mark.parametrize("step", ["statistics", "", "_sums", "_backward"])
 def test_the_steps_have_no_gradient(step) -> None:
     x, depthwise, pointwise, rates = checks.SEPARABLE.make(SMALL, torch.float32)[:4]
@@ -217,14 +218,14 @@ def test_the_steps_have_no_gradient(step) -> None:
         operator(step)(*arguments[step])
 
 
-@by_kernels
+@on_emulated
 @pytest.mark.parametrize("name", ["one_branch", "prime_sizes", "x_channels_last", "x_sliced"])
 def test_opcheck(name) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         checks.check_operators(name, dtype, "cpu")
 
 
-@by_kernels
+@on_emulated
 def test_batching() -> None:
     """Each sample of a vmap has statistics of its own."""
     x, depthwise, _, rates = checks.SEPARABLE.make(MANY, torch.float32)[:4]
@@ -236,7 +237,7 @@ def test_batching() -> None:
         assert all(torch.equal(g[i], e) for g, e in zip(got[2], stored, strict=True))
 
 
-@by_kernels
+@on_emulated
 @pytest.mark.parametrize("wish", ["fused", "stored"])
 def test_the_environment_decides(wish, monkeypatch) -> None:
     """Computed again the fused kernel runs behind the statistics; stored, a pass per branch."""
@@ -252,7 +253,7 @@ def test_the_environment_decides(wish, monkeypatch) -> None:
     assert others == forward | {"combine_kernel": 1}
 
 
-@by_kernels
+@on_emulated
 def test_the_planner_decides(monkeypatch) -> None:
     seen = []
 
@@ -268,6 +269,7 @@ def test_the_planner_decides(monkeypatch) -> None:
     assert seen == [False, True]
 
 
+@pytest.mark.quick(when=lambda layout: layout == torch.channels_last)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compiled(layout, fresh_compiler) -> None:
     function = torch.compile(
@@ -366,7 +368,7 @@ def test_an_unknown_backend_is_refused() -> None:
         atrous_separable_pyramid_batch_norm(**VALID, backend="tpu")
 
 
-@by_kernels
+@on_emulated
 def test_forward_mode_and_transforms_are_pytorchs() -> None:
     call = made(SMALL, torch.float64, "cpu")
 
@@ -437,12 +439,10 @@ BAD_STEPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=on_emulated), "meta"])
 @pytest.mark.parametrize("step", STEPS)
 def test_refusals_of_the_steps(step, device) -> None:
     """The kernels and the fakes refuse in the same words."""
-    if device == "cpu" and not EMULATED:
-        pytest.skip("needs the library of test_emulated.py")
 
     def call(change: dict[str, Any]) -> None:
         arguments = tree_map_only(Tensor, lambda t: t.to(device), STEPS[step] | change)
@@ -456,7 +456,7 @@ def test_refusals_of_the_steps(step, device) -> None:
             assert str(refusal.value).partition("\n")[0] == f"{OP}: {sentence}"
 
 
-@by_kernels
+@on_emulated
 def test_an_empty_batch_of_the_steps() -> None:
     empty = {"x": t(0, 6, 5, 7), "grad": t(0, 7, 5, 7), "stored": [t(0, 6, 5, 7)]}
 

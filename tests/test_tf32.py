@@ -9,18 +9,22 @@ from __future__ import annotations
 import pytest
 import torch
 from table import (
-    EMULATED,
     PYRAMIDS,
     SEPARABLE,
     call_of,
     check_error_law,
     check_integers,
     is_representative,
+    on_emulated,
+    on_native,
+    quick_emulated,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from aspp_ext.testing import OPS, PROBLEMS, outputs
+
+pytestmark = on_native
 
 each_name = pytest.mark.parametrize("name", [*PYRAMIDS, *SEPARABLE])
 each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
@@ -47,6 +51,7 @@ def test_integers_are_exact(name, problem) -> None:
     check_integers(in_tf32(name), OPS[name], arguments)
 
 
+@quick_emulated(lambda problem: problem.name == "prime_sizes")
 @pytest.mark.parametrize("problem", STATISTICS, ids=lambda p: p.name)
 @each_name
 def test_error_law(name, problem) -> None:
@@ -61,7 +66,7 @@ def test_other_dtypes_are_not_concerned(name, dtype) -> None:
     assert all(map(torch.equal, outputs(in_tf32(name)(*arguments)), expected))
 
 
-@pytest.mark.skipif(not EMULATED, reason="the CPU's kernels have no TF32")
+@on_emulated
 @each_name
 def test_products_are_rounded(name) -> None:
     arguments = OPS[name].make(PROBLEMS["aspp"], torch.float32)

@@ -8,8 +8,11 @@ import threading
 
 import pytest
 import torch
+from table import on_native, proven_emulated
 
 from aspp_ext.testing import OPS, PROBLEMS, outputs
+
+pytestmark = [proven_emulated, on_native, pytest.mark.settings("filtered", "unfiltered")]
 
 BUSY = ["aspp", "many_chunks", "row_windows_batch", "seven_branches"]
 # Where dense gradients are not filtered minimally they are oneDNN's, which divides its sums among
@@ -54,9 +57,8 @@ def test_called_from_eight_threads(name) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join()
     assert not wrong
-    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -39,7 +39,7 @@ PRODUCTS = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC\w*MMA", "sm_120
 PIPELINED = ("gather_kernel", "grad_weight_kernel")
 MULTIPLYING = (*PIPELINED, "separable_kernel")
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.prove,
     pytest.mark.skipif(not (TOOLS / "cuobjdump").exists(), reason="Triton came without its tools"),
 ]
 each_gpu = pytest.mark.parametrize("gpu", triton_mock.GPUS)

@@ -4,19 +4,14 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 
 from aspp_ext import _plan
 
-TESTS = Path(__file__).parent
-SOURCES = TESTS.parent / "csrc" / "plan"
 PASSES = ("forward", "grad_input", "grad_weight", "separable")
 FIELDS = {"units": 14, "regions": 10, "taps": 6, "runs": 11, "launch_order": 1, "worker_begin": 1}
 PROBLEMS = {
@@ -28,21 +23,14 @@ TILE = _plan.Tile(16, 16, 2, 4)
 WORKERS = 40
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if shutil.which(compiler[0]) is None or not SOURCES.is_dir():
-        pytest.skip("needs a C++ compiler and the sources")
-    path = tmp_path_factory.mktemp("work_list") / "check"
-    flags = shlex.split(os.environ.get("CXXFLAGS", "-O1"))
-    files = [TESTS / "work_list_check.cpp", *sorted(SOURCES.glob("*.cpp"))]
-    subprocess.run([*compiler, "-std=c++20", *flags, *files, "-o", path], check=True)
-    return path
+@pytest.fixture
+def program() -> Path:
+    return programs.ready("work_list_check")
 
 
 @pytest.mark.parametrize("mode", [[], ["--planted"]], ids=["agrees", "notices faults"])
 def test_work_lists(program: Path, mode: list[str]) -> None:
-    run = subprocess.run([program, *mode], capture_output=True, text=True)
+    run = programs.run(program, *mode)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -57,9 +45,10 @@ def test_python_gets_the_structs_fields_in_order(program: Path, problem, pass_) 
     sizes += [problem.batch, problem.height, problem.width, problem.in_channels]
     for branch in problem.branches:
         sizes += [*branch.kernel, *branch.rate, branch.out_channels]
-    argv = [program, "--list", pass_, "cheapest", *map(str, sizes)]
+    ran = programs.run(program, "--list", pass_, "cheapest", *sizes)
+    assert ran.returncode == 0, ran.stderr
     printed: dict[str, list[list[int]]] = {}
-    for line in subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split("\n"):
+    for line in ran.stdout.split("\n"):
         kind, *fields = line.split() or [""]
         printed.setdefault(kind, []).append([int(field) for field in fields])
     work = _plan.work_list(problem, pass_, "cheapest", TILE, WORKERS)

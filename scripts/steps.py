@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What ``make test`` and ``make prove`` run, step by step: the one list of the project's proofs.
+
+A step is a process with an environment of its own. Which tests are for it, their markers say
+(``tests/selection.py``); no step names a test.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATED, SANITIZED = "build/emulated", "build/sanitized"
+EMULATED_SANITIZED, EVERY_ARCHITECTURE = "build/emulated-sanitized", "build/all"
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
+SANITIZE = (
+    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+)
+INTERPRET = {"TRITON_INTERPRET": "1", "ASPP_EXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """``minutes`` are what it takes on two cores; ``command`` is what ``python`` is given."""
+
+    name: str
+    minutes: float
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_test: bool = False
+    """Whether ``make test`` has it."""
+    why_not: str | None = None
+    """Why it cannot run on this machine."""
+
+    @property
+    def is_pytest(self) -> bool:
+        return self.command[:2] == ("-m", "pytest")
+
+
+def suite(
+    name: str, minutes: float, *options: str, why_not: str | None = None, **environment: str
+) -> Step:
+    command = ("-m", "pytest", "-q", *options)
+    return Step(name, minutes, command, environment, "--tier=test" in options, why_not)
+
+
+def library(name: str, minutes: float, folder: str, is_test: bool = False, **flags: str) -> Step:
+    """A build of the libraries in a folder of their own."""
+    command = ("setup.py", "-q", "build_ext", "--inplace")
+    return Step(name, minutes, command, {"ASPP_EXT_LIBRARY_DIR": folder, **flags}, is_test)
+
+
+def sanitizing(folder: str) -> dict[str, str]:
+    """libstdc++ is loaded first, too: without it an exception aborts inside ASan's interceptor. A
+    null allocation is what the tests of sizes beyond memory wait for."""
+    names = [f"-print-file-name=lib{name}.so" for name in ("asan", "ubsan", "stdc++")]
+    paths = [subprocess.check_output(["g++", name], text=True).strip() for name in names]
+    return {
+        "ASPP_EXT_LIBRARY_DIR": folder,
+        "LD_PRELOAD": " ".join(paths),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+    }
+
+
+def this_instruction_set() -> str:
+    code = "import torch, aspp_ext; print(torch.ops.aspp_ext.cpu_isa())"
+    environment = {k: v for k, v in os.environ.items() if k != "ASPP_EXT_ISA"}
+    argv = [sys.executable, "-c", code]
+    said = subprocess.check_output(argv, text=True, cwd=ROOT, env=environment)
+    return said.strip().removeprefix("isa_")
+
+
+def instruction_sets() -> list[Step]:
+    """The kernels of narrower processors, on this one."""
+    own, found = this_instruction_set(), []
+    for isa in INSTRUCTION_SETS[:-1]:
+        narrower = INSTRUCTION_SETS.index(isa) < INSTRUCTION_SETS.index(own)
+        why_not = None if narrower else f"the other steps ran {own}"
+        step = suite(f"isa {isa}", 1, "--setting=isa", why_not=why_not, ASPP_EXT_ISA=isa)
+        found.append(step)
+    return found
+
+
+def plan() -> list[Step]:
+    """In the order in which they run; ``make test`` is the first five."""
+    emulated = {"ASPP_EXT_LIBRARY_DIR": EMULATED}
+    no_cuda = {"ASPP_EXT_CUDA": "0", "CXXFLAGS": SANITIZE}
+    emulate = {"ASPP_EXT_CUDA": "emulate"}
+    nvcc = None if shutil.which("nvcc") else "there is no nvcc"
+    return [
+        library("build emulated", 1, EMULATED, True, **emulate),
+        Step("build programs", 1, ("tests/programs.py",), is_test=True),
+        suite("cpu", 3, "--tier=test"),
+        suite("emulated", 1, "--tier=test", **emulated),
+        suite("interpreted", 1, "--tier=test", **INTERPRET),
+        Step("build all programs", 2, ("tests/programs.py", "--all")),
+        suite("cpu, the rest", 5, "--tier=prove"),
+        suite("emulated, the rest", 5, "--tier=prove", **emulated),
+        suite("emulated, stored", 1, "--setting=stored", **emulated, ASPP_EXT_SEPARABLE="stored"),
+        suite("interpreted, the rest", 20, "--tier=prove", **INTERPRET),
+        suite("filtered", 3, "--setting=filtered", ASPP_EXT_POLYPHASE="always"),
+        suite("not filtered", 3, "--setting=unfiltered", ASPP_EXT_POLYPHASE="0"),
+        *instruction_sets(),
+        *(suite(f"{n} threads", 2, "--setting=threads", f"--threads={n}") for n in (2, 3)),
+        library("build sanitized", 2, SANITIZED, **no_cuda),
+        suite("sanitized", 4, "--setting=sanitized", **sanitizing(SANITIZED)),
+        library("build sanitized emulated", 2, EMULATED_SANITIZED, **emulate, CXXFLAGS=SANITIZE),
+        suite("sanitized emulated", 3, "--setting=sanitized", **sanitizing(EMULATED_SANITIZED)),
+        library("build every architecture", 4, EVERY_ARCHITECTURE, ASPP_EXT_CUDA_ARCHS="all"),
+        suite("every architecture", 1, "tests/test_binaries.py", why_not=nvcc,
+            ASPP_EXT_LIBRARY_DIR=EVERY_ARCHITECTURE),
+    ]  # fmt: skip

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which tests run in a process: those for its kernels, in a tier, under a setting, within its time.
+
+Whose kernels a process tests is decided before Python starts, by its environment: the CPU's,
+CUDA's under emulation, or Triton's under its interpreter. Markers say what is for which.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from aspp_ext import _native, _triton
+
+ALL_KERNELS = ("cpu", "emulated", "interpreted")
+KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpreted else "cpu"
+"""Whose kernels this process tests."""
+OUT_OF_TIME = "no time was left"
+SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored")
+
+MARKERS = f"""
+kernels(*names): what computes it, of {", ".join(ALL_KERNELS)}; without this marker the CPU's
+prove(*kernels): left to `make prove`, on these kernels or on all
+quick(*kernels, when=None): not left to it, of parameters those for which when(...), a function of
+  some of them, is true; of this marker and prove the closest to a test decides
+settings(*names): `make prove` repeats it under these settings, of {", ".join(SETTINGS)}
+gpu: needs a CUDA device
+triton: of the tests for a GPU those of Triton's kernels; given to those with such a parameter
+large: needs many gigabytes of memory
+"""
+
+
+def add_options(parser: pytest.Parser) -> None:
+    group = parser.getgroup("aspp_ext")
+    group.addoption("--tier", choices=["test", "prove"], help="of `make test`, or the rest")
+    group.addoption("--setting", choices=SETTINGS, help="what has to hold under it, too")
+    group.addoption("--threads", type=int, default=1, help="of PyTorch in each test")
+    group.addoption("--until", type=float, help="seconds since 1970: what fits in runs, of all")
+
+
+def names_in(item: pytest.Item, marker: str) -> set[str]:
+    return {name for mark in item.iter_markers(marker) for name in mark.args}
+
+
+def has_kernels(item: pytest.Item) -> bool:
+    """Each marker, of a file, a test or a parameter, leaves fewer."""
+    marks = list(item.iter_markers("kernels"))
+    return all(KERNELS in mark.args for mark in marks) if marks else KERNELS == "cpu"
+
+
+def is_true_of(when: Callable[..., bool], item: pytest.Item) -> bool:
+    given: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
+    return when(**{name: given[name] for name in inspect.signature(when).parameters})
+
+
+def is_left_to_prove(item: pytest.Item) -> bool:
+    for mark in item.iter_markers():
+        if mark.name in ("prove", "quick") and KERNELS in (mark.args or ALL_KERNELS):
+            when = mark.kwargs.get("when")
+            return mark.name == "prove" or not (when is None or is_true_of(when, item))
+    return False
+
+
+def is_chosen(item: pytest.Item) -> bool:
+    option = item.config.option
+    if option.setting and option.setting not in names_in(item, "settings"):
+        return False
+    if not has_kernels(item):
+        return False
+    return option.tier is None or is_left_to_prove(item) == (option.tier == "prove")
+
+
+def is_of_triton(item: pytest.Item) -> bool:
+    """Whether it has ``gpu_cases.BY_TRITON`` or one of its runs for a parameter."""
+    given = getattr(item, "callspec", None)
+    values = list(given.params.values()) if given else []
+    values += [value.by for value in values if hasattr(value, "by")]
+    return any(getattr(value, "backend", None) == "triton" for value in values)
+
+
+def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Takes out what is not for this process, and spreads what may not come to an end."""
+    for item in filter(is_of_triton, items):
+        item.add_marker("triton")
+    chosen = [item for item in items if is_chosen(item)]
+    if not torch.cuda.is_available() and "gpu" not in config.option.markexpr:
+        chosen = [item for item in chosen if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    if config.option.until:
+        chosen.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+    items[:] = chosen
+
+
+def skip_when_out_of_time(item: pytest.Item) -> None:
+    if item.config.option.until and time.time() > item.config.option.until:
+        pytest.skip(OUT_OF_TIME)
+
+
+def say_what_was_left(terminalreporter: Any) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if late := [report for report in skipped if OUT_OF_TIME in str(report.longrepr)]:
+        terminalreporter.line(f"{len(late)} tests: {OUT_OF_TIME}")

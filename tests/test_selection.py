@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which tests a process takes, by their markers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import gpu_cases
+import pytest
+import selection
+
+from aspp_ext.testing import PROBLEMS
+from scripts import steps
+
+kernels, prove, quick = pytest.mark.kernels, pytest.mark.prove, pytest.mark.quick
+settings = pytest.mark.settings
+
+
+def item(*marks, tier=None, setting=None, **params):
+    """``marks`` from the closest on, as pytest gives them."""
+    marks = [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
+    return SimpleNamespace(
+        iter_markers=lambda name=None: (m for m in marks if name in (None, m.name)),
+        callspec=SimpleNamespace(params=params),
+        config=SimpleNamespace(option=SimpleNamespace(tier=tier, setting=setting)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("marks", "chosen_on"),
+    [
+        ([], ["cpu"]),
+        ([kernels("emulated")], ["emulated"]),
+        ([kernels("cpu", "emulated"), kernels("cpu", "emulated", "interpreted")],
+            ["cpu", "emulated"]),
+        ([kernels("emulated"), kernels("interpreted")], []),
+    ],
+)  # fmt: skip
+def test_kernels(marks, chosen_on, monkeypatch) -> None:
+    found = []
+    for name in selection.ALL_KERNELS:
+        monkeypatch.setattr(selection, "KERNELS", name)
+        found += [name] if selection.is_chosen(item(*marks)) else []
+    assert found == chosen_on
+
+
+def on_few(size):
+    return size < 3
+
+
+@pytest.mark.parametrize(
+    ("marks", "left"),
+    [
+        ([], []),
+        ([prove], ["cpu 1", "cpu 5", "interpreted 1", "interpreted 5"]),
+        ([prove("interpreted")], ["interpreted 1", "interpreted 5"]),
+        ([quick(when=on_few)], ["cpu 5", "interpreted 5"]),
+        ([quick("interpreted", when=on_few)], ["interpreted 5"]),
+        ([quick, prove], []),
+        ([prove, quick], ["cpu 1", "cpu 5", "interpreted 1", "interpreted 5"]),
+        ([quick("cpu", when=on_few), prove], ["cpu 5", "interpreted 1", "interpreted 5"]),
+    ],
+)
+def test_tiers(marks, left, monkeypatch) -> None:
+    """What is left to `make prove`, and that it has everything that `make test` has not."""
+    found = []
+    for name in ("cpu", "interpreted"):
+        monkeypatch.setattr(selection, "KERNELS", name)
+        for size in (1, 5):
+            tiers = [
+                selection.is_chosen(item(*marks, kernels(name), tier=tier, size=size))
+                for tier in ("test", "prove")
+            ]
+            assert sum(tiers) == 1
+            assert selection.is_chosen(item(*marks, kernels(name), size=size))
+            found += [f"{name} {size}"] if tiers[1] else []
+    assert found == left
+
+
+def test_settings() -> None:
+    assert not selection.is_chosen(item(setting="isa"))
+    assert not selection.is_chosen(item(settings("threads"), setting="isa"))
+    assert selection.is_chosen(item(settings("threads"), settings("isa"), prove, setting="isa"))
+
+
+def test_markers_name_what_there_is(request) -> None:
+    """A misspelt name would take a test out of every process."""
+    known = {"kernels": selection.ALL_KERNELS, "prove": selection.ALL_KERNELS}
+    known |= {"quick": selection.ALL_KERNELS, "settings": selection.SETTINGS}
+    for found in request.session.items:
+        for mark in found.iter_markers():
+            if mark.name in known:
+                assert set(mark.args) <= set(known[mark.name]), found.nodeid
+
+
+def test_a_test_of_tritons_kernels_is_known_by_its_parameters() -> None:
+    by_cuda, by_triton = gpu_cases.BY_CUDA, gpu_cases.BY_TRITON
+    run = next(run for run in gpu_cases.RUNS if run.by is by_triton)
+    assert selection.is_of_triton(item(by=by_triton))
+    assert selection.is_of_triton(item(run=run, problem=PROBLEMS["aspp"]))
+    assert not selection.is_of_triton(item(by=by_cuda, name="triton"))
+    assert not selection.is_of_triton(SimpleNamespace())
+
+
+def test_steps_cover_every_kind() -> None:
+    """Each kernels' tests in both tiers, and each setting."""
+    plan = steps.plan()
+    ran = {(step.environment.get("ASPP_EXT_LIBRARY_DIR"), option)
+           for step in plan for option in step.command if step.is_pytest}  # fmt: skip
+    for folder in (None, steps.EMULATED):
+        assert {(folder, "--tier=test"), (folder, "--tier=prove")} <= ran
+    interpreted = [step for step in plan if step.environment.get("TRITON_INTERPRET") == "1"]
+    assert {step.command[-1] for step in interpreted} == {"--tier=test", "--tier=prove"}
+    assert {f"--setting={name}" for name in selection.SETTINGS} <= {option for _, option in ran}
+    assert len({step.name for step in plan}) == len(plan)
