@@ -46,7 +46,7 @@ class Step:
 def suite(
     name: str, minutes: float, *options: str, why_not: str | None = None, **environment: str
 ) -> Step:
-    command = ("-m", "pytest", "-q", *options)
+    command = ("-m", "pytest", "-q", "--disable-warnings", *options)
     return Step(name, minutes, command, environment, "--tier=test" in options, why_not)
 
 

@@ -7,7 +7,15 @@ import shutil
 
 import pytest
 import torch
-from table import on_all, proven_emulated, quick_emulated, quick_interpreted, varied
+from table import (
+    on_all,
+    on_native,
+    proven_emulated,
+    proven_interpreted,
+    quick_emulated,
+    quick_interpreted,
+    varied,
+)
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -16,6 +24,7 @@ from aspp_ext import reference
 
 pytestmark = [
     proven_emulated,
+    proven_interpreted,
     on_all,
     varied,
     pytest.mark.usefixtures("fresh_compiler"),
@@ -161,6 +170,7 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
 
 
+@on_native
 @each_kind
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
 def test_export_with_dynamic_shapes(separable, strict) -> None:
@@ -220,6 +230,7 @@ def test_jit_trace(separable) -> None:
         assert torch.equal(traced(x), layer(x))
 
 
+@on_native
 def test_jit_script_of_the_operator() -> None:
     @torch.jit.script
     def scripted(x: Tensor, w: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from table import (
     FAMILY,
     dtype_id,
     on_all,
+    on_native,
     proven_interpreted,
     quick_emulated,
     quick_interpreted,
@@ -75,7 +76,11 @@ def filled(layout: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> to
         (batch, *size, channels, dtype) == (1, 4, 6, 5, torch.float32)
     )
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=on_native)],
+    ids=dtype_id,
+)
 @pytest.mark.parametrize("channels", [16, 5, 1])
 @pytest.mark.parametrize("size", [(4, 6), (1, 6), (5, 1), (1, 1)], ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("batch", [1, 3])

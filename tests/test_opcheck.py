@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import FAMILY, INTERPRETED, WIDEST, on_all, quick_interpreted, varied
+from table import (
+    FAMILY,
+    INTERPRETED,
+    WIDEST,
+    each_dtype,
+    on_all,
+    proven_interpreted,
+    quick_interpreted,
+    varied,
+)
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 
-from aspp_ext.testing import DTYPES, OPS, PROBLEMS
+from aspp_ext.testing import OPS, PROBLEMS
 
-pytestmark = [on_all, varied]
+pytestmark = [on_all, proven_interpreted, varied]
 
 WITH_OPERATOR = [n for n in OPS if not (INTERPRETED and n.startswith("head"))]
 DIFFERENTIABLE = [n for n in OPS if not n.startswith("head")]
@@ -20,7 +29,7 @@ ONCE = [n for n in DIFFERENTIABLE if n != "separable_backward_between"]
 
 
 @quick_interpreted(lambda dtype: dtype == torch.bfloat16)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_dtype
 @pytest.mark.parametrize("name", WITH_OPERATOR)
 def test_every_dtype(name, dtype) -> None:
     opcheck(OPS[name].operator(FAMILY).default, OPS[name].make(PROBLEMS["one_branch"], dtype))
