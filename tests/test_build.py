@@ -124,6 +124,58 @@ def test_gencodes_follow_the_file_name(graph):
     assert graph.gencodes(Path("pyramid_sm90.cu"), ["8.0"]) == []
 
 
+ALL = ["8.0", "9.0a", "10.0f", "12.0f+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "variables", "gpus", "expected"),
+    [
+        (False, {}, set(), ["8.0+PTX"]),
+        (False, {}, {"9"}, ["9.0a"]),
+        (False, {}, {"8", "12"}, ["8.0", "12.0f+PTX"]),
+        (False, {}, {"11"}, ALL),  # none of them is for this one alone
+        (True, {}, set(), ALL),
+        (True, {}, {"9"}, ALL),
+        (False, {"ASPP_EXT_CUDA_ARCHS": "all"}, set(), ALL),
+        (False, {"ASPP_EXT_CUDA_ARCHS": "auto"}, {"9"}, ["9.0a"]),
+        (True, {"TORCH_CUDA_ARCH_LIST": "8.6"}, {"9"}, ["8.6"]),
+        (False, {"TORCH_CUDA_ARCH_LIST": "8.6", "ASPP_EXT_CUDA_ARCHS": "all"}, set(), ["8.6"]),
+    ],
+)
+def test_architectures_of_a_build(graph, monkeypatch, everywhere, variables, gpus, expected):
+    for name in ("TORCH_CUDA_ARCH_LIST", "ASPP_EXT_CUDA_ARCHS"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    monkeypatch.setattr(graph, "gpu_generations", lambda: gpus)
+    assert graph.choose_architectures(everywhere) == expected
+
+
+def test_gpus_are_found_by_their_driver(graph, monkeypatch, tmp_path):
+    for status, answer, expected in ((0, "9.0\n8.6\n9.0", {"8", "9"}), (9, "no driver", set())):
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\necho '{answer}'; exit {status}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
+        assert graph.gpu_generations() == expected
+
+
+def test_unknown_wish_is_refused(graph, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("ASPP_EXT_CUDA_ARCHS", "9.0")
+    with pytest.raises(SystemExit, match=r"must be auto or all but is '9\.0'"):
+        graph.choose_architectures(False)
+
+
+def test_seconds_of_each_stage(graph):
+    lines = [
+        "0\t2000\t7\tbuild/objects/csrc/cuda/kernels/a.cu.o\tabc",
+        "0\t1000\t7\tbuild/objects/isa_avx2/csrc/cpu/kernels/kernels.cpp.o\tabc",
+        "1000\t4000\t7\tbuild/objects/isa_baseline/csrc/cpu/kernels/kernels.cpp.o\tabc",
+        "4000\t5000\t7\tbuild/objects/libaspp_cpu.so\tabc",
+    ]
+    expected = "csrc/cpu/kernels 4 s, csrc/cuda/kernels 2 s, linking 1 s"
+    assert graph.seconds_by_stage(lines) == expected
+
+
 def test_small_build_and_its_second_run(repository):
     code, text = build(repository, MAX_JOBS="2")
     assert code == 0, text
@@ -135,11 +187,13 @@ def test_small_build_and_its_second_run(repository):
     info = json.loads((package / "_build_info.json").read_text())
     assert info["torch"] == torch.__version__
     assert info["cuda"] is None
+    assert re.search(r"compiled .*csrc/cpu/kernels \d+ s.*; \d+ s, 2 at a time", text)
 
     first = {path: path.stat().st_mtime_ns for path in package.iterdir()}
     code, text = build(repository)
     assert code == 0, text
     assert "no work to do" in text
+    assert "compiled" not in text
     assert first == {path: path.stat().st_mtime_ns for path in package.iterdir()}
 
 
