@@ -83,6 +83,8 @@ def run(step: Step, options: list[str], seconds: float | None) -> Result:
     log = FOLDER / (re.sub(r"\W+", "-", step.name) + ".log")
     began, counts, partly = time.monotonic(), "", False
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    # Each process rewrites the tests' assertions, unless one has left them where others find them.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / "build/pyc")}
     environment |= step.environment
     with (
         log.open("w") as file,

@@ -91,7 +91,8 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = [item for item in items if is_chosen(item)]
     if not torch.cuda.is_available() and "gpu" not in config.option.markexpr:
         chosen = [item for item in chosen if not item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    taken = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in taken])
     if config.option.until:
         chosen.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
     items[:] = chosen

@@ -75,6 +75,7 @@ def test_the_calls_for_the_sanitizers_are_right(variant) -> None:
 
 
 @compiled
+@pytest.mark.prove
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_new_shapes_compile_nothing_on_a_pretended_gpu(dtype, monkeypatch) -> None:
     """The same without a GPU: the host code is the real one, and nothing is compiled."""
@@ -95,6 +96,7 @@ def test_new_shapes_compile_nothing_on_a_pretended_gpu(dtype, monkeypatch) -> No
 
 
 @compiled
+@pytest.mark.prove
 def test_the_sanitizers_see_every_kernel(monkeypatch) -> None:
     monkeypatch.setattr(_triton, "interpreted", True)
     with pretended("sm_90") as device:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from processes import run_python
-from table import on_native, proven_emulated
+from table import on_cpu, on_native, proven_emulated
 
 import aspp_ext
 from aspp_ext.testing import OPS, Branch, Problem, outputs
@@ -54,6 +54,7 @@ def test_offsets_beyond_32_bits(name, dtype) -> None:
 
 @pytest.mark.large
 @pytest.mark.prove
+@on_cpu
 @pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
 def test_more_than_2_to_31_outputs(separable) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a pass less over 4 GiB
