@@ -48,13 +48,13 @@ class Result:
 
 
 def digest_of_sources() -> str:
-    """Of every file that git knows or would add, as it is now."""
+    """Of every file that git knows or would add, as it is now, but for pages of text."""
     listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    names = subprocess.check_output(listed, cwd=ROOT).split(b"\0")
+    names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
     digest = hashlib.sha256()
-    for name in filter(None, sorted(names)):
-        path = Path(os.fsdecode(ROOT / os.fsdecode(name)))
-        digest.update(name + b"\0" + (path.read_bytes() if path.is_file() else b""))
+    for name in sorted(name for name in names if name and not name.endswith(".md")):
+        path = ROOT / name
+        digest.update(f"{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()
 
 
@@ -142,8 +142,8 @@ def main(arguments: list[str]) -> int:
             parser.error(f"there is no step {', '.join(sorted(unknown))}; --list shows them")
         steps = [step for step in steps if step.name in names]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    record = Record(given.fresh or given.test)
-    results = dict(record.results)
+    record = Record(given.fresh)
+    results = {} if given.test else dict(record.results)
     todo = [step for step in steps if step.name not in results and step.why_not is None]
     console.print(table(steps, results))
     console.print(f"{sum(step.minutes for step in todo):.0f} minutes expected on two cores")

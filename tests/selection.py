@@ -23,6 +23,8 @@ KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpret
 """Whose kernels this process tests."""
 OUT_OF_TIME = "no time was left"
 SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored")
+NAMES = dict.fromkeys(("kernels", "prove", "quick"), ALL_KERNELS) | {"settings": SETTINGS}
+"""What these markers may name."""
 
 MARKERS = f"""
 kernels(*names): what computes it, of {", ".join(ALL_KERNELS)}; without this marker the CPU's
@@ -46,6 +48,17 @@ def add_options(parser: pytest.Parser) -> None:
 
 def names_in(item: pytest.Item, marker: str) -> set[str]:
     return {name for mark in item.iter_markers(marker) for name in mark.args}
+
+
+def check_names(item: pytest.Item) -> None:
+    """A wrong name, or kernels that no process has, would take a test out of every run."""
+    for mark in item.iter_markers():
+        known = NAMES.get(mark.name, mark.args)
+        if unknown := [name for name in mark.args if name not in known]:
+            raise pytest.UsageError(f"{item.nodeid}: {mark.name} takes {known}, got {unknown}")
+    marks = [set(mark.args) for mark in item.iter_markers("kernels")]
+    if marks and not set.intersection(*marks):
+        raise pytest.UsageError(f"{item.nodeid}: its markers leave no kernels to run on")
 
 
 def has_kernels(item: pytest.Item) -> bool:
@@ -86,6 +99,8 @@ def is_of_triton(item: pytest.Item) -> bool:
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Takes out what is not for this process, and spreads what may not come to an end."""
+    for item in items:
+        check_names(item)
     for item in filter(is_of_triton, items):
         item.add_marker("triton")
     chosen = [item for item in items if is_chosen(item)]

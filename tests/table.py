@@ -71,7 +71,11 @@ BACKENDS = ["triton"] if INTERPRETED else [None, "cpu", "reference"]
 
 
 def marks_of(op_name: str) -> list[pytest.MarkDecorator]:
-    return [on_what_has_heads] if op_name.startswith("head") else []
+    """Of the table's rows with this operator."""
+    if op_name.startswith("head"):
+        return [on_what_has_heads]
+    forward = op_name in SEPARABLE and "backward" not in op_name
+    return [pytest.mark.settings("stored")] if forward else []
 
 
 CASES = [

@@ -28,6 +28,7 @@ from table import (
     has_dtype,
     implementations,
     is_representative,
+    marks_of,
     nan_and_seen,
     on_all,
     on_native,
@@ -78,7 +79,7 @@ def test_float64(op, problem) -> None:
 
 # A NaN spreads further than it must in Triton's separable backward.
 OURS = [
-    pytest.param(name, marks=on_native) if "backward" in name else name
+    pytest.param(name, marks=[*marks_of(name), *[on_native] * ("backward" in name)])
     for name in OPS
     if not name.startswith("pyramid_grad")
 ]

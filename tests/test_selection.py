@@ -20,6 +20,7 @@ def item(*marks, tier=None, setting=None, **params):
     """``marks`` from the closest on, as pytest gives them."""
     marks = [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
     return SimpleNamespace(
+        nodeid="test",
         iter_markers=lambda name=None: (m for m in marks if name in (None, m.name)),
         callspec=SimpleNamespace(params=params),
         config=SimpleNamespace(option=SimpleNamespace(tier=tier, setting=setting)),
@@ -33,7 +34,6 @@ def item(*marks, tier=None, setting=None, **params):
         ([kernels("emulated")], ["emulated"]),
         ([kernels("cpu", "emulated"), kernels("cpu", "emulated", "interpreted")],
             ["cpu", "emulated"]),
-        ([kernels("emulated"), kernels("interpreted")], []),
     ],
 )  # fmt: skip
 def test_kernels(marks, chosen_on, monkeypatch) -> None:
@@ -83,14 +83,19 @@ def test_settings() -> None:
     assert selection.is_chosen(item(settings("threads"), settings("isa"), prove, setting="isa"))
 
 
-def test_markers_name_what_there_is(request) -> None:
-    """A misspelt name would take a test out of every process."""
-    known = {"kernels": selection.ALL_KERNELS, "prove": selection.ALL_KERNELS}
-    known |= {"quick": selection.ALL_KERNELS, "settings": selection.SETTINGS}
-    for found in request.session.items:
-        for mark in found.iter_markers():
-            if mark.name in known:
-                assert set(mark.args) <= set(known[mark.name]), found.nodeid
+@pytest.mark.parametrize(
+    ("marks", "sentence"),
+    [
+        ([kernels("emulate")], r"kernels takes .*'emulated'.*, got \['emulate'\]"),
+        ([prove("isa")], r"prove takes .*, got \['isa'\]"),
+        ([settings("threads", "isas")], r"settings takes .*, got \['isas'\]"),
+        ([kernels("cpu"), kernels("emulated")], "leave no kernels to run on"),
+    ],
+)
+def test_what_would_never_run_is_refused(marks, sentence) -> None:
+    with pytest.raises(pytest.UsageError, match=sentence):
+        selection.check_names(item(*marks))
+    selection.check_names(item(kernels("cpu", "emulated"), kernels("emulated"), settings("isa")))
 
 
 def test_a_test_of_tritons_kernels_is_known_by_its_parameters() -> None:
