@@ -50,21 +50,23 @@ def names_in(item: pytest.Item, marker: str) -> set[str]:
     return {name for mark in item.iter_markers(marker) for name in mark.args}
 
 
+def kernels_of(item: pytest.Item) -> set[str]:
+    """What a test and its parameters say goes before what their file says."""
+    by_node: dict[pytest.Item, list[set[str]]] = {}
+    for node, mark in item.iter_markers_with_node("kernels"):
+        by_node.setdefault(node, []).append(set(mark.args))
+    closest = next(iter(by_node.values()), [{"cpu"}])
+    return set.intersection(*closest)
+
+
 def check_names(item: pytest.Item) -> None:
     """A wrong name, or kernels that no process has, would take a test out of every run."""
     for mark in item.iter_markers():
         known = NAMES.get(mark.name, mark.args)
         if unknown := [name for name in mark.args if name not in known]:
             raise pytest.UsageError(f"{item.nodeid}: {mark.name} takes {known}, got {unknown}")
-    marks = [set(mark.args) for mark in item.iter_markers("kernels")]
-    if marks and not set.intersection(*marks):
+    if not kernels_of(item):
         raise pytest.UsageError(f"{item.nodeid}: its markers leave no kernels to run on")
-
-
-def has_kernels(item: pytest.Item) -> bool:
-    """Each marker, of a file, a test or a parameter, leaves fewer."""
-    marks = list(item.iter_markers("kernels"))
-    return all(KERNELS in mark.args for mark in marks) if marks else KERNELS == "cpu"
 
 
 def is_true_of(when: Callable[..., bool], item: pytest.Item) -> bool:
@@ -84,7 +86,7 @@ def is_chosen(item: pytest.Item) -> bool:
     option = item.config.option
     if option.setting and option.setting not in names_in(item, "settings"):
         return False
-    if not has_kernels(item):
+    if KERNELS not in kernels_of(item):
         return False
     return option.tier is None or is_left_to_prove(item) == (option.tier == "prove")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from table import (
     on_all,
+    on_cpu,
     on_native,
     proven_emulated,
     proven_interpreted,
@@ -25,7 +26,7 @@ from aspp_ext import reference
 pytestmark = [
     proven_emulated,
     proven_interpreted,
-    on_all,
+    on_native,
     varied,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -96,6 +97,7 @@ def assert_same_step(layer: nn.Module, expected: nn.Module, x: Tensor) -> None:
 SIZES = [(2, 7, 9), (3, 12, 8), (4, 5, 31), (2, 3, 17)]
 
 
+@on_all
 @quick_interpreted(lambda backend, separable: (backend, separable) == ("aot_eager", False))
 @quick_emulated(lambda backend: backend == "aot_eager")
 @pytest.mark.quick("cpu", when=lambda backend, separable: backend == "aot_eager" or separable)
@@ -170,7 +172,6 @@ def targets(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
 
 
-@on_native
 @each_kind
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
 def test_export_with_dynamic_shapes(separable, strict) -> None:
@@ -203,6 +204,7 @@ def test_export_for_training_has_gradients(separable) -> None:
     assert_same_step(module, layer, x)
 
 
+@on_cpu
 @pytest.mark.prove
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["pyramid", "separable", "head"])
@@ -230,7 +232,6 @@ def test_jit_trace(separable) -> None:
         assert torch.equal(traced(x), layer(x))
 
 
-@on_native
 def test_jit_script_of_the_operator() -> None:
     @torch.jit.script
     def scripted(x: Tensor, w: Tensor) -> Tensor:

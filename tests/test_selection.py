@@ -16,31 +16,35 @@ kernels, prove, quick = pytest.mark.kernels, pytest.mark.prove, pytest.mark.quic
 settings = pytest.mark.settings
 
 
-def item(*marks, tier=None, setting=None, **params):
-    """``marks`` from the closest on, as pytest gives them."""
+def item(*marks, tier=None, setting=None, own=9, **params):
+    """``marks`` from the closest on, as pytest gives them: its ``own`` and its file's."""
     marks = [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
+    nodes = ["test" if at < own else "file" for at in range(len(marks))]
     return SimpleNamespace(
         nodeid="test",
         iter_markers=lambda name=None: (m for m in marks if name in (None, m.name)),
+        iter_markers_with_node=lambda name: (
+            (node, m) for node, m in zip(nodes, marks, strict=True) if name == m.name
+        ),
         callspec=SimpleNamespace(params=params),
         config=SimpleNamespace(option=SimpleNamespace(tier=tier, setting=setting)),
     )
 
 
 @pytest.mark.parametrize(
-    ("marks", "chosen_on"),
+    ("marks", "own", "chosen_on"),
     [
-        ([], ["cpu"]),
-        ([kernels("emulated")], ["emulated"]),
-        ([kernels("cpu", "emulated"), kernels("cpu", "emulated", "interpreted")],
-            ["cpu", "emulated"]),
+        ([], 0, ["cpu"]),
+        ([kernels("emulated")], 0, ["emulated"]),
+        ([kernels("cpu", "emulated"), kernels("emulated", "interpreted")], 2, ["emulated"]),
+        ([kernels("cpu", "emulated"), kernels("emulated", "interpreted")], 1, ["cpu", "emulated"]),
     ],
-)  # fmt: skip
-def test_kernels(marks, chosen_on, monkeypatch) -> None:
+)
+def test_kernels(marks, own, chosen_on, monkeypatch) -> None:
     found = []
     for name in selection.ALL_KERNELS:
         monkeypatch.setattr(selection, "KERNELS", name)
-        found += [name] if selection.is_chosen(item(*marks)) else []
+        found += [name] if selection.is_chosen(item(*marks, own=own)) else []
     assert found == chosen_on
 
 
