@@ -4,9 +4,9 @@
     python scripts/prove.py             every proof that has not passed on these sources yet
     python scripts/prove.py --test ...  the tests alone; the rest of the line is for pytest
 
-A failing step does not keep the next from running. An interrupted run goes on where it stopped:
-results are kept in build/prove for as long as no source changes. With ``--minutes`` a part of each
-step runs, in that time; a part counts as no proof of the whole and is not kept.
+A failing step does not keep the next from running. An interrupted run goes on with the next test:
+what has passed is kept in build/prove for as long as no source changes. With ``--minutes`` as much
+of each step runs as fits in its part of that time, and the next run goes on from there.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class Record:
         kept = json.loads(self.path.read_text()) if self.path.exists() and not fresh else {}
         same = kept.get("sources") == self.sources
         self.results = {k: Result(**v) for k, v in kept["steps"].items()} if same else {}
+        if not same:
+            for path in FOLDER.glob("*.passed"):
+                path.unlink()
 
     def keep(self, name: str, result: Result) -> None:
         self.results[name] = result
@@ -73,14 +76,22 @@ class Record:
         self.path.write_text(json.dumps({"sources": self.sources, "steps": steps}, indent=1))
 
 
-def run(step: Step, options: list[str], seconds: float | None) -> Result:
-    """Its output is shown, and kept in a file; of tests as many run as fit into ``seconds``."""
+def file_of(step: Step, kind: str) -> Path:
+    return FOLDER / (re.sub(r"\W+", "-", step.name) + f".{kind}")
+
+
+def run(step: Step, options: list[str], seconds: float | None, passed: Path | None) -> Result:
+    """Its output is shown, and kept in a file; of tests as many run as fit into ``seconds``.
+
+    ``passed`` has the tests that need not be repeated.
+    """
     command = [sys.executable, *step.command]
     if step.is_pytest:
         processes = min(4, len(os.sched_getaffinity(0)))
         command += ["-n", str(processes), "--dist", "worksteal", *options]
         command += [f"--until={time.time() + seconds:.0f}"] if seconds is not None else []
-    log = FOLDER / (re.sub(r"\W+", "-", step.name) + ".log")
+        command += [f"--passed={passed}"] if passed else []
+    log = file_of(step, "log")
     began, counts, partly = time.monotonic(), "", False
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     # Each process rewrites the tests' assertions, unless one has left them where others find them.
@@ -101,8 +112,11 @@ def run(step: Step, options: list[str], seconds: float | None) -> Result:
             partly |= OUT_OF_TIME in line
             counts = match[1].strip(", ") if (match := SUMMARY.match(line)) else counts
     outcome = "passed" if process.returncode == 0 else "failed"
-    if step.is_pytest and process.returncode == NOTHING_CHOSEN and options:
-        outcome = "nothing chosen"
+    if step.is_pytest and process.returncode == NOTHING_CHOSEN:
+        if options:
+            outcome = "nothing chosen"
+        elif passed and passed.exists():
+            outcome = "passed"  # before
     elif outcome == "passed" and partly:
         outcome = "a part"
     where = str(log.relative_to(ROOT)) if outcome == "failed" else ""
@@ -157,7 +171,8 @@ def main(arguments: list[str]) -> int:
             if given.minutes:
                 seconds = share_of(step, todo[at:], (ends - time.monotonic()) / 60)
             console.rule(step.name, align="left")
-            results[step.name] = run(step, options, seconds)
+            passed = None if options or given.test else file_of(step, "passed")
+            results[step.name] = run(step, options, seconds, passed)
             if results[step.name].outcome == "failed":
                 status = 1
             if not options:

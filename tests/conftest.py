@@ -37,6 +37,9 @@ pytest_runtest_setup = pytest.hookimpl(tryfirst=True)(selection.skip_when_out_of
 def pytest_configure(config: pytest.Config) -> None:
     for line in selection.MARKERS.replace("\n  ", " ").strip().splitlines():
         config.addinivalue_line("markers", line)
+    is_worker = hasattr(config, "workerinput")  # whose reports come to the process that began
+    if config.option.passed and not is_worker:
+        config.pluginmanager.register(selection.Passed(config.option.passed))
     if selection.KERNELS == "interpreted":
         interpreting.quicken()
 

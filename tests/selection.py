@@ -11,6 +11,7 @@ import inspect
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--tier", choices=["test", "prove"], help="of `make test`, or the rest")
     group.addoption("--setting", choices=SETTINGS, help="what has to hold under it, too")
     group.addoption("--threads", type=int, default=1, help="of PyTorch in each test")
+    group.addoption("--passed", type=Path, help="a file: leaves out its tests, adds what passes")
     group.addoption("--until", type=float, help="seconds since 1970: what fits in runs, of all")
 
 
@@ -108,11 +110,25 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = [item for item in items if is_chosen(item)]
     if not torch.cuda.is_available() and "gpu" not in config.option.markexpr:
         chosen = [item for item in chosen if not item.get_closest_marker("gpu")]
+    if (file := config.option.passed) and file.exists():
+        passed = set(file.read_text().splitlines())
+        chosen = [item for item in chosen if item.nodeid not in passed]
     taken = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
     if config.option.until:
         chosen.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
     items[:] = chosen
+
+
+class Passed:
+    """Writes down what has passed, so that an interrupted run can go on from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", buffering=1)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.file.write(f"{report.nodeid}\n")
 
 
 def skip_when_out_of_time(item: pytest.Item) -> None:

@@ -100,6 +100,24 @@ def test_tests_that_were_cut_are_a_part_and_not_kept(run, tmp_path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == {}
 
 
+def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path, monkeypatch) -> None:
+    """Each run gets the same file, unless tests are chosen by hand, until a source changes."""
+    monkeypatch.setattr(Step, "is_pytest", property(lambda self: True))
+    notes = "import sys; print('given', [a for a in sys.argv if 'passed' in a])"
+    tests = Step("some tests", 1, ("-c", notes))
+    (tmp_path / "some-tests.passed").write_text("a test\n")
+    assert f"given ['--passed={tmp_path / 'some-tests.passed'}']" in run([tests], "--fresh")[1]
+    assert not (tmp_path / "some-tests.passed").exists(), "other sources, or from the beginning"
+    assert "given []" in run([tests], "--fresh", "-k", "one")[1]
+    nothing_left = Step("some tests", 1, ("-c", "import sys; sys.exit(5)"))
+    assert run([nothing_left], "--fresh")[0] == 1, "nothing was ever chosen"
+    run([tests], "--fresh")
+    record = tmp_path / "results.json"
+    record.write_text(record.read_text().replace("some tests", "others"))
+    (tmp_path / "some-tests.passed").write_text("every test\n")
+    assert run([nothing_left])[0] == 0
+
+
 @pytest.mark.parametrize(("minutes", "shares"), [(100, [None, None]), (30, [600, 1800])])
 def test_shares_of_the_time(minutes, shares) -> None:
     """What is left is divided as the steps' expected minutes are."""

@@ -122,3 +122,16 @@ def test_steps_cover_every_kind() -> None:
     assert {step.command[-1] for step in interpreted} == {"--tier=test", "--tier=prove"}
     assert {f"--setting={name}" for name in selection.SETTINGS} <= {option for _, option in ran}
     assert len({step.name for step in plan}) == len(plan)
+
+
+def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
+    """A report of each kind, then the items of the next run."""
+    file = tmp_path / "passed"
+    writer = selection.Passed(file)
+    for name, when, passed in (
+        ("a.py::one", "setup", True),
+        ("a.py::one", "call", True),
+        ("a.py::two", "call", False),
+    ):
+        writer.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when=when, passed=passed))
+    assert file.read_text() == "a.py::one\n"
