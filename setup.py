@@ -52,16 +52,6 @@ def find_compiler():
     return command, answer.partition("\n")[0]
 
 
-def find_ninja():
-    """ninja's path: that of its Python package, or the first on PATH."""
-    try:
-        from ninja import BIN_DIR as folder
-    except ImportError:
-        folder = ""
-    found = shutil.which("ninja", path=os.pathsep.join([folder, os.environ.get("PATH", "")]))
-    return found or refuse("needs ninja: pip install ninja")
-
-
 def install(path, folder):
     """Copies where the bytes differ, by rename: a running process keeps the library it has."""
     target = folder / path.name
@@ -106,7 +96,7 @@ class NinjaBuild(build_ext):
         Path(ROOT, work).mkdir(parents=True, exist_ok=True)
         Path(ROOT, work, "build.ninja").write_text("\n".join(graph) + "\n")
         jobs = read_env("MAX_JOBS", str(len(os.sched_getaffinity(0))))
-        ninja = [find_ninja(), "-f", f"{work}/build.ninja", "-j", jobs]
+        ninja = [build.find_ninja(), "-f", f"{work}/build.ninja", "-j", jobs]
         log, began = Path(ROOT, work, ".ninja_log"), time.perf_counter()
         before = set(build.read_log(log))
         if code := subprocess.run(ninja, cwd=ROOT).returncode:

@@ -48,6 +48,16 @@ def read_env(name, default=""):
     return os.environ.get(name) or default
 
 
+def find_ninja():
+    """ninja's path: that of its Python package, or the first on PATH."""
+    try:
+        from ninja import BIN_DIR as folder
+    except ImportError:
+        folder = ""
+    found = shutil.which("ninja", path=os.pathsep.join([folder, os.environ.get("PATH", "")]))
+    return found or refuse("needs ninja: pip install ninja")
+
+
 def find_cuda():
     """The CUDA toolkit's folder, or None after one line on why there is no CUDA library."""
     wish, nvcc = read_env("ASPP_EXT_CUDA", "auto"), shutil.which("nvcc")
@@ -114,9 +124,10 @@ def choose_architectures(everywhere):
     if everywhere or wish == "all":
         return every
     if not here:
-        say(f"no GPU here: kernels for {PORTABLE} alone; ASPP_EXT_CUDA_ARCHS=all builds for all")
+        say(f"no GPU seen: kernels for {PORTABLE} alone; ASPP_EXT_CUDA_ARCHS=all builds for all")
         return [PORTABLE]
-    return [arch for arch in every if arch.partition(".")[0] in here] or every
+    found = [arch for arch in every if arch.partition(".")[0] in here]
+    return found if len(found) == len(here) else every
 
 
 def read_log(path):

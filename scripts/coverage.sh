@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly TREE=$PWD/build/coverage PYTHON=${PYTHON:-python3}
 rm -rf "$TREE" && mkdir -p "$TREE"
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$TREE"
+git ls-files -z --cached --others --exclude-standard |
+  tar --create --null --files-from=- --ignore-failed-read | tar --extract -C "$TREE"
 cd "$TREE"
 export CXXFLAGS=--coverage ASPP_EXT_CUDA=0 PYTHONPATH=$TREE COVERAGE_FILE=$TREE/.coverage
 "$PYTHON" setup.py -q build_ext --inplace

@@ -12,7 +12,7 @@ of each step runs as fits in its part of that time, and the next run goes on fro
 from __future__ import annotations
 
 import argparse
-import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import rich.table
@@ -28,56 +29,84 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.steps import ROOT, Step, plan
+from scripts.steps import OUT_OF_TIME, ROOT, Step, proof_steps, test_steps
 
 FOLDER = ROOT / "build/prove"
-COUNT = r"\d+ (?:passed|failed|skipped|deselected|errors?|warnings?)[,\s]*"
-SUMMARY = re.compile(rf"^=*\s*((?:{COUNT})+)in ")
+SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+[,\s]*)+)in \d")
 NOTHING_CHOSEN = 5  # pytest's exit status
-OUT_OF_TIME = "no time was left"  # tests/selection.py says so
+LEAST_SECONDS = 20
 console = Console(highlight=False, width=100)
 
 
 @dataclass
 class Result:
     outcome: str
-    """passed, failed, a part (which passed), nothing chosen, or why it did not run."""
+    """passed, a part, failed, nothing chosen, or why it did not run."""
     seconds: float = 0
     counts: str = ""
     log: str = ""
 
 
 def digest_of_sources() -> str:
-    """Of every file that git knows or would add, as it is now, but for pages of text."""
+    """Of every file that git knows or would add, as it is now, and of what compiles and runs it."""
     listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
-    digest = hashlib.sha256()
-    for name in sorted(name for name in names if name and not name.endswith(".md")):
+    tools = [sys.version, *(os.environ.get(name, "") for name in ("CXX", "CPPFLAGS", "CXXFLAGS"))]
+    for package in ("torch", "triton", "numpy"):
+        found = importlib.metadata.distributions(name=package)
+        tools += [distribution.version for distribution in found]
+    digest = sha256(repr(tools).encode())
+    for name in sorted(filter(None, names)):
         path = ROOT / name
         digest.update(f"{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
     return digest.hexdigest()
 
 
-class Record:
-    """What has passed on these sources, kept from run to run."""
-
-    def __init__(self, fresh: bool) -> None:
-        self.path, self.sources = FOLDER / "results.json", digest_of_sources()
-        kept = json.loads(self.path.read_text()) if self.path.exists() and not fresh else {}
-        same = kept.get("sources") == self.sources
-        self.results = {k: Result(**v) for k, v in kept["steps"].items()} if same else {}
-        if not same:
-            for path in FOLDER.glob("*.passed"):
-                path.unlink()
-
-    def keep(self, name: str, result: Result) -> None:
-        self.results[name] = result
-        steps = {name: asdict(r) for name, r in self.results.items() if r.outcome == "passed"}
-        self.path.write_text(json.dumps({"sources": self.sources, "steps": steps}, indent=1))
-
-
 def file_of(step: Step, kind: str) -> Path:
     return FOLDER / (re.sub(r"\W+", "-", step.name) + f".{kind}")
+
+
+class Record:
+    """What has passed on these sources, kept from run to run: whole suites, and their tests."""
+
+    def __init__(self) -> None:
+        self.path, self.results = FOLDER / "results.json", dict[str, Result]()
+        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.sources = digest_of_sources()
+        if kept.get("sources") == self.sources:
+            self.results = {name: Result(**result) for name, result in kept["steps"].items()}
+        else:
+            for path in FOLDER.glob("*.passed"):
+                path.unlink()
+            self.write()
+
+    def write(self) -> None:
+        steps = {name: asdict(result) for name, result in self.results.items()}
+        self.path.write_text(json.dumps({"sources": self.sources, "steps": steps}, indent=1))
+
+    def forget(self, step: Step) -> None:
+        self.results.pop(step.name, None)
+        file_of(step, "passed").unlink(missing_ok=True)
+        self.write()
+
+    def keep(self, step: Step, result: Result) -> None:
+        """A suite that has passed, unless a source has changed while it ran."""
+        if digest_of_sources() != self.sources:
+            self.forget(step)
+        elif step.is_suite and result.outcome == "passed":
+            self.results[step.name] = result
+            self.write()
+
+
+def environment_of(step: Step) -> dict[str, str]:
+    """Of a suite nothing but the step decides what is tested."""
+    kept = os.environ.items()
+    if step.is_suite:
+        kept = [(k, v) for k, v in kept if not k.startswith(("ASPP_E", "TRITON_"))]
+    # Each process rewrites the tests' assertions, unless one has left them where others find them.
+    cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / "build/pyc")}
+    return {**dict(kept), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **cache,
+        **step.environment}  # fmt: skip
 
 
 def run(step: Step, options: list[str], seconds: float | None, passed: Path | None) -> Result:
@@ -86,21 +115,17 @@ def run(step: Step, options: list[str], seconds: float | None, passed: Path | No
     ``passed`` has the tests that need not be repeated.
     """
     command = [sys.executable, *step.command]
-    if step.is_pytest:
+    if step.is_suite:
         processes = min(4, len(os.sched_getaffinity(0)))
         command += ["-n", str(processes), "--dist", "worksteal", *options]
-        command += [f"--until={time.time() + seconds:.0f}"] if seconds is not None else []
+        command += [f"--seconds={seconds:.1f}"] if seconds is not None else []
         command += [f"--passed={passed}"] if passed else []
-    log = file_of(step, "log")
-    began, counts, partly = time.monotonic(), "", False
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    # Each process rewrites the tests' assertions, unless one has left them where others find them.
-    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / "build/pyc")}
-    environment |= step.environment
+    log, began = file_of(step, "log"), time.monotonic()
+    counts, partly = "", False
     with (
         log.open("w") as file,
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, errors="replace",
+            command, cwd=ROOT, env=environment_of(step), text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ) as process,
     ):  # fmt: skip
@@ -111,16 +136,18 @@ def run(step: Step, options: list[str], seconds: float | None, passed: Path | No
             file.write(line)
             partly |= OUT_OF_TIME in line
             counts = match[1].strip(", ") if (match := SUMMARY.match(line)) else counts
-    outcome = "passed" if process.returncode == 0 else "failed"
-    if step.is_pytest and process.returncode == NOTHING_CHOSEN:
+    result = Result("failed", time.monotonic() - began, counts)
+    if process.returncode == 0:
+        result.outcome = "a part" if partly else "passed"
+        if step.is_suite and " passed" not in counts:
+            result.outcome = "failed"  # tests that were all skipped prove nothing
+    elif step.is_suite and process.returncode == NOTHING_CHOSEN:
         if options:
-            outcome = "nothing chosen"
+            result.outcome = "nothing chosen"
         elif passed and passed.exists():
-            outcome = "passed"  # before
-    elif outcome == "passed" and partly:
-        outcome = "a part"
-    where = str(log.relative_to(ROOT)) if outcome == "failed" else ""
-    return Result(outcome, time.monotonic() - began, counts, where)
+            result.outcome = "passed"  # all of them, before
+    result.log = str(log.relative_to(ROOT)) if result.outcome == "failed" else ""
+    return result
 
 
 def table(steps: list[Step], results: dict[str, Result]) -> rich.table.Table:
@@ -131,14 +158,57 @@ def table(steps: list[Step], results: dict[str, Result]) -> rich.table.Table:
     for step in steps:
         r = results.get(step.name, Result(step.why_not or "not run"))
         took = f"{r.seconds / 60:.1f} min" if r.seconds else ""
-        shown.add_row(step.name, f"{step.minutes:g} min", took, r.outcome, r.counts or r.log)
+        shown.add_row(step.name, f"{step.minutes:g} min", took, r.outcome, f"{r.counts} {r.log}")
     return shown
 
 
-def share_of(step: Step, left: list[Step], minutes: float) -> float | None:
-    """Seconds for a step, of what is left for it and all after it; None where all of them fit."""
+def seconds_for(step: Step, left: list[Step], minutes: float) -> float | None:
+    """Of what is left for it and all after it; None where all of them fit."""
     expected = sum(other.minutes for other in left)
-    return None if expected <= minutes else 60 * minutes * step.minutes / expected
+    if expected <= minutes:
+        return None
+    return max(LEAST_SECONDS, 60 * minutes * step.minutes / expected)
+
+
+def with_builds(chosen: list[Step], steps: list[Step]) -> list[Step]:
+    """The steps in order, each behind what it needs; a build that is not needed is left out."""
+    named = {step.name for step in chosen} | {step.needs for step in chosen}
+    return [step for step in steps if step.name in named]
+
+
+def run_all(
+    todo: list[Step], given: argparse.Namespace, options: list[str], record: Record
+) -> dict[str, Result]:
+    """Of the steps that have run, also where an interrupt kept the others from running."""
+    results: dict[str, Result] = {}
+    ends = time.monotonic() + 60 * (given.minutes or 0)
+    try:
+        for at, step in enumerate(todo):
+            if step.needs in results and results[step.needs].outcome != "passed":
+                results[step.name] = Result(f"not run: {step.needs} failed")
+                continue
+            seconds = None
+            if given.minutes:
+                seconds = seconds_for(step, todo[at:], (ends - time.monotonic()) / 60)
+            console.rule(step.name, align="left")
+            passed = None if options or given.test else file_of(step, "passed")
+            results[step.name] = run(step, options, seconds, passed)
+            if not options:
+                record.keep(step, results[step.name])
+    except KeyboardInterrupt:
+        console.print("interrupted")
+    return results
+
+
+def status_of(todo: list[Step], results: dict[str, Result]) -> int:
+    """As an exit status."""
+    outcomes = {results[step.name].outcome for step in todo if step.name in results}
+    if len(results) < len(todo):
+        return 128 + signal.SIGINT
+    if outcomes - {"passed", "a part", "nothing chosen"}:
+        return 1
+    suites = {results[step.name].outcome for step in todo if step.is_suite}
+    return NOTHING_CHOSEN if suites == {"nothing chosen"} else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -149,42 +219,29 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="repeat what has passed, too")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
     given, options = parser.parse_known_args(arguments)
-    steps = [step for step in plan() if step.is_test or not given.test]
+    steps = test_steps() if given.test else [*test_steps(), *proof_steps()]
+    chosen = steps
     if given.only:
         names = [name.strip() for name in given.only.split(";")]
         if unknown := set(names) - {step.name for step in steps}:
             parser.error(f"there is no step {', '.join(sorted(unknown))}; --list shows them")
-        steps = [step for step in steps if step.name in names]
+        chosen = [step for step in steps if step.name in names]
     FOLDER.mkdir(parents=True, exist_ok=True)
-    record = Record(given.fresh)
-    results = {} if given.test else dict(record.results)
-    todo = [step for step in steps if step.name not in results and step.why_not is None]
-    console.print(table(steps, results))
+    record = Record()
+    if given.fresh:
+        for step in chosen:
+            record.forget(step)
+    before = {} if given.test else dict(record.results)
+    wanted = [step for step in chosen if step.name not in before and step.why_not is None]
+    todo = with_builds([step for step in wanted if step.is_suite or given.only], steps)
+    console.print(table(with_builds(chosen, steps), before))
     console.print(f"{sum(step.minutes for step in todo):.0f} minutes expected on two cores")
     if given.list:
         return 0
-    ends = time.monotonic() + 60 * (given.minutes or 0)
-    status = 0
-    try:
-        for at, step in enumerate(todo):
-            seconds = None
-            if given.minutes:
-                seconds = share_of(step, todo[at:], (ends - time.monotonic()) / 60)
-            console.rule(step.name, align="left")
-            passed = None if options or given.test else file_of(step, "passed")
-            results[step.name] = run(step, options, seconds, passed)
-            if results[step.name].outcome == "failed":
-                status = 1
-            if not options:
-                record.keep(step.name, results[step.name])
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    tests = [results[step.name] for step in todo if step.is_pytest and step.name in results]
-    if tests and all(result.outcome == "nothing chosen" for result in tests):
-        status = NOTHING_CHOSEN
+    results = run_all(todo, given, options, record)
     console.rule()
-    console.print(table(steps, results))
-    return status
+    console.print(table(with_builds(chosen, steps), before | results))
+    return status_of(todo, results)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A step is a process with an environment of its own. Which tests are for it, thei
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,12 +18,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATED, SANITIZED = "build/emulated", "build/sanitized"
-EMULATED_SANITIZED, EVERY_ARCHITECTURE = "build/emulated-sanitized", "build/all"
+EMULATED_SANITIZED, EVERY_ARCHITECTURE = "build/emulated-sanitized", "build/architectures"
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512bf16")
 SANITIZE = (
     "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 )
 INTERPRET = {"TRITON_INTERPRET": "1", "ASPP_EXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
+OUT_OF_TIME = "no time was left"
+"""Why a test was skipped that would have come later than the step's time allows."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,30 @@ class Step:
     minutes: float
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    is_test: bool = False
-    """Whether ``make test`` has it."""
+    needs: str | None = None
+    """The step that builds what this one runs."""
     why_not: str | None = None
     """Why it cannot run on this machine."""
 
     @property
-    def is_pytest(self) -> bool:
+    def is_suite(self) -> bool:
         return self.command[:2] == ("-m", "pytest")
 
 
 def suite(
-    name: str, minutes: float, *options: str, why_not: str | None = None, **environment: str
+    name: str, minutes: float, options: str, needs: str = "", why: str | None = None, **env: str
 ) -> Step:
-    command = ("-m", "pytest", "-q", "--disable-warnings", *options)
-    return Step(name, minutes, command, environment, "--tier=test" in options, why_not)
+    command = ("-m", "pytest", "-q", "--disable-warnings", *options.split())
+    return Step(name, minutes, command, env, needs or None, why)
 
 
-def library(name: str, minutes: float, folder: str, is_test: bool = False, **flags: str) -> Step:
+def library(
+    name: str, minutes: float, folder: str, why: str | None = None, **environment: str
+) -> Step:
     """A build of the libraries in a folder of their own."""
     command = ("setup.py", "-q", "build_ext", "--inplace")
-    return Step(name, minutes, command, {"ASPP_EXT_LIBRARY_DIR": folder, **flags}, is_test)
+    wanted = {"ASPP_EXT_LIBRARY_DIR": folder, **environment}
+    return Step(name, minutes, command, wanted, why_not=why)
 
 
 def sanitizing(folder: str) -> dict[str, str]:
@@ -82,38 +88,51 @@ def instruction_sets() -> list[Step]:
     own, found = this_instruction_set(), []
     for isa in INSTRUCTION_SETS[:-1]:
         narrower = INSTRUCTION_SETS.index(isa) < INSTRUCTION_SETS.index(own)
-        why_not = None if narrower else f"the other steps ran {own}"
-        step = suite(f"isa {isa}", 1, "--setting=isa", why_not=why_not, ASPP_EXT_ISA=isa)
-        found.append(step)
+        why = None if narrower else f"the other steps run {own}"
+        found.append(suite(f"isa {isa}", 1, "--setting=isa", why=why, ASPP_EXT_ISA=isa))
     return found
 
 
-def plan() -> list[Step]:
-    """In the order in which they run; ``make test`` is the first five."""
+def test_steps() -> list[Step]:
+    """Those of ``make test``."""
+    triton = None if importlib.util.find_spec("triton") else "there is no Triton"
     emulated = {"ASPP_EXT_LIBRARY_DIR": EMULATED}
-    no_cuda = {"ASPP_EXT_CUDA": "0", "CXXFLAGS": SANITIZE}
-    emulate = {"ASPP_EXT_CUDA": "emulate"}
-    nvcc = None if shutil.which("nvcc") else "there is no nvcc"
     return [
-        library("build emulated", 1, EMULATED, True, **emulate),
-        Step("build programs", 1, ("tests/programs.py",), is_test=True),
-        suite("cpu", 3, "--tier=test"),
-        suite("emulated", 1, "--tier=test", **emulated),
-        suite("interpreted", 1, "--tier=test", **INTERPRET),
+        library("build emulated", 1, EMULATED, ASPP_EXT_CUDA="emulate"),
+        Step("build programs", 1, ("tests/programs.py",)),
+        suite("cpu", 3, "--tier=test", "build programs"),
+        suite("emulated", 1, "--tier=test", "build emulated", **emulated),
+        suite("interpreted", 1, "--tier=test", why=triton, **INTERPRET),
+    ]
+
+
+def proof_steps() -> list[Step]:
+    """What ``make prove`` has beyond them, in the order in which it runs."""
+    triton = None if importlib.util.find_spec("triton") else "there is no Triton"
+    nvcc = None if shutil.which("nvcc") else "there is no nvcc"
+    gcc = None if shutil.which("g++") else "there is no g++"
+    emulated = {"ASPP_EXT_LIBRARY_DIR": EMULATED}
+    sanitized, both = (sanitizing(f) if not gcc else {} for f in (SANITIZED, EMULATED_SANITIZED))
+    every = {"ASPP_EXT_CUDA_ARCHS": "all", "ASPP_EXT_LIBRARY_DIR": EVERY_ARCHITECTURE}
+    return [
         Step("build all programs", 2, ("tests/programs.py", "--all")),
-        suite("cpu, the rest", 5, "--tier=prove"),
-        suite("emulated, the rest", 5, "--tier=prove", **emulated),
-        suite("emulated, stored", 1, "--setting=stored", **emulated, ASPP_EXT_SEPARABLE="stored"),
-        suite("interpreted, the rest", 20, "--tier=prove", **INTERPRET),
+        suite("cpu, the rest", 5, "--tier=prove", "build all programs"),
+        suite("emulated, the rest", 5, "--tier=prove", "build emulated", **emulated),
+        suite("emulated, stored", 1, "--setting=stored", "build emulated", **emulated,
+            ASPP_EXT_SEPARABLE="stored"),
+        suite("interpreted, the rest", 20, "--tier=prove", why=triton, **INTERPRET),
         suite("filtered", 3, "--setting=filtered", ASPP_EXT_POLYPHASE="always"),
         suite("not filtered", 3, "--setting=unfiltered", ASPP_EXT_POLYPHASE="0"),
         *instruction_sets(),
-        *(suite(f"{n} threads", 2, "--setting=threads", f"--threads={n}") for n in (2, 3)),
-        library("build sanitized", 2, SANITIZED, **no_cuda),
-        suite("sanitized", 4, "--setting=sanitized", **sanitizing(SANITIZED)),
-        library("build sanitized emulated", 2, EMULATED_SANITIZED, **emulate, CXXFLAGS=SANITIZE),
-        suite("sanitized emulated", 3, "--setting=sanitized", **sanitizing(EMULATED_SANITIZED)),
-        library("build every architecture", 4, EVERY_ARCHITECTURE, ASPP_EXT_CUDA_ARCHS="all"),
-        suite("every architecture", 1, "tests/test_binaries.py", why_not=nvcc,
-            ASPP_EXT_LIBRARY_DIR=EVERY_ARCHITECTURE),
+        *(suite(f"{n} threads", 2, f"--setting=threads --threads={n}") for n in (2, 3)),
+        library("build sanitized", 2, SANITIZED, gcc, ASPP_EXT_CUDA="0", CXXFLAGS=SANITIZE),
+        suite("sanitized", 4, "--setting=sanitized", "build sanitized", gcc, **sanitized),
+        library("build sanitized emulated", 2, EMULATED_SANITIZED, gcc, ASPP_EXT_CUDA="emulate",
+            CXXFLAGS=SANITIZE),
+        suite("sanitized emulated", 3, "--setting=sanitized", "build sanitized emulated", gcc,
+            **both),
+        library("build every architecture", 4, EVERY_ARCHITECTURE, nvcc, ASPP_EXT_CUDA="1",
+            ASPP_EXT_CUDA_ARCHS="all", TORCH_CUDA_ARCH_LIST=""),
+        suite("every architecture", 1, "--setting=architectures", "build every architecture", nvcc,
+            **every),
     ]  # fmt: skip

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import interpreting
 import pytest
 import selection
@@ -14,12 +13,17 @@ import torch
 
 from aspp_ext.testing import nan_poison
 
+try:
+    import hypothesis
+except ImportError:  # where only the tests for a GPU run
+    pass
+else:  # no limit on how long an example takes, and none on how long it takes to draw some
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("untimed")
+
 LARGE_GIB = 12
-# No limit on how long an example takes, and none on how long it takes to draw some.
-hypothesis.settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("untimed")
 
 
 def available_gib() -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -20,6 +19,10 @@ from typing import NamedTuple
 from kernel_faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from build_graph import RULES, find_ninja  # noqa: E402
+
 BUILD = "build/programs"
 KERNELS = "csrc/cuda/kernels"
 # Kernels read memory as other types than it was written as, which nvcc allows.
@@ -38,14 +41,6 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "atexit_sleep_ms=0",
     "ASAN_OPTIONS": "detect_leaks=0",
 }
-RULES = f"""builddir = {BUILD}
-rule compile
-  command = $argv -MD -MF $out.d
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = $argv
-"""
 
 
 class Program(NamedTuple):
@@ -111,8 +106,11 @@ def plant(name: str, fault: str) -> str | None:
         for path in (ROOT / "csrc" / folder).iterdir():
             link = here / path.name
             if path.name not in ("cuda", "kernels", file) and not link.is_symlink():
+                link.unlink(missing_ok=True)  # which had another fault
                 link.symlink_to(path)
     spoilt, changed = ROOT / mirror / "cuda/kernels" / file, text.replace(right, wrong)
+    if spoilt.is_symlink():
+        spoilt.unlink()
     if not spoilt.exists() or spoilt.read_text() != changed:
         spoilt.write_text(changed)
     return str(mirror)
@@ -124,7 +122,7 @@ class Graph:
     def __init__(self) -> None:
         self.cxx = shlex.split(os.environ.get("CXX") or "g++")
         self.flags = [*FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        self.lines, self.made = [RULES], set[str]()
+        self.lines, self.made = [RULES.format(BUILD)], set[str]()
 
     def add(self, rule: str, output: str, inputs: list[str], argv: list[str]) -> str:
         if output not in self.made:
@@ -156,31 +154,22 @@ class Graph:
                 self.link(path_of(name, variant, fault), variant, list(faulty.values()))
 
 
-def find_ninja() -> str:
-    try:
-        from ninja import BIN_DIR as folder
-    except ImportError:
-        folder = ""
-    path = os.pathsep.join([folder, os.environ.get("PATH", "")])
-    found = shutil.which("ninja", path=path)
-    assert found, "needs ninja: pip install ninja"
-    return found
-
-
 def build(targets: Iterable[Path], **options: bool) -> None:
     """Compiles what changed; ``options`` are those of subprocess.run."""
-    graph = Graph()
-    for name in PROGRAMS:
-        graph.add_program(name)
     file = ROOT / BUILD / "build.ninja"
     file.parent.mkdir(parents=True, exist_ok=True)
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    wanted = [str(path.relative_to(ROOT)) for path in targets]
-    ninja = [find_ninja(), "--quiet", "-f", str(file.relative_to(ROOT)), "-j", jobs, *wanted]
     with open(file.with_name("lock"), "w") as lock:  # test processes may ask at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists() or file.read_text() != "\n".join(graph.lines) + "\n":
-            file.write_text("\n".join(graph.lines) + "\n")
+        graph = Graph()
+        for name in PROGRAMS:
+            graph.add_program(name)
+        text = "\n".join(graph.lines) + "\n"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        wanted = [str(path.relative_to(ROOT)) for path in targets]
+        wanted = [path for path in wanted if path in graph.made]  # of others `ready` says why
+        ninja = [find_ninja(), "--quiet", "-f", str(file.relative_to(ROOT)), "-j", jobs, *wanted]
         ran = subprocess.run(ninja, cwd=ROOT, text=True, **options)
     if ran.returncode != 0:
         raise RuntimeError(f"the programs do not compile\n{ran.stdout or ''}{ran.stderr or ''}")

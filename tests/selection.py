@@ -12,18 +12,21 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from aspp_ext import _native, _triton
+from scripts.steps import OUT_OF_TIME
 
 ALL_KERNELS = ("cpu", "emulated", "interpreted")
 KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpreted else "cpu"
 """Whose kernels this process tests."""
-OUT_OF_TIME = "no time was left"
-SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored")
+SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored", "architectures")
+ENDS = pytest.StashKey[float]()
+NO_PARAMETERS = SimpleNamespace(marks=[])
 NAMES = dict.fromkeys(("kernels", "prove", "quick"), ALL_KERNELS) | {"settings": SETTINGS}
 """What these markers may name."""
 
@@ -45,7 +48,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--setting", choices=SETTINGS, help="what has to hold under it, too")
     group.addoption("--threads", type=int, default=1, help="of PyTorch in each test")
     group.addoption("--passed", type=Path, help="a file: leaves out its tests, adds what passes")
-    group.addoption("--until", type=float, help="seconds since 1970: what fits in runs, of all")
+    group.addoption("--seconds", type=float, help="from collection on: what fits in, of everything")
 
 
 def names_in(item: pytest.Item, marker: str) -> set[str]:
@@ -53,12 +56,15 @@ def names_in(item: pytest.Item, marker: str) -> set[str]:
 
 
 def kernels_of(item: pytest.Item) -> set[str]:
-    """What a test and its parameters say goes before what their file says."""
-    by_node: dict[pytest.Item, list[set[str]]] = {}
+    """What a test says goes before what its file says; each of its parameters may leave fewer."""
+    parameters = [m for m in getattr(item, "callspec", NO_PARAMETERS).marks if m.name == "kernels"]
+    by_node: dict[Any, list[pytest.Mark]] = {}
     for node, mark in item.iter_markers_with_node("kernels"):
-        by_node.setdefault(node, []).append(set(mark.args))
-    closest = next(iter(by_node.values()), [{"cpu"}])
-    return set.intersection(*closest)
+        by_node.setdefault(node, []).append(mark)
+    for mark in parameters:  # they are among the test's own
+        by_node[next(iter(by_node))].remove(mark)
+    closest = next(filter(None, by_node.values()), [pytest.mark.kernels("cpu").mark])
+    return set.intersection(*(set(mark.args) for mark in (*closest, *parameters)))
 
 
 def check_names(item: pytest.Item) -> None:
@@ -115,8 +121,10 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen = [item for item in chosen if item.nodeid not in passed]
     taken = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
-    if config.option.until:
-        chosen.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+    if seconds := config.option.seconds:
+        # Another part in another run, the same in all processes of one.
+        chosen.sort(key=lambda item: zlib.crc32(f"{seconds} {item.nodeid}".encode()))
+        config.stash[ENDS] = time.monotonic() + seconds
     items[:] = chosen
 
 
@@ -124,15 +132,17 @@ class Passed:
     """Writes down what has passed, so that an interrupted run can go on from there."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1)
+        self.file, self.called = path.open("a", buffering=1), set[str]()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
+            self.called.add(report.nodeid)
+        elif report.when == "teardown" and report.passed and report.nodeid in self.called:
             self.file.write(f"{report.nodeid}\n")
 
 
 def skip_when_out_of_time(item: pytest.Item) -> None:
-    if item.config.option.until and time.time() > item.config.option.until:
+    if time.monotonic() > item.config.stash.get(ENDS, float("inf")):
         pytest.skip(OUT_OF_TIME)
 
 

@@ -40,7 +40,7 @@ on_what_has_heads = pytest.mark.kernels("cpu", "interpreted")
 """Emulated, the whole head is composed of pyramids, or the CPU's own."""
 varied = pytest.mark.settings("filtered", "unfiltered", "threads")
 """Holds whichever way the CPU's pyramids go, by any number of threads."""
-sanitized = pytest.mark.settings("sanitized")
+sanitized, stored = pytest.mark.settings("sanitized"), pytest.mark.settings("stored")
 proven_interpreted = pytest.mark.prove("interpreted")
 """Triton's interpreter takes seconds for what others do in none."""
 
@@ -75,7 +75,7 @@ def marks_of(op_name: str) -> list[pytest.MarkDecorator]:
     if op_name.startswith("head"):
         return [on_what_has_heads]
     forward = op_name in SEPARABLE and "backward" not in op_name
-    return [pytest.mark.settings("stored")] if forward else []
+    return [stored] if forward else []
 
 
 CASES = [

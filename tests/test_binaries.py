@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,7 @@ def find_cuobjdump() -> str | None:
 
 CUOBJDUMP = find_cuobjdump()
 pytestmark = [
+    pytest.mark.settings("architectures"),
     pytest.mark.skipif(not LIBRARY.exists(), reason="libaspp_cuda.so was not built"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: pip install triton"),
 ]
@@ -116,6 +118,18 @@ def architectures(monkeypatch) -> list[str]:
 
     wished = _native.read_build_info()["architectures"]
     return re.findall(r",code=(\w+)", " ".join(build_graph.gencodes(Path("a_sm80.cu"), wished)))
+
+
+EVERY = os.environ.get("ASPP_EXT_CUDA_ARCHS") == "all"
+
+
+@pytest.mark.skipif(not EVERY, reason="not built for every architecture")
+def test_the_library_is_for_every_architecture(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    import build_graph
+
+    every = build_graph.split_architectures(build_graph.ARCHITECTURES)
+    assert _native.read_build_info()["architectures"] == every
 
 
 def count(counts: Counter[str], prefix: str) -> int:

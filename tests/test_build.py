@@ -134,6 +134,7 @@ ALL = ["8.0", "9.0a", "10.0f", "12.0f+PTX"]
         (False, {}, {"9"}, ["9.0a"]),
         (False, {}, {"8", "12"}, ["8.0", "12.0f+PTX"]),
         (False, {}, {"11"}, ALL),  # none of them is for this one alone
+        (False, {}, {"8", "11"}, ALL),
         (True, {}, set(), ALL),
         (True, {}, {"9"}, ALL),
         (False, {"ASPP_EXT_CUDA_ARCHS": "all"}, set(), ALL),

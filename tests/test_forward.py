@@ -36,6 +36,7 @@ from table import (
     quick_emulated,
     quick_interpreted,
     sanitized,
+    stored,
     tensors_in,
     varied,
 )
@@ -130,7 +131,11 @@ def integers(*shape: int) -> torch.Tensor:
 
 @quick_interpreted(lambda given: given == (1, 1, "per_sample", "relu"))
 @each_backend
-@pytest.mark.parametrize("separable", [False, True], ids=["pyramid", "separable"])
+@pytest.mark.parametrize(
+    "separable",
+    [False, pytest.param(True, marks=stored)],
+    ids=["pyramid", "separable"],
+)
 @pytest.mark.parametrize(
     "given", list(itertools.product([0, 1], [0, 1], [None, "one", "per_sample"], [None, "relu"]))
 )
@@ -154,6 +159,7 @@ def test_epilogue(separable, given, backend) -> None:
     assert torch.equal(got, getattr(reference, name)(x, *weights, rates, **keywords))
 
 
+@stored
 @quick_interpreted()
 @each_backend
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -141,6 +141,21 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
     assert rows["build"]["result"] == "failed", "a proof that was not asked for is none"
 
 
+@pytest.mark.prove  # it takes the whole limit
+def test_a_step_that_hangs_is_stopped(tmp_path):
+    """By the real ``timeout``."""
+    python = script(
+        tmp_path / "python",
+        f'case "$*" in *gpu.kernels*) sleep 36000 ;; *) exec {sys.executable} "$@" ;; esac',
+    )
+    argv = ["bash", str(CHECK), "--dry-run", "--only", "kernels", "--limit", "60", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    result, detail = summary(done.stdout)["kernels"]
+    assert result == "failed"
+    assert detail.startswith("stopped after")
+
+
 def test_a_step_for_which_no_time_is_left_is_not_run(tmp_path):
     _, text = check(tmp_path, "--only", "cudnn", "--limit", "1")
     assert summary(text) == {"cudnn": ("not run", "no time was left for it")}

@@ -21,6 +21,7 @@ from table import (
     on_cpu,
     on_native,
     proven_emulated,
+    quick_emulated,
     varied,
 )
 
@@ -40,6 +41,7 @@ each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda 
 STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
 
 
+@quick_emulated(lambda problem: problem.name == "prime_sizes")
 @each_dtype
 @each_problem
 @each_head

@@ -10,11 +10,23 @@ import pytest
 from scripts import prove
 from scripts.steps import Step
 
-SAYS = "import sys; print(sys.argv[1]); sys.exit(int(sys.argv[2]))"
+SAYS = """import sys
+print(sys.argv[1], [a for a in sys.argv if "passed=" in a])
+print(sys.argv[3])
+sys.exit(int(sys.argv[2]))"""
 
 
-def step(name: str, status: int = 0, minutes: float = 1, **options) -> Step:
-    return Step(name, minutes, ("-c", SAYS, f"this is {name}", str(status)), **options)
+class Suite(Step):
+    """One that needs no pytest."""
+
+    is_suite = True
+
+
+def step(
+    name: str, status: int = 0, summary: str = "1 passed in 2.00s", kind=Suite, **options
+) -> Step:
+    command = ("-c", SAYS, f"this is {name}", str(status), summary)
+    return kind(name, 1, command, **options)
 
 
 @pytest.fixture
@@ -24,8 +36,9 @@ def run(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(prove, "ROOT", tmp_path)
     monkeypatch.setattr(prove, "digest_of_sources", lambda: "sources")
 
-    def run(steps: list[Step], *options: str) -> tuple[int, str]:
-        monkeypatch.setattr(prove, "plan", lambda: steps)
+    def run(tests: list[Step], *options: str, proofs: list[Step] | None = None) -> tuple[int, str]:
+        monkeypatch.setattr(prove, "test_steps", lambda: tests)
+        monkeypatch.setattr(prove, "proof_steps", lambda: proofs or [])
         return prove.main(list(options)), capfd.readouterr().out
 
     return run
@@ -71,59 +84,128 @@ def test_an_interrupted_run_goes_on_where_it_stopped(run, monkeypatch) -> None:
 
 
 def test_a_step_says_why_it_cannot_run(run) -> None:
-    status, text = run([step("one", 1, why_not="no such processor"), step("two")])
+    status, text = run([step("one", why_not="no such processor"), step("two")])
     assert status == 0
     assert "no such processor" in text
     assert "this is one" not in text
 
 
+BUILD, USER = step("build", kind=Step), step("user", needs="build")
+
+
+def test_builds_are_repeated_for_whoever_needs_them(run) -> None:
+    """Also by the names of others; they are never kept."""
+    other = step("other")
+    for options in ([], ["--only", "user", "--fresh"]):
+        assert "this is build" in run([BUILD, other, USER], *options)[1]
+    assert "this is build" not in run([BUILD, other, USER])[1], "nobody is left to need it"
+    assert "this is build" not in run([BUILD, other, USER], "--only", "other", "--fresh")[1]
+
+
+def test_what_needs_a_failed_build_does_not_run(run) -> None:
+    status, text = run([step("build", 1, kind=Step), USER, step("other")])
+    assert status == 1
+    assert "not run: build failed" in text
+    assert "this is user" not in text
+    assert "this is other" in text
+
+
 def test_only_and_test_choose_steps(run) -> None:
-    steps = [step("one"), step("two", is_test=True), step("three")]
-    assert "this is one" not in run(steps, "--only", "three")[1]
+    tests, proofs = [step("one")], [step("two"), step("three")]
+    assert "this is one" not in run(tests, "--only", "three", proofs=proofs)[1]
     for _ in range(2):  # tests are always repeated
-        text = run(steps, "--test")[1]
-        assert "this is two" in text
-        assert "this is one" not in text
-    assert "this is three" not in run(steps)[1], "and take nothing away from what is kept"
+        text = run(tests, "--test", proofs=proofs)[1]
+        assert "this is one" in text
+        assert "this is two" not in text
+    assert "this is three" not in run(tests, proofs=proofs)[1], "and take nothing away"
     with pytest.raises(SystemExit):
-        run(steps, "--only", "four")
-    assert "this is" not in run(steps, "--list")[1]
+        run(tests, "--only", "four")
+    assert "this is" not in run(tests, "--list", "--fresh", proofs=proofs)[1]
 
 
-def test_tests_that_were_cut_are_a_part_and_not_kept(run, tmp_path) -> None:
-    says = "print('3 passed, 2 skipped in 1.0s'); print('2 tests: no time was left')"
-    cut = Step("cut", 60, ("-c", says))
-    status, text = run([cut])
-    assert status == 0
-    assert "a part" in text
-    assert "3 passed, 2 skipped" in text
+def test_fresh_forgets_the_chosen_steps_alone(run) -> None:
+    steps = [step("one"), step("two")]
+    run(steps)
+    assert "this is one" in run(steps, "--fresh", "--only", "one")[1]
+    assert "this is" not in run(steps)[1]
+
+
+@pytest.mark.parametrize(
+    ("summary", "status", "outcome"),
+    [
+        ("7 passed, 1 xfailed in 2.00s", 0, "passed"),
+        ("== 7 passed, 2 skipped, 3 warnings in 61.2s (0:01:01) ==", 0, "passed"),
+        ("2 tests: no time was left\n3 passed, 2 skipped in 1.0s", 0, "a part"),
+        ("9 skipped in 2.00s", 0, "failed"),
+        ("9 tests: no time was left\n9 skipped in 2.00s", 0, "failed"),
+        ("1 failed, 6 passed in 2.00s", 1, "failed"),
+        ("", 5, "failed"),
+    ],
+)
+def test_outcomes(run, tmp_path, summary, status, outcome) -> None:
+    """Only a suite that has passed as a whole is kept; one of which nothing ran has failed."""
+    code, text = run([step("one", status, summary)])
+    assert (code != 0) == (outcome == "failed")
+    shown = text.rpartition("expected")[2]
+    assert outcome in shown
+    assert summary.rpartition("\n")[2].strip("= ").partition(" in ")[0] in shown
+    assert (outcome == "failed") == ("one.log" in shown)
+    kept = json.loads((tmp_path / "results.json").read_text())["steps"]
+    assert (outcome == "passed") == ("one" in kept)
+
+
+def test_nothing_chosen_by_hand_is_no_failure_unless_everywhere(run) -> None:
+    none, none_either, some = step("none", 5, ""), step("none either", 5, ""), step("some")
+    assert run([none, some], "--test", "-k", "x")[0] == 0
+    assert run([none, none_either], "--test", "-k", "x")[0] == prove.NOTHING_CHOSEN
+
+
+def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path) -> None:
+    """Each run gets the same file, unless tests are chosen by hand, until a source changes."""
+    file = tmp_path / "some-tests.passed"
+    assert f"['--passed={file}']" in run([step("some tests")])[1]
+    assert "this is some tests []" in run([step("some tests")], "--fresh", "-k", "one")[1]
+    assert run([step("some tests", 5, "")], "--fresh")[0] == 1, "nothing was ever chosen"
+    file.write_text("every test\n")
+    assert run([step("some tests", 5, "")])[0] == 0
+
+
+def test_a_source_that_changes_meanwhile_takes_the_proof_away(run, tmp_path, monkeypatch) -> None:
+    sources = iter(["before", "after", "after"])
+    monkeypatch.setattr(prove, "digest_of_sources", lambda: next(sources))
+    (tmp_path / "one.passed").write_text("a test\n")
+    run([step("one")])
+    assert not (tmp_path / "one.passed").exists()
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == {}
 
 
-def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path, monkeypatch) -> None:
-    """Each run gets the same file, unless tests are chosen by hand, until a source changes."""
-    monkeypatch.setattr(Step, "is_pytest", property(lambda self: True))
-    notes = "import sys; print('given', [a for a in sys.argv if 'passed' in a])"
-    tests = Step("some tests", 1, ("-c", notes))
-    (tmp_path / "some-tests.passed").write_text("a test\n")
-    assert f"given ['--passed={tmp_path / 'some-tests.passed'}']" in run([tests], "--fresh")[1]
-    assert not (tmp_path / "some-tests.passed").exists(), "other sources, or from the beginning"
-    assert "given []" in run([tests], "--fresh", "-k", "one")[1]
-    nothing_left = Step("some tests", 1, ("-c", "import sys; sys.exit(5)"))
-    assert run([nothing_left], "--fresh")[0] == 1, "nothing was ever chosen"
-    run([tests], "--fresh")
-    record = tmp_path / "results.json"
-    record.write_text(record.read_text().replace("some tests", "others"))
-    (tmp_path / "some-tests.passed").write_text("every test\n")
-    assert run([nothing_left])[0] == 0
+def test_other_sources_begin_anew_at_once(run, tmp_path, monkeypatch) -> None:
+    """Also where the first step of the run does not come to an end."""
+    run([step("one")])
+    (tmp_path / "two.passed").write_text("a test\n")
+    monkeypatch.setattr(prove, "digest_of_sources", lambda: "others")
+    run([step("one")], "--list")
+    assert not (tmp_path / "two.passed").exists()
+    monkeypatch.setattr(prove, "digest_of_sources", lambda: "sources")
+    assert "this is one" in run([step("one")])[1]
 
 
-@pytest.mark.parametrize(("minutes", "shares"), [(100, [None, None]), (30, [600, 1800])])
+@pytest.mark.parametrize(
+    ("minutes", "shares"), [(100, [None, None]), (30, [600, 1800]), (0, [20, 20])]
+)
 def test_shares_of_the_time(minutes, shares) -> None:
-    """What is left is divided as the steps' expected minutes are."""
-    steps = [step("short", minutes=20), step("long", minutes=40)]
-    assert prove.share_of(steps[0], steps, minutes) == shares[0]
-    assert prove.share_of(steps[1], steps[1:], minutes) == shares[1]
+    """What is left is divided as the steps' expected minutes are, and each gets a little."""
+    short, long = Step("short", 20, ()), Step("long", 40, ())
+    assert prove.seconds_for(short, [short, long], minutes) == shares[0]
+    assert prove.seconds_for(long, [long], minutes) == shares[1]
+
+
+def test_nothing_but_the_step_decides_what_is_tested(monkeypatch) -> None:
+    for name in ("ASPP_EXT_BACKEND", "ASPP_EXT_ISA", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    found = prove.environment_of(step("one", environment={"ASPP_EXT_ISA": "avx2"}))
+    assert found["ASPP_EXT_ISA"] == "avx2"
+    assert not {"ASPP_EXT_BACKEND", "TRITON_INTERPRET"} & set(found)
 
 
 def test_sources_are_what_git_has_and_would_add(tmp_path, monkeypatch) -> None:
@@ -131,8 +213,9 @@ def test_sources_are_what_git_has_and_would_add(tmp_path, monkeypatch) -> None:
     prove.subprocess.check_call(["git", "init", "-q", str(tmp_path)])
     (tmp_path / ".gitignore").write_text("built\n")
     digests = []
-    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.py", "1"), ("built", "1"), ("a.md", "1")):
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("b.md", "1"), ("built", "1")):
         (tmp_path / name).write_text(text)
         digests.append(prove.digest_of_sources())
-    assert len(set(digests)) == 3
-    assert digests[2] == digests[3] == digests[4]
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    assert len({*digests, prove.digest_of_sources()}) == 4
+    assert digests[2] == digests[3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import on_native, proven_emulated, varied
+from table import on_native, proven_emulated, quick_emulated, varied
 from torch import func
 
 import aspp_ext
@@ -54,6 +54,7 @@ def every(shapes) -> tuple[int, ...]:
     return tuple(range(len(shapes)))
 
 
+@quick_emulated()
 @each_loss
 def test_grad(loss, shapes) -> None:
     same(lambda f: func.grad(f, every(shapes)), loss, values(*shapes))

@@ -16,35 +16,43 @@ kernels, prove, quick = pytest.mark.kernels, pytest.mark.prove, pytest.mark.quic
 settings = pytest.mark.settings
 
 
-def item(*marks, tier=None, setting=None, own=9, **params):
-    """``marks`` from the closest on, as pytest gives them: its ``own`` and its file's."""
-    marks = [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
-    nodes = ["test" if at < own else "file" for at in range(len(marks))]
+def item(*marks, of_file=(), of_parameters=(), tier=None, setting=None, **params):
+    """``marks`` are a test's own, from the closest on, as pytest gives them."""
+    own, file = ([m.mark if isinstance(m, pytest.MarkDecorator) else m for m in given]
+                 for given in ((*marks, *of_parameters), of_file))  # fmt: skip
+    parameters = own[len(marks) :]
+    nodes = [*(("test", mark) for mark in own), *(("file", mark) for mark in file)]
     return SimpleNamespace(
         nodeid="test",
-        iter_markers=lambda name=None: (m for m in marks if name in (None, m.name)),
-        iter_markers_with_node=lambda name: (
-            (node, m) for node, m in zip(nodes, marks, strict=True) if name == m.name
-        ),
-        callspec=SimpleNamespace(params=params),
+        iter_markers=lambda name=None: (m for _, m in nodes if name in (None, m.name)),
+        iter_markers_with_node=lambda name: (each for each in nodes if each[1].name == name),
+        callspec=SimpleNamespace(params=params, marks=parameters),
         config=SimpleNamespace(option=SimpleNamespace(tier=tier, setting=setting)),
     )
 
 
+BOTH, EMULATED = kernels("cpu", "emulated"), kernels("emulated")
+
+
 @pytest.mark.parametrize(
-    ("marks", "own", "chosen_on"),
+    ("of_file", "of_test", "of_parameters", "chosen_on"),
     [
-        ([], 0, ["cpu"]),
-        ([kernels("emulated")], 0, ["emulated"]),
-        ([kernels("cpu", "emulated"), kernels("emulated", "interpreted")], 2, ["emulated"]),
-        ([kernels("cpu", "emulated"), kernels("emulated", "interpreted")], 1, ["cpu", "emulated"]),
+        ([], [], [], ["cpu"]),
+        ([EMULATED], [], [], ["emulated"]),
+        ([EMULATED], [BOTH], [], ["cpu", "emulated"]),  # a test goes before its file
+        # A parameter leaves fewer.
+        ([BOTH], [], [kernels("emulated", "interpreted")], ["emulated"]),
+        ([EMULATED], [], [BOTH], ["emulated"]),
+        ([], [], [BOTH], ["cpu"]),
+        ([EMULATED], [BOTH], [kernels("cpu", "interpreted"), BOTH], ["cpu"]),
     ],
 )
-def test_kernels(marks, own, chosen_on, monkeypatch) -> None:
+def test_kernels(of_file, of_test, of_parameters, chosen_on, monkeypatch) -> None:
     found = []
+    test = item(*of_test, of_file=of_file, of_parameters=of_parameters)
     for name in selection.ALL_KERNELS:
         monkeypatch.setattr(selection, "KERNELS", name)
-        found += [name] if selection.is_chosen(item(*marks, own=own)) else []
+        found += [name] if selection.is_chosen(test) else []
     assert found == chosen_on
 
 
@@ -113,25 +121,33 @@ def test_a_test_of_tritons_kernels_is_known_by_its_parameters() -> None:
 
 def test_steps_cover_every_kind() -> None:
     """Each kernels' tests in both tiers, and each setting."""
-    plan = steps.plan()
+    plan = [*steps.test_steps(), *steps.proof_steps()]
     ran = {(step.environment.get("ASPP_EXT_LIBRARY_DIR"), option)
-           for step in plan for option in step.command if step.is_pytest}  # fmt: skip
+           for step in plan for option in step.command if step.is_suite}  # fmt: skip
     for folder in (None, steps.EMULATED):
         assert {(folder, "--tier=test"), (folder, "--tier=prove")} <= ran
     interpreted = [step for step in plan if step.environment.get("TRITON_INTERPRET") == "1"]
     assert {step.command[-1] for step in interpreted} == {"--tier=test", "--tier=prove"}
     assert {f"--setting={name}" for name in selection.SETTINGS} <= {option for _, option in ran}
-    assert len({step.name for step in plan}) == len(plan)
+    names = [step.name for step in plan]
+    assert len(set(names)) == len(names)
+    for step in plan:  # behind what it needs, if it reads a library that is not the package's own
+        assert step.needs is None or names.index(step.needs) < names.index(step.name)
+        folder = step.environment.get("ASPP_EXT_LIBRARY_DIR")
+        if step.is_suite and folder:
+            built = plan[names.index(str(step.needs))]
+            assert built.environment["ASPP_EXT_LIBRARY_DIR"] == folder
 
 
 def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
-    """A report of each kind, then the items of the next run."""
+    """If its teardown has passed, too."""
     file = tmp_path / "passed"
     writer = selection.Passed(file)
     for name, when, passed in (
-        ("a.py::one", "setup", True),
-        ("a.py::one", "call", True),
-        ("a.py::two", "call", False),
+        *[("a.py::one", when, True) for when in ("setup", "call", "teardown")],
+        *[("a.py::two", when, when != "call") for when in ("setup", "call", "teardown")],
+        *[("a.py::three", when, when != "teardown") for when in ("setup", "call", "teardown")],
+        *[("a.py::skipped", when, when != "setup") for when in ("setup", "teardown")],
     ):
         writer.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when=when, passed=passed))
     assert file.read_text() == "a.py::one\n"
