@@ -107,7 +107,7 @@ def plant(name: str, fault: str) -> str | None:
             link = here / path.name
             if path.name not in ("cuda", "kernels", file) and not link.is_symlink():
                 link.unlink(missing_ok=True)  # which had another fault
-                link.symlink_to(path)
+                link.symlink_to(os.path.relpath(path, here))
     spoilt, changed = ROOT / mirror / "cuda/kernels" / file, text.replace(right, wrong)
     if spoilt.is_symlink():
         spoilt.unlink()
