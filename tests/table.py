@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from selection import ALL_KERNELS, KERNELS
+from marks import marks_of, on_native
+from selection import KERNELS
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import aspp_ext
@@ -33,27 +34,6 @@ from aspp_ext.testing import (
 LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
 SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
-on_all = pytest.mark.kernels(*ALL_KERNELS)
-on_native = pytest.mark.kernels("cpu", "emulated")
-on_cpu, on_emulated, on_interpreted = (pytest.mark.kernels(name) for name in ALL_KERNELS)
-on_what_has_heads = pytest.mark.kernels("cpu", "interpreted")
-"""Emulated, the whole head is composed of pyramids, or the CPU's own."""
-varied = pytest.mark.settings("filtered", "unfiltered", "threads")
-"""Holds whichever way the CPU's pyramids go, by any number of threads."""
-sanitized, stored = pytest.mark.settings("sanitized"), pytest.mark.settings("stored")
-proven_interpreted = pytest.mark.prove("interpreted")
-"""Triton's interpreter takes seconds for what others do in none."""
-
-proven_emulated = pytest.mark.prove("emulated")
-
-
-def quick_emulated(when: Callable[..., bool] | None = None) -> pytest.MarkDecorator:
-    return pytest.mark.quick("emulated", when=when)
-
-
-def quick_interpreted(when: Callable[..., bool] | None = None) -> pytest.MarkDecorator:
-    return pytest.mark.quick("interpreted", when=when)
-
 
 EMULATED = KERNELS == "emulated"
 """Whether the CPU's pyramids are the CUDA kernels, run by csrc/cuda/emulation."""
@@ -68,14 +48,6 @@ FAMILY = TRITON if INTERPRETED else NATIVE
 WIDEST = torch.float32 if INTERPRETED else torch.float64
 """The most exact dtype that they compute in."""
 BACKENDS = ["triton"] if INTERPRETED else [None, "cpu", "reference"]
-
-
-def marks_of(op_name: str) -> list[pytest.MarkDecorator]:
-    """Of the table's rows with this operator."""
-    if op_name.startswith("head"):
-        return [on_what_has_heads]
-    forward = op_name in SEPARABLE and "backward" not in op_name
-    return [stored] if forward else []
 
 
 CASES = [

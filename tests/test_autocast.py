@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from table import BACKENDS, FAMILY, on_all, on_native, proven_interpreted, quick_interpreted, varied
+from marks import on_all, on_native, proven_interpreted, quick_interpreted, varied
+from table import BACKENDS, FAMILY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext

@@ -8,9 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from table import (
-    FAMILY,
-    WIDEST,
+from marks import (
     on_all,
     on_native,
     proven_emulated,
@@ -20,6 +18,7 @@ from table import (
     sanitized,
     varied,
 )
+from table import FAMILY, WIDEST
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 

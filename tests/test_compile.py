@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from table import (
+from marks import (
     on_all,
     on_cpu,
     on_native,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bad_inputs import BAD, FLOATS, VALID, Bad, T
-from table import BACKENDS, EMULATED, on_all, on_native, sanitized, varied
+from marks import on_all, on_native, sanitized, varied
+from table import BACKENDS, EMULATED
 from torch.utils._pytree import tree_leaves, tree_map
 
 import aspp_ext

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import on_emulated
+from marks import on_emulated
 
 pytestmark = on_emulated
 EDGE = 2**31 - 1

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from table import PYRAMIDS, SEPARABLE, on_emulated, oracle_of
+from marks import on_emulated
+from table import PYRAMIDS, SEPARABLE, oracle_of
 
 from aspp_ext import _native
 from aspp_ext.ops.head_composed import aspp_inference

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import check_integers, dtype_id, each_dtype, on_emulated, oracle_of
+from marks import on_emulated
+from table import check_integers, dtype_id, each_dtype, oracle_of
 from test_emulated_calls import ALLOWED, Emulation, kernels
 
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs

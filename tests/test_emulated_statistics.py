@@ -12,7 +12,7 @@ import pytest
 import statistics_checks as checks
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
-from table import on_emulated
+from marks import on_emulated
 from test_emulated_calls import ALLOWED, IN_PLACE, Emulation, kernels
 from torch import nn
 

@@ -10,7 +10,7 @@ import torch
 from bad_inputs import VALID, T
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from table import on_native, proven_emulated, sanitized, varied
+from marks import on_native, proven_emulated, sanitized, varied
 from torch.utils._pytree import tree_map
 
 pytestmark = [proven_emulated, on_native, varied, sanitized]

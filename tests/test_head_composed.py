@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from marks import on_cpu, on_native, proven_emulated, quick_emulated, varied
 from table import (
     LOW,
     SEEN,
@@ -18,11 +19,6 @@ from table import (
     dtype_id,
     each_dtype,
     is_representative,
-    on_cpu,
-    on_native,
-    proven_emulated,
-    quick_emulated,
-    varied,
 )
 
 import aspp_ext

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from table import CUT, call_of, check_integers, on_interpreted
+from marks import on_interpreted
+from table import CUT, call_of, check_integers
 from torch import Tensor
 
 from aspp_ext import _triton

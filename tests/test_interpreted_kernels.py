@@ -13,7 +13,8 @@ import pytest
 import statistics_checks as checks
 import torch
 from interpreting import overflow_refused
-from table import CUT, call_of, check_integers, on_interpreted
+from marks import on_interpreted
+from table import CUT, call_of, check_integers
 
 from aspp_ext import _triton
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs

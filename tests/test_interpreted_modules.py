@@ -15,8 +15,8 @@ from aspp_pairs import (
     torchvision_aspp,
 )
 from aspp_pairs import train_step as step
+from marks import on_interpreted
 from pretending import Calls
-from table import on_interpreted
 from torch import Tensor, nn
 
 from aspp_ext.fuse import fuse

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
+from marks import on_cpu, on_native, proven_emulated
 from processes import run_python
-from table import on_cpu, on_native, proven_emulated
 
 import aspp_ext
 from aspp_ext.testing import OPS, Branch, Problem, outputs

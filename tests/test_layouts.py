@@ -7,9 +7,7 @@ import random
 
 import pytest
 import torch
-from table import (
-    FAMILY,
-    dtype_id,
+from marks import (
     on_all,
     on_native,
     proven_interpreted,
@@ -18,6 +16,7 @@ from table import (
     sanitized,
     varied,
 )
+from table import FAMILY, dtype_id
 
 from aspp_ext import reference
 

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from aspp_pairs import PAIRS, Pair, assert_all_close, features, train_step
-from table import varied
+from marks import varied
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune

@@ -21,7 +21,7 @@ from aspp_pairs import (
     torchvision_aspp,
     train_step,
 )
-from table import on_native, proven_emulated, quick_emulated, varied
+from marks import on_native, proven_emulated, quick_emulated, varied
 from torch import nn
 
 from aspp_ext.modules import ASPP, fold, fused

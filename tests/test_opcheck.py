@@ -5,16 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import (
-    FAMILY,
-    INTERPRETED,
-    WIDEST,
-    each_dtype,
-    on_all,
-    proven_interpreted,
-    quick_interpreted,
-    varied,
-)
+from marks import on_all, proven_interpreted, quick_interpreted, varied
+from table import FAMILY, INTERPRETED, WIDEST, each_dtype
 from torch.library import opcheck
 from torch.utils._pytree import tree_map_only
 

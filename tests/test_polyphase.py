@@ -8,8 +8,9 @@ import itertools
 
 import pytest
 import torch
+from marks import sanitized
 from minimal_bound import assert_sums_are_exact, choice_of, problem_of
-from table import dtype_id, sanitized
+from table import dtype_id
 from torch import Tensor
 
 import aspp_ext

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from marks import varied
 from processes import run_python
-from table import varied
 from torch import func
 from torch.utils._python_dispatch import TorchDispatchMode
 

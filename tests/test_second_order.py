@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import on_native, proven_emulated, quick_emulated, varied
+from marks import on_native, proven_emulated, quick_emulated, varied
 from torch import func
 
 import aspp_ext

@@ -10,8 +10,9 @@ from typing import Any
 import norm_checks as checks
 import pytest
 import torch
+from marks import on_emulated, on_native
 from norm_checks import made, operator
-from table import LOW, dtype_id, on_emulated, on_native
+from table import LOW, dtype_id
 from test_emulated_calls import Emulation, kernels
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck

@@ -8,17 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from table import (
-    PYRAMIDS,
-    SEPARABLE,
-    call_of,
-    check_error_law,
-    check_integers,
-    is_representative,
-    on_emulated,
-    on_native,
-    quick_emulated,
-)
+from marks import on_emulated, on_native, quick_emulated
+from table import PYRAMIDS, SEPARABLE, call_of, check_error_law, check_integers, is_representative
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 

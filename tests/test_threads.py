@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from table import on_native, proven_emulated, quick_emulated
+from marks import on_native, proven_emulated, quick_emulated
 
 from aspp_ext.testing import OPS, PROBLEMS, outputs
 
