@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -50,7 +51,10 @@ class Result:
 def digest_of_sources() -> str:
     """Of every file that git knows or would add, as it is now, and of what compiles and runs it."""
     listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
+    try:
+        names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        return uuid.uuid4().hex  # without git every time is the first
     tools = [sys.version, *(os.environ.get(name, "") for name in ("CXX", "CPPFLAGS", "CXXFLAGS"))]
     for package in ("torch", "triton", "numpy"):
         found = importlib.metadata.distributions(name=package)

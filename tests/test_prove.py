@@ -219,3 +219,5 @@ def test_sources_are_what_git_has_and_would_add(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXXFLAGS", "-O0")
     assert len({*digests, prove.digest_of_sources()}) == 4
     assert digests[2] == digests[3]
+    monkeypatch.setenv("PATH", "")
+    assert prove.digest_of_sources() != prove.digest_of_sources(), "nothing is kept without git"
