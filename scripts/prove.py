@@ -104,12 +104,15 @@ class Record:
 
 def environment_of(step: Step) -> dict[str, str]:
     """Of a suite nothing but the step decides what is tested."""
-    kept = os.environ.items()
+    kept = dict(os.environ)
     if step.is_suite:
-        kept = [(k, v) for k, v in kept if not k.startswith(("ASPP_E", "TRITON_"))]
+        kept = {k: v for k, v in kept.items() if not k.startswith(("ASPP_E", "TRITON_"))}
+        # Threads that wait for each other sleep. Where there are more of them than processors, by
+        # other suites or other programs, they would keep from working whom they wait for.
+        kept["OMP_WAIT_POLICY"] = "PASSIVE"
     # Each process rewrites the tests' assertions, unless one has left them where others find them.
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(ROOT / "build/pyc")}
-    return {**dict(kept), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **cache,
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **cache,
         **step.environment}  # fmt: skip
 
 

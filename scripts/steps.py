@@ -89,7 +89,7 @@ def instruction_sets() -> list[Step]:
     for isa in INSTRUCTION_SETS[:-1]:
         narrower = INSTRUCTION_SETS.index(isa) < INSTRUCTION_SETS.index(own)
         why = None if narrower else f"the other steps run {own}"
-        found.append(suite(f"isa {isa}", 1, "--setting=isa", why=why, ASPP_EXT_ISA=isa))
+        found.append(suite(f"isa {isa}", 0.8, "--setting=isa", why=why, ASPP_EXT_ISA=isa))
     return found
 
 
@@ -100,9 +100,9 @@ def test_steps() -> list[Step]:
     return [
         library("build emulated", 1, EMULATED, ASPP_EXT_CUDA="emulate"),
         Step("build programs", 1, ("tests/programs.py",)),
-        suite("cpu", 3, "--tier=test", "build programs"),
-        suite("emulated", 1, "--tier=test", "build emulated", **emulated),
-        suite("interpreted", 1, "--tier=test", why=triton, **INTERPRET),
+        suite("cpu", 3.5, "--tier=test", "build programs"),
+        suite("emulated", 1.3, "--tier=test", "build emulated", **emulated),
+        suite("interpreted", 0.7, "--tier=test", why=triton, **INTERPRET),
     ]
 
 
@@ -117,12 +117,12 @@ def proof_steps() -> list[Step]:
     return [
         Step("build all programs", 2, ("tests/programs.py", "--all")),
         suite("cpu, the rest", 5, "--tier=prove", "build all programs"),
-        suite("emulated, the rest", 5, "--tier=prove", "build emulated", **emulated),
-        suite("emulated, stored", 1, "--setting=stored", "build emulated", **emulated,
+        suite("emulated, the rest", 2.5, "--tier=prove", "build emulated", **emulated),
+        suite("emulated, stored", 0.3, "--setting=stored", "build emulated", **emulated,
             ASPP_EXT_SEPARABLE="stored"),
-        suite("interpreted, the rest", 20, "--tier=prove", why=triton, **INTERPRET),
-        suite("filtered", 3, "--setting=filtered", ASPP_EXT_POLYPHASE="always"),
-        suite("not filtered", 3, "--setting=unfiltered", ASPP_EXT_POLYPHASE="0"),
+        suite("interpreted, the rest", 25, "--tier=prove", why=triton, **INTERPRET),
+        suite("filtered", 1.3, "--setting=filtered", ASPP_EXT_POLYPHASE="always"),
+        suite("not filtered", 1.3, "--setting=unfiltered", ASPP_EXT_POLYPHASE="0"),
         *instruction_sets(),
         *(suite(f"{n} threads", 2, f"--setting=threads --threads={n}") for n in (2, 3)),
         library("build sanitized", 2, SANITIZED, gcc, ASPP_EXT_CUDA="0", CXXFLAGS=SANITIZE),
