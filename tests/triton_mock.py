@@ -100,7 +100,10 @@ class Device:
         self.name, self.gpu = f"a pretended {name}", GPUS[name]
         self.launches: list[Launch] = []
         self.compilations: list[Compilation] = []
-        self.utils = self
+
+    @property
+    def utils(self) -> Device:  # an attribute would keep it alive, and all arguments of launches
+        return self
 
     def get_current_target(self) -> GPUTarget:
         return self.gpu.target
