@@ -165,7 +165,7 @@ triton_initcheck() {
 
 benchmark() {
   local options=(--limit "$((LIMIT - 25))" --compile-limit 50)
-  on_gpu || options=(--limit 8 --budget 0.02 --compile-limit 60)
+  on_gpu || options=(--only 'operator: separable 2048->256 33x33' --budget 0.02)
   "$PYTHON" -m benchmarks.gpu.run --device "$DEVICE" --out "$OUT" "${options[@]}"
 }
 
@@ -179,7 +179,7 @@ kernels() {
 
 cudnn() {
   local options=(--limit "$((LIMIT - 30))")
-  on_gpu || options=(--limit 5 --budget 0.01)
+  on_gpu || options=(--limit 3600 --budget 0.01)
   "$PYTHON" -m benchmarks.cudnn_baselines --device "$DEVICE" --out "$OUT" "${options[@]}"
 }
 

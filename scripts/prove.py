@@ -12,101 +12,38 @@ of each step runs as fits in its part of that time, and the next run goes on fro
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import contextlib
+import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
+from typing import TextIO
 
 import rich.table
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.steps import OUT_OF_TIME, ROOT, Step, proof_steps, test_steps
+from scripts import proof_record
+from scripts.proof_record import Record, Result, file_of, passed_before
+from scripts.steps import ROOT, Step, proof_steps, test_steps
 
-FOLDER = ROOT / "build/prove"
-SUMMARY = re.compile(r"^=*\s*((?:\d+ \w+[,\s]*)+)in \d")
 NOTHING_CHOSEN = 5  # pytest's exit status
 LEAST_SECONDS = 20
+TESTED_WITH = ("ASPP_", "TRITON_", "TORCH", "PYTEST_", "OMP_", "MKL_", "ATEN_")
+"""How the environment variables begin that would decide what is tested, or how."""
 console = Console(highlight=False, width=100)
 
 
-@dataclass
-class Result:
-    outcome: str
-    """passed, a part, failed, nothing chosen, or why it did not run."""
-    seconds: float = 0
-    counts: str = ""
-    log: str = ""
-
-
-def digest_of_sources() -> str:
-    """Of every file that git knows or would add, as it is now, and of what compiles and runs it."""
-    listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    try:
-        names = subprocess.check_output(listed, cwd=ROOT, text=True).split("\0")
-    except (OSError, subprocess.CalledProcessError):
-        return uuid.uuid4().hex  # without git every time is the first
-    tools = [sys.version, *(os.environ.get(name, "") for name in ("CXX", "CPPFLAGS", "CXXFLAGS"))]
-    for package in ("torch", "triton", "numpy"):
-        found = importlib.metadata.distributions(name=package)
-        tools += [distribution.version for distribution in found]
-    digest = sha256(repr(tools).encode())
-    for name in sorted(filter(None, names)):
-        path = ROOT / name
-        digest.update(f"{name}\0".encode() + (path.read_bytes() if path.is_file() else b""))
-    return digest.hexdigest()
-
-
-def file_of(step: Step, kind: str) -> Path:
-    return FOLDER / (re.sub(r"\W+", "-", step.name) + f".{kind}")
-
-
-class Record:
-    """What has passed on these sources, kept from run to run: whole suites, and their tests."""
-
-    def __init__(self) -> None:
-        self.path, self.results = FOLDER / "results.json", dict[str, Result]()
-        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.sources = digest_of_sources()
-        if kept.get("sources") == self.sources:
-            self.results = {name: Result(**result) for name, result in kept["steps"].items()}
-        else:
-            for path in FOLDER.glob("*.passed"):
-                path.unlink()
-            self.write()
-
-    def write(self) -> None:
-        steps = {name: asdict(result) for name, result in self.results.items()}
-        self.path.write_text(json.dumps({"sources": self.sources, "steps": steps}, indent=1))
-
-    def forget(self, step: Step) -> None:
-        self.results.pop(step.name, None)
-        file_of(step, "passed").unlink(missing_ok=True)
-        self.write()
-
-    def keep(self, step: Step, result: Result) -> None:
-        """A suite that has passed, unless a source has changed while it ran."""
-        if digest_of_sources() != self.sources:
-            self.forget(step)
-        elif step.is_suite and result.outcome == "passed":
-            self.results[step.name] = result
-            self.write()
-
-
 def environment_of(step: Step) -> dict[str, str]:
-    """Of a suite nothing but the step decides what is tested."""
-    kept = dict(os.environ)
+    """Of a suite nothing but the step decides what is tested, of a build where it goes."""
+    dropped = TESTED_WITH if step.is_suite else ("ASPP_EXT_LIBRARY_DIR",)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith((*dropped, "PYTHONOPTIMIZE"))}
     if step.is_suite:
-        kept = {k: v for k, v in kept.items() if not k.startswith(("ASPP_E", "TRITON_"))}
         # Threads that wait for each other sleep. Where there are more of them than processors, by
         # other suites or other programs, they would keep from working whom they wait for.
         kept["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -116,43 +53,67 @@ def environment_of(step: Step) -> dict[str, str]:
         **step.environment}  # fmt: skip
 
 
-def run(step: Step, options: list[str], seconds: float | None, passed: Path | None) -> Result:
+def follow(process: subprocess.Popen[str], log: TextIO) -> bool:
+    """Shows its output and keeps it. Whether it was interrupted: then it and all that it has
+    started are told so, once, and what they say at their end comes, too."""
+    assert process.stdout is not None
+    interrupted = False
+    while True:
+        try:
+            for line in process.stdout:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+                log.write(line)
+            return interrupted
+        except KeyboardInterrupt:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL if interrupted else signal.SIGINT)
+            interrupted = True
+
+
+def counts_in(path: Path) -> dict[str, int]:
+    """What a suite says at its end; empty where it did not come to it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> Result:
     """Its output is shown, and kept in a file; of tests as many run as fit into ``seconds``.
 
-    ``passed`` has the tests that need not be repeated.
+    Where it resumes, what has passed before is not repeated.
     """
     command = [sys.executable, *step.command]
+    said, before = file_of(step, "counts"), False
+    said.unlink(missing_ok=True)
     if step.is_suite:
         processes = min(4, len(os.sched_getaffinity(0)))
-        command += ["-n", str(processes), "--dist", "worksteal", *options]
+        command += ["-n", str(processes), "--dist", "worksteal", f"--counts={said}", *options]
         command += [f"--seconds={seconds:.1f}"] if seconds is not None else []
-        command += [f"--passed={passed}"] if passed else []
+        if resume:
+            passed = passed_before(step)
+            before = passed.stat().st_size > 0
+            command += [f"--passed={passed}"]
     log, began = file_of(step, "log"), time.monotonic()
-    counts, partly = "", False
     with (
         log.open("w") as file,
         subprocess.Popen(
             command, cwd=ROOT, env=environment_of(step), text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         ) as process,
     ):  # fmt: skip
-        assert process.stdout is not None
-        for line in process.stdout:
-            sys.stdout.write(line)
-            sys.stdout.flush()
-            file.write(line)
-            partly |= OUT_OF_TIME in line
-            counts = match[1].strip(", ") if (match := SUMMARY.match(line)) else counts
-    result = Result("failed", time.monotonic() - began, counts)
-    if process.returncode == 0:
-        result.outcome = "a part" if partly else "passed"
-        if step.is_suite and " passed" not in counts:
-            result.outcome = "failed"  # tests that were all skipped prove nothing
-    elif step.is_suite and process.returncode == NOTHING_CHOSEN:
-        if options:
-            result.outcome = "nothing chosen"
-        elif passed and passed.exists():
-            result.outcome = "passed"  # all of them, before
+        interrupted = follow(process, file)
+    counts = counts_in(said)
+    late = counts.pop("late", 0)
+    text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    result = Result("failed", time.monotonic() - began, text)
+    if interrupted:
+        result.outcome = "interrupted"
+    elif step.is_suite and process.returncode == NOTHING_CHOSEN and (options or before):
+        result.outcome = "nothing chosen" if options else "passed"  # all of them, before
+    elif process.returncode == 0 and (not step.is_suite or before or counts.get("passed")):
+        result.outcome = "a part" if late else "passed"  # all skipped prove nothing
     result.log = str(log.relative_to(ROOT)) if result.outcome == "failed" else ""
     return result
 
@@ -179,7 +140,7 @@ def seconds_for(step: Step, left: list[Step], minutes: float) -> float | None:
 
 def with_builds(chosen: list[Step], steps: list[Step]) -> list[Step]:
     """The steps in order, each behind what it needs; a build that is not needed is left out."""
-    named = {step.name for step in chosen} | {step.needs for step in chosen}
+    named = {step.name for step in chosen}.union(*(step.needs for step in chosen))
     return [step for step in steps if step.name in named]
 
 
@@ -191,17 +152,19 @@ def run_all(
     ends = time.monotonic() + 60 * (given.minutes or 0)
     try:
         for at, step in enumerate(todo):
-            if step.needs in results and results[step.needs].outcome != "passed":
-                results[step.name] = Result(f"not run: {step.needs} failed")
+            if failed := [n for n in step.needs if n in results and results[n].outcome != "passed"]:
+                results[step.name] = Result(f"not run: {failed[0]} failed")
                 continue
             seconds = None
             if given.minutes:
                 seconds = seconds_for(step, todo[at:], (ends - time.monotonic()) / 60)
             console.rule(step.name, align="left")
-            passed = None if options or given.test else file_of(step, "passed")
-            results[step.name] = run(step, options, seconds, passed)
+            resume = not (options or given.test)
+            results[step.name] = run(step, options, seconds, resume)
             if not options:
                 record.keep(step, results[step.name])
+            if results[step.name].outcome == "interrupted":
+                break
     except KeyboardInterrupt:
         console.print("interrupted")
     return results
@@ -210,7 +173,7 @@ def run_all(
 def status_of(todo: list[Step], results: dict[str, Result]) -> int:
     """As an exit status."""
     outcomes = {results[step.name].outcome for step in todo if step.name in results}
-    if len(results) < len(todo):
+    if len(results) < len(todo) or "interrupted" in outcomes:
         return 128 + signal.SIGINT
     if outcomes - {"passed", "a part", "nothing chosen"}:
         return 1
@@ -218,38 +181,69 @@ def status_of(todo: list[Step], results: dict[str, Result]) -> int:
     return NOTHING_CHOSEN if suites == {"nothing chosen"} else 0
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def time_given(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"minutes must be above 0, got {text}")
+    return minutes
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[Step], list[Step]]:
+    """The options, those for pytest, all steps and the chosen ones."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--test", action="store_true", help="the tests of `make test`")
     parser.add_argument("--only", help="steps by their names, separated by semicolons")
-    parser.add_argument("--minutes", type=float, help="run a part of each step in this time")
+    parser.add_argument("--minutes", type=time_given, help="run a part of each step in this time")
     parser.add_argument("--fresh", action="store_true", help="repeat what has passed, too")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
     given, options = parser.parse_known_args(arguments)
     steps = test_steps() if given.test else [*test_steps(), *proof_steps()]
-    chosen = steps
-    if given.only:
-        names = [name.strip() for name in given.only.split(";")]
-        if unknown := set(names) - {step.name for step in steps}:
-            parser.error(f"there is no step {', '.join(sorted(unknown))}; --list shows them")
-        chosen = [step for step in steps if step.name in names]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    record = Record()
-    if given.fresh:
-        for step in chosen:
-            record.forget(step)
-    before = {} if given.test else dict(record.results)
-    wanted = [step for step in chosen if step.name not in before and step.why_not is None]
-    todo = with_builds([step for step in wanted if step.is_suite or given.only], steps)
-    console.print(table(with_builds(chosen, steps), before))
-    console.print(f"{sum(step.minutes for step in todo):.0f} minutes expected on two cores")
-    if given.list:
-        return 0
-    results = run_all(todo, given, options, record)
+    if given.only is None:
+        return given, options, steps, steps
+    names = [name.strip() for name in given.only.split(";")]
+    if unknown := set(names) - {step.name for step in steps}:
+        parser.error(f"there is no step {', '.join(sorted(unknown))}; --list shows them")
+    chosen = [step for step in steps if step.name in names]
+    if all(step.why_not for step in chosen):
+        parser.error("; ".join(f"{step.name}: {step.why_not}" for step in chosen))
+    return given, options, steps, chosen
+
+
+def main(arguments: list[str]) -> int:
+    given, options, steps, chosen = parse(arguments)
+    folder = proof_record.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            console.print(f"another run is going on in {ROOT}: its builds and records are the same")
+            return 2
+        record = Record()
+        if given.fresh and not given.list:
+            for step in chosen:
+                record.forget(step)
+        before = {} if given.test or given.fresh or options else dict(record.results)
+        wanted = [step for step in chosen if step.name not in before and step.why_not is None]
+        todo = with_builds([s for s in wanted if s.is_suite or given.only is not None], steps)
+        console.print(table(with_builds(chosen, steps), before))
+        console.print(f"{sum(step.minutes for step in todo):.0f} minutes expected on two cores")
+        if not proof_record.sources():
+            console.print("git does not know this tree: what passes is not kept for the next run")
+        if given.list:
+            return 0
+        results = run_all(todo, given, options, record)
     console.rule()
     console.print(table(with_builds(chosen, steps), before | results))
     return status_of(todo, results)
 
 
+def take_interrupts() -> None:
+    """Also where a shell has started this in the background, and for all that is started here."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 if __name__ == "__main__":
+    take_interrupts()
     sys.exit(main(sys.argv[1:]))

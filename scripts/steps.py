@@ -24,8 +24,6 @@ SANITIZE = (
     "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 )
 INTERPRET = {"TRITON_INTERPRET": "1", "ASPP_EXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-OUT_OF_TIME = "no time was left"
-"""Why a test was skipped that would have come later than the step's time allows."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Step:
     minutes: float
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    needs: str | None = None
-    """The step that builds what this one runs."""
+    needs: tuple[str, ...] = ()
+    """The steps that build what this one runs."""
     why_not: str | None = None
     """Why it cannot run on this machine."""
 
@@ -50,15 +48,15 @@ def suite(
     name: str, minutes: float, options: str, needs: str = "", why: str | None = None, **env: str
 ) -> Step:
     command = ("-m", "pytest", "-q", "--disable-warnings", *options.split())
-    return Step(name, minutes, command, env, needs or None, why)
+    return Step(name, minutes, command, env, ("build", *filter(None, [needs])), why)
 
 
 def library(
-    name: str, minutes: float, folder: str, why: str | None = None, **environment: str
+    name: str, minutes: float, folder: str = "", why: str | None = None, **environment: str
 ) -> Step:
-    """A build of the libraries in a folder of their own."""
+    """A build of the libraries, where the package looks for them or in a folder of their own."""
     command = ("setup.py", "-q", "build_ext", "--inplace")
-    wanted = {"ASPP_EXT_LIBRARY_DIR": folder, **environment}
+    wanted = {"ASPP_EXT_LIBRARY_DIR": folder, **environment} if folder else environment
     return Step(name, minutes, command, wanted, why_not=why)
 
 
@@ -98,6 +96,7 @@ def test_steps() -> list[Step]:
     triton = None if importlib.util.find_spec("triton") else "there is no Triton"
     emulated = {"ASPP_EXT_LIBRARY_DIR": EMULATED}
     return [
+        library("build", 0.1),
         library("build emulated", 0.8, EMULATED, ASPP_EXT_CUDA="emulate"),
         Step("build programs", 0.6, ("tests/programs.py",)),
         suite("cpu", 3.5, "--tier=test", "build programs"),

@@ -8,6 +8,7 @@ CUDA's under emulation, or Triton's under its interpreter. Markers say what is f
 from __future__ import annotations
 
 import inspect
+import json
 import time
 import zlib
 from collections.abc import Callable
@@ -19,12 +20,13 @@ import pytest
 import torch
 
 from aspp_ext import _native, _triton
-from scripts.steps import OUT_OF_TIME
 
 ALL_KERNELS = ("cpu", "emulated", "interpreted")
 KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpreted else "cpu"
 """Whose kernels this process tests."""
 SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored", "architectures")
+OUT_OF_TIME = "no time was left"
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 ENDS = pytest.StashKey[float]()
 NO_PARAMETERS = SimpleNamespace(marks=[])
 NAMES = dict.fromkeys(("kernels", "prove", "quick"), ALL_KERNELS) | {"settings": SETTINGS}
@@ -47,7 +49,8 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--tier", choices=["test", "prove"], help="of `make test`, or the rest")
     group.addoption("--setting", choices=SETTINGS, help="what has to hold under it, too")
     group.addoption("--threads", type=int, default=1, help="of PyTorch in each test")
-    group.addoption("--passed", type=Path, help="a file: leaves out its tests, adds what passes")
+    group.addoption("--passed", type=Path, help="a file: leaves out its tests; see Passed")
+    group.addoption("--counts", type=Path, help="writes a file: of each outcome how many")
     group.addoption("--seconds", type=float, help="from collection on: what fits in, of everything")
 
 
@@ -71,10 +74,15 @@ def check_names(item: pytest.Item) -> None:
     """A wrong name, or kernels that no process has, would take a test out of every run."""
     for mark in item.iter_markers():
         known = NAMES.get(mark.name, mark.args)
+        if mark.name == "settings" and not mark.args:
+            raise pytest.UsageError(f"{item.nodeid}: settings takes {known}, got none")
         if unknown := [name for name in mark.args if name not in known]:
             raise pytest.UsageError(f"{item.nodeid}: {mark.name} takes {known}, got {unknown}")
-    if not kernels_of(item):
+    kernels = kernels_of(item)
+    if not kernels:
         raise pytest.UsageError(f"{item.nodeid}: its markers leave no kernels to run on")
+    if any(item.iter_markers("gpu")) and "cpu" not in kernels:
+        raise pytest.UsageError(f"{item.nodeid}: a GPU's tests run in the CPU's process alone")
 
 
 def is_true_of(when: Callable[..., bool], item: pytest.Item) -> bool:
@@ -117,7 +125,7 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available() and "gpu" not in config.option.markexpr:
         chosen = [item for item in chosen if not item.get_closest_marker("gpu")]
     if (file := config.option.passed) and file.exists():
-        passed = set(file.read_text().splitlines())
+        passed = set(file.read_text(errors="replace").splitlines())
         chosen = [item for item in chosen if item.nodeid not in passed]
     taken = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
@@ -129,10 +137,14 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 class Passed:
-    """Writes down what has passed, so that an interrupted run can go on from there."""
+    """Writes down what has passed, so that an interrupted run can go on from there.
+
+    In a second file, named .new: a worker that takes a crashed one's place must find the same tests
+    left out as the others.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file, self.called = path.open("a", buffering=1), set[str]()
+        self.file, self.called = path.with_suffix(".new").open("a", buffering=1), set[str]()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
@@ -147,6 +159,11 @@ def skip_when_out_of_time(item: pytest.Item) -> None:
 
 
 def say_what_was_left(terminalreporter: Any) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    if late := [report for report in skipped if OUT_OF_TIME in str(report.longrepr)]:
-        terminalreporter.line(f"{len(late)} tests: {OUT_OF_TIME}")
+    """At the end, for people and for scripts/prove.py."""
+    stats = terminalreporter.stats
+    late = sum(OUT_OF_TIME in str(report.longrepr) for report in stats.get("skipped", []))
+    if late:
+        terminalreporter.line(f"{late} tests: {OUT_OF_TIME}")
+    if path := terminalreporter.config.option.counts:
+        counts = {outcome: len(stats[outcome]) for outcome in OUTCOMES if stats.get(outcome)}
+        path.write_text(json.dumps({**counts, "late": late}))

@@ -280,8 +280,11 @@ def test_installed_build_is_this_source(graph):
 
 def test_libraries_hold_no_path_of_this_machine():
     for path in _native.library_dir().glob("*.so"):
-        assert str(ROOT).encode() not in path.read_bytes(), path
-        assert os.fsencode(torch.__path__[0]) not in path.read_bytes(), path
+        contents = path.read_bytes()
+        if b".debug_info" in contents or b".gcda" in contents:
+            pytest.skip("built for a debugger or to count what is reached, which need the paths")
+        assert str(ROOT).encode() not in contents, path
+        assert os.fsencode(torch.__path__[0]) not in contents, path
 
 
 def test_environment_variables_are_documented():

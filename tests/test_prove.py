@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from scripts import prove
-from scripts.steps import Step
+from scripts import proof_record, prove
+from scripts.steps import ROOT, Step
 
 SAYS = """import sys
-print(sys.argv[1], [a for a in sys.argv if "passed=" in a])
-print(sys.argv[3])
-sys.exit(int(sys.argv[2]))"""
+name, status, counts, *options = sys.argv[1:]
+print(name, [o for o in options if "passed=" in o])
+for option in options:
+    if counts and option.startswith("--counts="):
+        open(option.removeprefix("--counts="), "w").write(counts)
+sys.exit(int(status))"""
 
 
 class Suite(Step):
@@ -22,19 +31,17 @@ class Suite(Step):
     is_suite = True
 
 
-def step(
-    name: str, status: int = 0, summary: str = "1 passed in 2.00s", kind=Suite, **options
-) -> Step:
-    command = ("-c", SAYS, f"this is {name}", str(status), summary)
+def step(name: str, status: int = 0, counts: str = '{"passed": 1}', kind=Suite, **options) -> Step:
+    command = ("-c", SAYS, f"this is {name}", str(status), counts)
     return kind(name, 1, command, **options)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capfd):
     """Runs steps with options; returns the exit status and what was printed."""
-    monkeypatch.setattr(prove, "FOLDER", tmp_path)
+    monkeypatch.setattr(proof_record, "FOLDER", tmp_path)
     monkeypatch.setattr(prove, "ROOT", tmp_path)
-    monkeypatch.setattr(prove, "digest_of_sources", lambda: "sources")
+    monkeypatch.setattr(proof_record, "digest_of_sources", lambda: "sources")
 
     def run(tests: list[Step], *options: str, proofs: list[Step] | None = None) -> tuple[int, str]:
         monkeypatch.setattr(prove, "test_steps", lambda: tests)
@@ -60,7 +67,7 @@ def test_what_has_passed_is_not_repeated_until_a_source_changes(run, monkeypatch
     assert "this is two" in text
     assert "this is" not in run([step("one"), step("two")])[1]
     assert "this is one" in run([step("one"), step("two")], "--fresh")[1]
-    monkeypatch.setattr(prove, "digest_of_sources", lambda: "others")
+    monkeypatch.setattr(proof_record, "digest_of_sources", lambda: "others")
     assert "this is one" in run([step("one")])[1]
 
 
@@ -90,7 +97,7 @@ def test_a_step_says_why_it_cannot_run(run) -> None:
     assert "this is one" not in text
 
 
-BUILD, USER = step("build", kind=Step), step("user", needs="build")
+BUILD, USER = step("build", kind=Step), step("user", needs=("build",))
 
 
 def test_builds_are_repeated_for_whoever_needs_them(run) -> None:
@@ -131,24 +138,24 @@ def test_fresh_forgets_the_chosen_steps_alone(run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("summary", "status", "outcome"),
+    ("counts", "status", "outcome"),
     [
-        ("7 passed, 1 xfailed in 2.00s", 0, "passed"),
-        ("== 7 passed, 2 skipped, 3 warnings in 61.2s (0:01:01) ==", 0, "passed"),
-        ("2 tests: no time was left\n3 passed, 2 skipped in 1.0s", 0, "a part"),
-        ("9 skipped in 2.00s", 0, "failed"),
-        ("9 tests: no time was left\n9 skipped in 2.00s", 0, "failed"),
-        ("1 failed, 6 passed in 2.00s", 1, "failed"),
-        ("", 5, "failed"),
+        ({"passed": 7, "xfailed": 1}, 0, "passed"),
+        ({"passed": 3, "skipped": 2, "late": 2}, 0, "a part"),
+        ({"skipped": 9}, 0, "failed"),
+        ({"skipped": 9, "late": 9}, 0, "failed"),
+        ({"passed": 6, "failed": 1}, 1, "failed"),
+        ({}, 0, "failed"),
+        ({}, 5, "failed"),
     ],
 )
-def test_outcomes(run, tmp_path, summary, status, outcome) -> None:
+def test_outcomes(run, tmp_path, counts, status, outcome) -> None:
     """Only a suite that has passed as a whole is kept; one of which nothing ran has failed."""
-    code, text = run([step("one", status, summary)])
+    code, text = run([step("one", status, json.dumps(counts) if counts else "")])
     assert (code != 0) == (outcome == "failed")
     shown = text.rpartition("expected")[2]
     assert outcome in shown
-    assert summary.rpartition("\n")[2].strip("= ").partition(" in ")[0] in shown
+    assert ", ".join(f"{n} {name}" for name, n in counts.items() if name != "late") in shown
     assert (outcome == "failed") == ("one.log" in shown)
     kept = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert (outcome == "passed") == ("one" in kept)
@@ -166,27 +173,83 @@ def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path) ->
     assert f"['--passed={file}']" in run([step("some tests")])[1]
     assert "this is some tests []" in run([step("some tests")], "--fresh", "-k", "one")[1]
     assert run([step("some tests", 5, "")], "--fresh")[0] == 1, "nothing was ever chosen"
-    file.write_text("every test\n")
+    file.with_suffix(".new").write_text("every test\n")  # as a run that was killed leaves it
     assert run([step("some tests", 5, "")])[0] == 0
+    assert file.read_text() == "every test\n"
+    assert run([step("others")], "--only", "others")[0] == 0
+    skipped = [step("some tests", 0, '{"skipped": 1}')]
+    (tmp_path / "results.json").write_text('{"sources": "sources", "steps": {}}')
+    assert run(skipped)[0] == 0, "all that passes has passed before"
 
 
 def test_a_source_that_changes_meanwhile_takes_the_proof_away(run, tmp_path, monkeypatch) -> None:
-    sources = iter(["before", "after", "after"])
-    monkeypatch.setattr(prove, "digest_of_sources", lambda: next(sources))
+    found = iter(["before", "after", "after"])
+    monkeypatch.setattr(proof_record, "digest_of_sources", lambda: next(found))
     (tmp_path / "one.passed").write_text("a test\n")
-    run([step("one")])
+    status, text = run([step("one")])
+    assert status == 1
+    assert "not kept: a source has changed" in text
     assert not (tmp_path / "one.passed").exists()
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == {}
+
+
+@pytest.mark.parametrize("text", ["", '{"sources": "sources"', '{"steps": {"one": {}}}', "[]"])
+def test_a_damaged_record_is_none(run, tmp_path, text) -> None:
+    (tmp_path / "results.json").write_text(text)
+    assert "this is one" in run([step("one")])[1]
+    assert "this is one" not in run([step("one")])[1]
+
+
+def test_two_runs_do_not_share_a_record(run, tmp_path) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, text = run([step("one")])
+    assert status != 0
+    assert "another run is going on" in text
+    assert "this is one" not in text
+
+
+WAITS = """import time
+try:
+    print("waits", flush=True)
+    time.sleep(3600)
+finally:
+    print("its end")"""
+INTERRUPTED = f"""import sys
+from pathlib import Path
+from scripts import proof_record, prove
+from scripts.steps import Step
+proof_record.FOLDER = prove.ROOT = Path(sys.argv[1])
+prove.test_steps = lambda: [Step("one", 1, ("-c", {WAITS!r})), Step("two", 1, ("-c", ""))]
+prove.proof_steps = lambda: []
+prove.take_interrupts()
+sys.exit(prove.main(["--only", "one;two"]))"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_what_runs_and_shows_the_table(tmp_path, number) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any(line == "waits\n" for line in lines)
+        process.send_signal(number)
+        text = "".join(lines)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "its end" in text
+    table = text.rpartition("expected")[2]
+    assert "interrupted" in table
+    assert "not run" in table
 
 
 def test_other_sources_begin_anew_at_once(run, tmp_path, monkeypatch) -> None:
     """Also where the first step of the run does not come to an end."""
     run([step("one")])
     (tmp_path / "two.passed").write_text("a test\n")
-    monkeypatch.setattr(prove, "digest_of_sources", lambda: "others")
+    monkeypatch.setattr(proof_record, "digest_of_sources", lambda: "others")
     run([step("one")], "--list")
     assert not (tmp_path / "two.passed").exists()
-    monkeypatch.setattr(prove, "digest_of_sources", lambda: "sources")
+    monkeypatch.setattr(proof_record, "digest_of_sources", lambda: "sources")
     assert "this is one" in run([step("one")])[1]
 
 
@@ -201,23 +264,44 @@ def test_shares_of_the_time(minutes, shares) -> None:
 
 
 def test_nothing_but_the_step_decides_what_is_tested(monkeypatch) -> None:
-    for name in ("ASPP_EXT_BACKEND", "ASPP_EXT_ISA", "TRITON_INTERPRET"):
+    names = ("ASPP_EXT_BACKEND", "ASPP_EXT_ISA", "TRITON_INTERPRET", "PYTEST_ADDOPTS",
+        "PYTHONOPTIMIZE", "OMP_NUM_THREADS", "ASPP_EXT_LIBRARY_DIR")  # fmt: skip
+    for name in names:
         monkeypatch.setenv(name, "1")
     found = prove.environment_of(step("one", environment={"ASPP_EXT_ISA": "avx2"}))
     assert found["ASPP_EXT_ISA"] == "avx2"
-    assert not {"ASPP_EXT_BACKEND", "TRITON_INTERPRET"} & set(found)
+    assert not set(names) - {"ASPP_EXT_ISA"} & set(found)
+    assert "ASPP_EXT_LIBRARY_DIR" not in prove.environment_of(step("build", kind=Step))
 
 
 def test_sources_are_what_git_has_and_would_add(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(prove, "ROOT", tmp_path)
-    prove.subprocess.check_call(["git", "init", "-q", str(tmp_path)])
-    (tmp_path / ".gitignore").write_text("built\n")
+    monkeypatch.setattr(proof_record, "ROOT", tmp_path)
+    subprocess.check_call(["git", "init", "-q", str(tmp_path)])
+    (tmp_path / ".gitignore").write_text("built\ninside\n")
     digests = []
     for name, text in (("a.py", "1"), ("a.py", "2"), ("b.md", "1"), ("built", "1")):
         (tmp_path / name).write_text(text)
-        digests.append(prove.digest_of_sources())
-    monkeypatch.setenv("CXXFLAGS", "-O0")
-    assert len({*digests, prove.digest_of_sources()}) == 4
+        digests.append(proof_record.digest_of_sources())
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py")).touch()
+    digests.append(proof_record.digest_of_sources())
+    for name in ("CXXFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "-O0")
+        digests.append(proof_record.digest_of_sources())
     assert digests[2] == digests[3]
+    assert len(set(digests)) == len(digests) - 1
+    for name, value in (("ROOT", tmp_path / "inside"), ("ROOT", tmp_path.parent)):
+        (tmp_path / "inside").mkdir(exist_ok=True)
+        monkeypatch.setattr(proof_record, name, value)
+        assert proof_record.digest_of_sources() != proof_record.digest_of_sources()
+    monkeypatch.setattr(proof_record, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", "")
-    assert prove.digest_of_sources() != prove.digest_of_sources(), "nothing is kept without git"
+    assert proof_record.digest_of_sources() != proof_record.digest_of_sources()
+
+
+@pytest.mark.parametrize(
+    "options", [["--minutes", "0"], ["--minutes", "-1"], ["--minutes", "nan"], ["--only", ""],
+                ["--only", "three"]],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_refused(run, options) -> None:
+    with pytest.raises(SystemExit):
+        run([step("one"), step("three", why_not="no such processor")], *options)

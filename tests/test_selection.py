@@ -101,7 +101,9 @@ def test_settings() -> None:
         ([kernels("emulate")], r"kernels takes .*'emulated'.*, got \['emulate'\]"),
         ([prove("isa")], r"prove takes .*, got \['isa'\]"),
         ([settings("threads", "isas")], r"settings takes .*, got \['isas'\]"),
+        ([settings()], "settings takes .*, got none"),
         ([kernels("cpu"), kernels("emulated")], "leave no kernels to run on"),
+        ([kernels("emulated"), pytest.mark.gpu], "in the CPU's process alone"),
     ],
 )
 def test_what_would_never_run_is_refused(marks, sentence) -> None:
@@ -132,16 +134,17 @@ def test_steps_cover_every_kind() -> None:
     names = [step.name for step in plan]
     assert len(set(names)) == len(names)
     for step in plan:  # behind what it needs, if it reads a library that is not the package's own
-        assert step.needs is None or names.index(step.needs) < names.index(step.name)
+        assert all(names.index(needed) < names.index(step.name) for needed in step.needs)
+        assert not step.is_suite or "build" in step.needs
         folder = step.environment.get("ASPP_EXT_LIBRARY_DIR")
         if step.is_suite and folder:
-            built = plan[names.index(str(step.needs))]
+            built = plan[names.index(step.needs[-1])]
             assert built.environment["ASPP_EXT_LIBRARY_DIR"] == folder
 
 
 def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
     """If its teardown has passed, too."""
-    file = tmp_path / "passed"
+    file = tmp_path / "some.passed"
     writer = selection.Passed(file)
     for name, when, passed in (
         *[("a.py::one", when, True) for when in ("setup", "call", "teardown")],
@@ -150,4 +153,5 @@ def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
         *[("a.py::skipped", when, when != "setup") for when in ("setup", "teardown")],
     ):
         writer.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when=when, passed=passed))
-    assert file.read_text() == "a.py::one\n"
+    assert not file.exists()
+    assert file.with_suffix(".new").read_text() == "a.py::one\n"
