@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: BSD-3-Clause
 # Which lines the tests reach, of the Python package and of the C++ that runs on a CPU: the planner,
-# the CPU's kernels, and CUDA's under emulation. Options are those of scripts/prove.py, as --test.
+# the CPU's kernels, and CUDA's under emulation; a line counts once, for all instruction sets and
+# instances of a template. Options are those of scripts/prove.py, as --test.
 # Everything happens in a copy of the sources, build/coverage, with a build of its own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,9 +19,11 @@ status=0
 "$PYTHON" -m coverage combine --quiet
 printf '\n%-12s %s\n' "lines" "covered"
 printf '%-12s %s %%\n' aspp_ext "$("$PYTHON" -m coverage report --format=total --precision=1)"
-"$PYTHON" -m gcovr -r . --gcov-ignore-parse-errors=all --json cxx.json csrc build
+"$PYTHON" -m gcovr -r . --gcov-ignore-parse-errors=all --exclude-directories '.*/planted' \
+  --json cxx.json csrc build 2>gcovr.log
 for folder in csrc/plan csrc/cpu csrc/cuda; do
-  share=$("$PYTHON" -m gcovr -r . -a cxx.json --filter "$folder/" --exclude '.*/emulation/' |
+  share=$("$PYTHON" -m gcovr -r . -a cxx.json --merge-lines --filter "$folder/" \
+    --exclude '.*/emulation/' 2>>gcovr.log |
     awk '$1 == "TOTAL" { print $3 " of " $2 ", " $4 }')
   printf '%-12s %s\n' "$folder" "$share"
 done

@@ -165,7 +165,7 @@ triton_initcheck() {
 
 benchmark() {
   local options=(--limit "$((LIMIT - 25))" --compile-limit 50)
-  on_gpu || options=(--only 'operator: separable 2048->256 33x33' --budget 0.02)
+  on_gpu || options=(--only 'operator: separable 32->32 4x4 1/2/3, bfloat16' --budget 0.02)
   "$PYTHON" -m benchmarks.gpu.run --device "$DEVICE" --out "$OUT" "${options[@]}"
 }
 

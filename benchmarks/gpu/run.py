@@ -144,14 +144,14 @@ def finish(run: Run, targets: Sequence[Target]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    problems = [p for p in table.PROBLEMS if not options.only or options.only in p.title]
-    targets = list(table.TARGETS)
+    problems, targets = list(table.PROBLEMS), list(table.TARGETS)
     if options.device == "cpu":
         problems = [table.for_a_dry_run(p) for p in problems]
         stand_in = f"aspp_ext {Host.backends[0]}"
         targets = [
             replace(t, problem=table.for_a_dry_run(t.problem), contender=stand_in) for t in targets
         ]
+    problems = [p for p in problems if not options.only or options.only in p.title]
     if options.list or not problems:
         print("\n".join(problem.title for problem in table.PROBLEMS))
         return 0 if options.list else 2
