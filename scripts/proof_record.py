@@ -121,11 +121,15 @@ class Record:
             self.write()
 
 
-def passed_before(step: Step) -> Path:
-    """The file of its tests that have passed. While a suite runs it stays as it is, since each of
-    its processes reads it, also one that takes the place of another: new ones are in a second."""
+def passed_before(step: Step) -> tuple[Path, int]:
+    """The file of its tests that have passed, and how many they are.
+
+    While a suite runs it stays as it is, since each of its processes reads it, also one that takes
+    the place of another: new ones are in a second file.
+    """
     before, new = file_of(step, "passed"), file_of(step, "new")
-    with before.open("ab") as file:
-        file.write(new.read_bytes() if new.exists() else b"")
-    new.unlink(missing_ok=True)
-    return before
+    if new.exists():
+        with before.open("ab") as file:
+            file.write(new.read_bytes())
+        new.unlink()
+    return before, before.read_bytes().count(b"\n") if before.exists() else 0

@@ -85,15 +85,14 @@ def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> 
     Where it resumes, what has passed before is not repeated.
     """
     command = [sys.executable, *step.command]
-    said, before = file_of(step, "counts"), False
+    said, before = file_of(step, "counts"), 0
     said.unlink(missing_ok=True)
     if step.is_suite:
         processes = min(4, len(os.sched_getaffinity(0)))
         command += ["-n", str(processes), "--dist", "worksteal", f"--counts={said}", *options]
         command += [f"--seconds={seconds:.1f}"] if seconds is not None else []
         if resume:
-            passed = passed_before(step)
-            before = passed.stat().st_size > 0
+            passed, before = passed_before(step)
             command += [f"--passed={passed}"]
     log, began = file_of(step, "log"), time.monotonic()
     with (
@@ -105,8 +104,9 @@ def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> 
     ):  # fmt: skip
         interrupted = follow(process, file)
     counts = counts_in(said)
-    late = counts.pop("late", 0)
-    text = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    late = counts.get("out of time", 0)
+    shown = counts | ({"before": before} if before else {})
+    text = ", ".join(f"{count} {outcome}" for outcome, count in shown.items())
     result = Result("failed", time.monotonic() - began, text)
     if interrupted:
         result.outcome = "interrupted"
@@ -124,7 +124,9 @@ def table(steps: list[Step], results: dict[str, Result]) -> rich.table.Table:
                            ("", "left"), ("", "left")):  # fmt: skip
         shown.add_column(title, justify=justify)
     for step in steps:
-        r = results.get(step.name, Result(step.why_not or "not run"))
+        so_far = passed_before(step)[1] if step.is_suite else 0
+        not_run = Result(step.why_not or "not run", counts=f"{so_far} before" if so_far else "")
+        r = results.get(step.name, not_run)
         took = f"{r.seconds / 60:.1f} min" if r.seconds else ""
         shown.add_row(step.name, f"{step.minutes:g} min", took, r.outcome, f"{r.counts} {r.log}")
     return shown
@@ -181,19 +183,21 @@ def status_of(todo: list[Step], results: dict[str, Result]) -> int:
     return NOTHING_CHOSEN if suites == {"nothing chosen"} else 0
 
 
-def time_given(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < float("inf"):
+def minutes(text: str) -> float:
+    if not 0 < (given := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"minutes must be above 0, got {text}")
-    return minutes
+    return given
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], list[Step], list[Step]]:
     """The options, those for pytest, all steps and the chosen ones."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], allow_abbrev=False,
+        epilog="Other options are pytest's, for every suite; what passes then is not kept.",
+    )  # fmt: skip
     parser.add_argument("--test", action="store_true", help="the tests of `make test`")
     parser.add_argument("--only", help="steps by their names, separated by semicolons")
-    parser.add_argument("--minutes", type=time_given, help="run a part of each step in this time")
+    parser.add_argument("--minutes", type=minutes, help="run a part of each step in this time")
     parser.add_argument("--fresh", action="store_true", help="repeat what has passed, too")
     parser.add_argument("--list", action="store_true", help="print the plan and stop")
     given, options = parser.parse_known_args(arguments)

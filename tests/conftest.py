@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import interpreting
 import pytest
@@ -34,8 +35,16 @@ def available_gib() -> float:
 
 
 pytest_addoption = selection.add_options
-pytest_terminal_summary = selection.say_what_was_left
+pytest_terminal_summary = selection.write_counts
+pytest_report_teststatus = pytest.hookimpl(tryfirst=True)(selection.status_of_late)
 pytest_runtest_setup = pytest.hookimpl(tryfirst=True)(selection.skip_when_out_of_time)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
+    made = yield
+    selection.check(made if isinstance(made, list) else [])
+    return made
 
 
 def pytest_configure(config: pytest.Config) -> None:

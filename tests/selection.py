@@ -11,7 +11,7 @@ import inspect
 import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +25,10 @@ ALL_KERNELS = ("cpu", "emulated", "interpreted")
 KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpreted else "cpu"
 """Whose kernels this process tests."""
 SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored", "architectures")
-OUT_OF_TIME = "no time was left"
-OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
+LATE = "out of time"
+OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed", LATE)
 ENDS = pytest.StashKey[float]()
-NO_PARAMETERS = SimpleNamespace(marks=[])
+NO_PARAMETERS = SimpleNamespace(marks=[], params={})
 NAMES = dict.fromkeys(("kernels", "prove", "quick"), ALL_KERNELS) | {"settings": SETTINGS}
 """What these markers may name."""
 
@@ -36,7 +36,7 @@ MARKERS = f"""
 kernels(*names): what computes it, of {", ".join(ALL_KERNELS)}; without this marker the CPU's
 prove(*kernels): left to `make prove`, on these kernels or on all
 quick(*kernels, when=None): not left to it, of parameters those for which when(...), a function of
-  some of them, is true; of this marker and prove the closest to a test decides
+  some of them, is true, and the others are; of this marker and prove the closest to a test decides
 settings(*names): `make prove` repeats it under these settings, of {", ".join(SETTINGS)}
 gpu: needs a CUDA device
 triton: of the tests for a GPU those of Triton's kernels; given to those with such a parameter
@@ -70,24 +70,43 @@ def kernels_of(item: pytest.Item) -> set[str]:
     return set.intersection(*(set(mark.args) for mark in (*closest, *parameters)))
 
 
-def check_names(item: pytest.Item) -> None:
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return getattr(item, "callspec", NO_PARAMETERS).params
+
+
+def wrong_in(item: pytest.Item) -> Iterator[str]:
     """A wrong name, or kernels that no process has, would take a test out of every run."""
     for mark in item.iter_markers():
         known = NAMES.get(mark.name, mark.args)
         if mark.name == "settings" and not mark.args:
-            raise pytest.UsageError(f"{item.nodeid}: settings takes {known}, got none")
+            yield f"settings takes {known}, got none"
         if unknown := [name for name in mark.args if name not in known]:
-            raise pytest.UsageError(f"{item.nodeid}: {mark.name} takes {known}, got {unknown}")
+            yield f"{mark.name} takes {known}, got {unknown}"
+        if mark.name == "quick" and (unknown := [name for name in mark.kwargs if name != "when"]):
+            yield f"quick takes when=, got {unknown}"
+        when, has = mark.kwargs.get("when") if mark.name == "quick" else None, parameters_of(item)
+        if when and (unknown := [name for name in names_of(when) if name not in has]):
+            yield f"quick's `when` takes parameters of the test, {list(has)}, got {unknown}"
     kernels = kernels_of(item)
     if not kernels:
-        raise pytest.UsageError(f"{item.nodeid}: its markers leave no kernels to run on")
-    if any(item.iter_markers("gpu")) and "cpu" not in kernels:
-        raise pytest.UsageError(f"{item.nodeid}: a GPU's tests run in the CPU's process alone")
+        yield "its markers leave no kernels to run on"
+    elif any(item.iter_markers("gpu")) and "cpu" not in kernels:
+        yield "a GPU's tests run in the CPU's process alone"
+
+
+def check(items: Iterable[pytest.Item]) -> None:
+    """While a file is collected, where an error is shown whichever process meets it."""
+    for item in items:
+        for sentence in wrong_in(item):
+            raise pytest.Collector.CollectError(f"{item.nodeid}: {sentence}")
+
+
+def names_of(when: Callable[..., bool]) -> list[str]:
+    return list(inspect.signature(when).parameters)
 
 
 def is_true_of(when: Callable[..., bool], item: pytest.Item) -> bool:
-    given: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
-    return when(**{name: given[name] for name in inspect.signature(when).parameters})
+    return when(**{name: parameters_of(item)[name] for name in names_of(when)})
 
 
 def is_left_to_prove(item: pytest.Item) -> bool:
@@ -117,8 +136,6 @@ def is_of_triton(item: pytest.Item) -> bool:
 
 def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Takes out what is not for this process, and spreads what may not come to an end."""
-    for item in items:
-        check_names(item)
     for item in filter(is_of_triton, items):
         item.add_marker("triton")
     chosen = [item for item in items if is_chosen(item)]
@@ -155,15 +172,18 @@ class Passed:
 
 def skip_when_out_of_time(item: pytest.Item) -> None:
     if time.monotonic() > item.config.stash.get(ENDS, float("inf")):
-        pytest.skip(OUT_OF_TIME)
+        pytest.skip(LATE)
 
 
-def say_what_was_left(terminalreporter: Any) -> None:
-    """At the end, for people and for scripts/prove.py."""
+def status_of_late(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """They are counted apart, and no letter is shown for each."""
+    late = report.skipped and f"Skipped: {LATE}" in str(report.longrepr)
+    return (LATE, "", "") if late else None
+
+
+def write_counts(terminalreporter: Any) -> None:
+    """For scripts/prove.py."""
     stats = terminalreporter.stats
-    late = sum(OUT_OF_TIME in str(report.longrepr) for report in stats.get("skipped", []))
-    if late:
-        terminalreporter.line(f"{late} tests: {OUT_OF_TIME}")
     if path := terminalreporter.config.option.counts:
         counts = {outcome: len(stats[outcome]) for outcome in OUTCOMES if stats.get(outcome)}
-        path.write_text(json.dumps({**counts, "late": late}))
+        path.write_text(json.dumps(counts))

@@ -141,9 +141,9 @@ def test_fresh_forgets_the_chosen_steps_alone(run) -> None:
     ("counts", "status", "outcome"),
     [
         ({"passed": 7, "xfailed": 1}, 0, "passed"),
-        ({"passed": 3, "skipped": 2, "late": 2}, 0, "a part"),
+        ({"passed": 3, "out of time": 2}, 0, "a part"),
         ({"skipped": 9}, 0, "failed"),
-        ({"skipped": 9, "late": 9}, 0, "failed"),
+        ({"out of time": 9}, 0, "failed"),
         ({"passed": 6, "failed": 1}, 1, "failed"),
         ({}, 0, "failed"),
         ({}, 5, "failed"),
@@ -155,7 +155,7 @@ def test_outcomes(run, tmp_path, counts, status, outcome) -> None:
     assert (code != 0) == (outcome == "failed")
     shown = text.rpartition("expected")[2]
     assert outcome in shown
-    assert ", ".join(f"{n} {name}" for name, n in counts.items() if name != "late") in shown
+    assert ", ".join(f"{n} {name}" for name, n in counts.items()) in shown
     assert (outcome == "failed") == ("one.log" in shown)
     kept = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert (outcome == "passed") == ("one" in kept)
@@ -174,7 +174,10 @@ def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path) ->
     assert "this is some tests []" in run([step("some tests")], "--fresh", "-k", "one")[1]
     assert run([step("some tests", 5, "")], "--fresh")[0] == 1, "nothing was ever chosen"
     file.with_suffix(".new").write_text("every test\n")  # as a run that was killed leaves it
-    assert run([step("some tests", 5, "")])[0] == 0
+    assert "1 before" in run([step("some tests")], "--list")[1]
+    status, text = run([step("some tests", 5, "")])
+    assert status == 0
+    assert "1 before" in text.rpartition("expected")[2]
     assert file.read_text() == "every test\n"
     assert run([step("others")], "--only", "others")[0] == 0
     skipped = [step("some tests", 0, '{"skipped": 1}')]

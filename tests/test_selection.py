@@ -102,14 +102,17 @@ def test_settings() -> None:
         ([prove("isa")], r"prove takes .*, got \['isa'\]"),
         ([settings("threads", "isas")], r"settings takes .*, got \['isas'\]"),
         ([settings()], "settings takes .*, got none"),
+        ([quick(when=lambda size, sizes: True)], r"takes .*\['size'\], got \['sizes'\]"),
+        ([quick(if_=on_few)], r"quick takes when=, got \['if_'\]"),
         ([kernels("cpu"), kernels("emulated")], "leave no kernels to run on"),
         ([kernels("emulated"), pytest.mark.gpu], "in the CPU's process alone"),
     ],
 )
 def test_what_would_never_run_is_refused(marks, sentence) -> None:
-    with pytest.raises(pytest.UsageError, match=sentence):
-        selection.check_names(item(*marks))
-    selection.check_names(item(kernels("cpu", "emulated"), kernels("emulated"), settings("isa")))
+    with pytest.raises(pytest.Collector.CollectError, match=f"^test: .*{sentence}"):
+        selection.check([item(), item(*marks, size=3)])
+    right = [kernels("cpu", "emulated"), kernels("emulated"), settings("isa"), quick(when=on_few)]
+    selection.check([item(*right, size=3)])
 
 
 def test_a_test_of_tritons_kernels_is_known_by_its_parameters() -> None:
