@@ -1,7 +1,7 @@
 # Everything runs in .venv, which these targets make and keep up to date.
 #   PYTHON      the Python to start from (3.10 or newer); its torch is reused if it is >= 2.11
 #   TORCH_SPEC  what to give pip where there is no such torch
-#   ARGS        more arguments for pytest, scripts/prove.py or benchmarks/run.py
+#   ARGS        more arguments for scripts/prove.py, pytest or benchmarks/run.py
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,7 +55,7 @@ $(VENV)/installed: $(VENV)/pyvenv.cfg pyproject.toml requirements-models.txt
 build: $(VENV)/installed
 	$(PY) setup.py build_ext --inplace
 
-test: build
+test: $(VENV)/installed
 	$(PY) scripts/prove.py --test $(ARGS)
 
 prove: build

@@ -20,7 +20,7 @@ status=0
 printf '\n%-12s %s\n' "lines" "covered"
 printf '%-12s %s %%\n' aspp_ext "$("$PYTHON" -m coverage report --format=total --precision=1)"
 "$PYTHON" -m gcovr -r . --gcov-ignore-parse-errors=all --exclude-directories '.*/planted' \
-  --json cxx.json csrc build 2>gcovr.log
+  --json cxx.json csrc build 2>gcovr.log || { tail gcovr.log && exit 1; }
 for folder in csrc/plan csrc/cpu csrc/cuda; do
   share=$("$PYTHON" -m gcovr -r . -a cxx.json --merge-lines --filter "$folder/" \
     --exclude '.*/emulation/' 2>>gcovr.log |

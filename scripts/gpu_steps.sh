@@ -179,6 +179,7 @@ kernels() {
 
 cudnn() {
   local options=(--limit "$((LIMIT - 30))")
+  # A limit that a dry run could reach would leave out what its pictures are made of.
   on_gpu || options=(--limit 3600 --budget 0.01)
   "$PYTHON" -m benchmarks.cudnn_baselines --device "$DEVICE" --out "$OUT" "${options[@]}"
 }

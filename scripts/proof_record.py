@@ -61,7 +61,7 @@ def tools() -> list[str]:
             found.append(f"no {compiler}")
     processor = Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.exists() else []
-    return found + [line for line in lines if line.startswith("flags")][:1]
+    return found + [line for line in lines if line.startswith(("flags", "Features"))][:1]
 
 
 def digest_of_sources() -> str:
@@ -79,6 +79,20 @@ def file_of(step: Step, kind: str) -> Path:
     return FOLDER / (re.sub(r"\W+", "-", step.name) + f".{kind}")
 
 
+def add_new(new: Path) -> None:
+    """The tests that have passed in a run, to those that had before: see ``Passed`` in
+    tests/selection.py."""
+    if new.exists():
+        with new.with_suffix(".passed").open("ab") as file:
+            file.write(new.read_bytes())
+        new.unlink()
+
+
+def count_passed(step: Step) -> int:
+    path = file_of(step, "passed")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 class Record:
     """What has passed on these sources, kept from run to run: whole suites, and their tests."""
 
@@ -89,8 +103,10 @@ class Record:
             kept = json.loads(self.path.read_text())
             if kept["sources"] == self.sources:
                 self.results = {name: Result(**result) for name, result in kept["steps"].items()}
+                for new in FOLDER.glob("*.new"):
+                    add_new(new)
                 return
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # there is none, or it is damaged
         for pattern in ("*.passed", "*.new"):
             for path in FOLDER.glob(pattern):
@@ -119,17 +135,3 @@ class Record:
         elif step.is_suite and result.outcome == "passed":
             self.results[step.name] = result
             self.write()
-
-
-def passed_before(step: Step) -> tuple[Path, int]:
-    """The file of its tests that have passed, and how many they are.
-
-    While a suite runs it stays as it is, since each of its processes reads it, also one that takes
-    the place of another: new ones are in a second file.
-    """
-    before, new = file_of(step, "passed"), file_of(step, "new")
-    if new.exists():
-        with before.open("ab") as file:
-            file.write(new.read_bytes())
-        new.unlink()
-    return before, before.read_bytes().count(b"\n") if before.exists() else 0

@@ -2,10 +2,11 @@
 """Runs the steps of ``scripts/steps.py`` in their order, and ends with a table.
 
     python scripts/prove.py             every proof that has not passed on these sources yet
-    python scripts/prove.py --test ...  the tests alone; the rest of the line is for pytest
+    python scripts/prove.py --test      the tests alone, all of them
 
-A failing step does not keep the next from running. An interrupted run goes on with the next test:
-what has passed is kept in build/prove for as long as no source changes. With ``--minutes`` as much
+Options that it does not know are pytest's. A failing step does not keep the next from running. The
+run after an interrupted one goes on with the next test: what has passed without such options is
+kept in build/prove for as long as no source changes. With ``--minutes`` as much
 of each step runs as fits in its part of that time, and the next run goes on from there.
 """
 
@@ -29,12 +30,12 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import proof_record
-from scripts.proof_record import Record, Result, file_of, passed_before
-from scripts.steps import ROOT, Step, proof_steps, test_steps
+from scripts.proof_record import Record, Result, add_new, count_passed, file_of
+from scripts.steps import LATE, ROOT, Step, proof_steps, test_steps
 
 NOTHING_CHOSEN = 5  # pytest's exit status
 LEAST_SECONDS = 20
-TESTED_WITH = ("ASPP_", "TRITON_", "TORCH", "PYTEST_", "OMP_", "MKL_", "ATEN_")
+TESTED_WITH = ("ASPP_", "TRITON_", "TORCH", "PYTEST_", "PYTHONOPT", "OMP_", "MKL_", "ATEN_")
 """How the environment variables begin that would decide what is tested, or how."""
 console = Console(highlight=False, width=100)
 
@@ -42,7 +43,7 @@ console = Console(highlight=False, width=100)
 def environment_of(step: Step) -> dict[str, str]:
     """Of a suite nothing but the step decides what is tested, of a build where it goes."""
     dropped = TESTED_WITH if step.is_suite else ("ASPP_EXT_LIBRARY_DIR",)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith((*dropped, "PYTHONOPTIMIZE"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     if step.is_suite:
         # Threads that wait for each other sleep. Where there are more of them than processors, by
         # other suites or other programs, they would keep from working whom they wait for.
@@ -53,22 +54,33 @@ def environment_of(step: Step) -> dict[str, str]:
         **step.environment}  # fmt: skip
 
 
+def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
 def follow(process: subprocess.Popen[str], log: TextIO) -> bool:
-    """Shows its output and keeps it. Whether it was interrupted: then it and all that it has
-    started are told so, once, and what they say at their end comes, too."""
+    """Shows its output and keeps it; returns whether it was interrupted.
+
+    The first interrupt is handed on to its process group, and what that still says is followed to
+    its end. Another one kills it, unless it is the same: make hands on what its group has, too.
+    """
     assert process.stdout is not None
-    interrupted = False
+    interrupted = 0.0
     while True:
         try:
             for line in process.stdout:
                 sys.stdout.write(line)
                 sys.stdout.flush()
                 log.write(line)
-            return interrupted
+            return interrupted > 0
         except KeyboardInterrupt:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL if interrupted else signal.SIGINT)
-            interrupted = True
+            if not interrupted:
+                end(process, signal.SIGINT)
+                interrupted = time.monotonic()
+            elif time.monotonic() > interrupted + 1:
+                end(process, signal.SIGKILL)
+                return True
 
 
 def counts_in(path: Path) -> dict[str, int]:
@@ -92,8 +104,8 @@ def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> 
         command += ["-n", str(processes), "--dist", "worksteal", f"--counts={said}", *options]
         command += [f"--seconds={seconds:.1f}"] if seconds is not None else []
         if resume:
-            passed, before = passed_before(step)
-            command += [f"--passed={passed}"]
+            before = count_passed(step)
+            command += [f"--passed={file_of(step, 'passed')}"]
     log, began = file_of(step, "log"), time.monotonic()
     with (
         log.open("w") as file,
@@ -102,9 +114,14 @@ def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> 
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         ) as process,
     ):  # fmt: skip
-        interrupted = follow(process, file)
+        try:
+            interrupted = follow(process, file)
+        except BaseException:
+            end(process, signal.SIGKILL)
+            raise
+    add_new(file_of(step, "new"))
     counts = counts_in(said)
-    late = counts.get("out of time", 0)
+    late = counts.get(LATE, 0)
     shown = counts | ({"before": before} if before else {})
     text = ", ".join(f"{count} {outcome}" for outcome, count in shown.items())
     result = Result("failed", time.monotonic() - began, text)
@@ -118,13 +135,13 @@ def run(step: Step, options: list[str], seconds: float | None, resume: bool) -> 
     return result
 
 
-def table(steps: list[Step], results: dict[str, Result]) -> rich.table.Table:
+def table(steps: list[Step], results: dict[str, Result], resume: bool) -> rich.table.Table:
     shown = rich.table.Table(box=None, pad_edge=False)
     for title, justify in (("step", "left"), ("expected", "right"), ("took", "right"),
                            ("", "left"), ("", "left")):  # fmt: skip
         shown.add_column(title, justify=justify)
     for step in steps:
-        so_far = passed_before(step)[1] if step.is_suite else 0
+        so_far = count_passed(step) if resume else 0
         not_run = Result(step.why_not or "not run", counts=f"{so_far} before" if so_far else "")
         r = results.get(step.name, not_run)
         took = f"{r.seconds / 60:.1f} min" if r.seconds else ""
@@ -163,7 +180,9 @@ def run_all(
             console.rule(step.name, align="left")
             resume = not (options or given.test)
             results[step.name] = run(step, options, seconds, resume)
-            if not options:
+            if results[step.name].outcome == "failed" and not resume:
+                record.forget(step)  # a test may have failed that had passed
+            elif not options:
                 record.keep(step, results[step.name])
             if results[step.name].outcome == "interrupted":
                 break
@@ -185,7 +204,7 @@ def status_of(todo: list[Step], results: dict[str, Result]) -> int:
 
 def minutes(text: str) -> float:
     if not 0 < (given := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"minutes must be above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"minutes must be finite and above 0, got {text}")
     return given
 
 
@@ -224,26 +243,28 @@ def main(arguments: list[str]) -> int:
             console.print(f"another run is going on in {ROOT}: its builds and records are the same")
             return 2
         record = Record()
-        if given.fresh and not given.list:
+        resume = not (given.test or options)
+        if given.fresh and resume and not given.list:
             for step in chosen:
                 record.forget(step)
-        before = {} if given.test or given.fresh or options else dict(record.results)
+        before = dict(record.results) if resume and not given.fresh else {}
         wanted = [step for step in chosen if step.name not in before and step.why_not is None]
         todo = with_builds([s for s in wanted if s.is_suite or given.only is not None], steps)
-        console.print(table(with_builds(chosen, steps), before))
+        console.print(table(with_builds(chosen, steps), before, resume))
         console.print(f"{sum(step.minutes for step in todo):.0f} minutes expected on two cores")
         if not proof_record.sources():
             console.print("git does not know this tree: what passes is not kept for the next run")
         if given.list:
             return 0
         results = run_all(todo, given, options, record)
-    console.rule()
-    console.print(table(with_builds(chosen, steps), before | results))
+        console.rule()
+        console.print(table(with_builds(chosen, steps), before | results, resume))
     return status_of(todo, results)
 
 
 def take_interrupts() -> None:
-    """Also where a shell has started this in the background, and for all that is started here."""
+    """SIGTERM is one, too; and SIGINT also for what a shell has started in the background, which
+    ignores it, as would all that is started here."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 
 from aspp_ext import _native, _triton
+from scripts.steps import LATE
 
 ALL_KERNELS = ("cpu", "emulated", "interpreted")
 KERNELS = "emulated" if _native.emulated else "interpreted" if _triton.interpreted else "cpu"
 """Whose kernels this process tests."""
 SETTINGS = ("sanitized", "filtered", "unfiltered", "isa", "threads", "stored", "architectures")
-LATE = "out of time"
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed", LATE)
 ENDS = pytest.StashKey[float]()
 NO_PARAMETERS = SimpleNamespace(marks=[], params={})
@@ -35,8 +35,8 @@ NAMES = dict.fromkeys(("kernels", "prove", "quick"), ALL_KERNELS) | {"settings":
 MARKERS = f"""
 kernels(*names): what computes it, of {", ".join(ALL_KERNELS)}; without this marker the CPU's
 prove(*kernels): left to `make prove`, on these kernels or on all
-quick(*kernels, when=None): not left to it, of parameters those for which when(...), a function of
-  some of them, is true, and the others are; of this marker and prove the closest to a test decides
+quick(*kernels, when=None): stays in `make test`; with when, a function of some of the parameters,
+  only where it is true; of this marker and prove the closest to a test decides
 settings(*names): `make prove` repeats it under these settings, of {", ".join(SETTINGS)}
 gpu: needs a CUDA device
 triton: of the tests for a GPU those of Triton's kernels; given to those with such a parameter
@@ -128,8 +128,7 @@ def is_chosen(item: pytest.Item) -> bool:
 
 def is_of_triton(item: pytest.Item) -> bool:
     """Whether it has ``gpu_cases.BY_TRITON`` or one of its runs for a parameter."""
-    given = getattr(item, "callspec", None)
-    values = list(given.params.values()) if given else []
+    values = list(parameters_of(item).values())
     values += [value.by for value in values if hasattr(value, "by")]
     return any(getattr(value, "backend", None) == "triton" for value in values)
 
@@ -164,8 +163,8 @@ class Passed:
         self.file, self.called = path.with_suffix(".new").open("a", buffering=1), set[str]()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
-            self.called.add(report.nodeid)
+        if report.when == "call":  # a subtest's, too
+            (self.called.add if report.passed else self.called.discard)(report.nodeid)
         elif report.when == "teardown" and report.passed and report.nodeid in self.called:
             self.file.write(f"{report.nodeid}\n")
 

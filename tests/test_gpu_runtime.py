@@ -56,8 +56,10 @@ def test_runs_on_the_current_stream(by, name, problem) -> None:
 
 
 def during_a_sleep(cycles: int, call: Callable[[int], list[Tensor]]) -> list[Tensor]:
-    """``call`` returns while the device sleeps: a host that waits for it never does, one that is
-    busy with other work does in one of some tries, whose number ``call`` gets."""
+    """What ``call``, given the number of the attempt, returns while the device sleeps.
+
+    A host that waits for the device returns too late in every attempt, a busy one in some.
+    """
     for attempt in range(8):
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
@@ -72,7 +74,7 @@ def during_a_sleep(cycles: int, call: Callable[[int], list[Tensor]]) -> list[Ten
 @each_kind
 @each_name
 def test_does_not_wait_for_the_device(by, name, problem) -> None:
-    """Neither PyTorch nor the clock sees the host wait, from a shape's second call on."""
+    """Neither PyTorch nor the clock sees the host wait, once a shape has run."""
     arguments = integers(name, problem)
     expected = by.results(name)(*arguments)
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,6 @@ def test_what_has_passed_in_a_step_is_left_out_of_its_next_run(run, tmp_path) ->
     assert status == 0
     assert "1 before" in text.rpartition("expected")[2]
     assert file.read_text() == "every test\n"
-    assert run([step("others")], "--only", "others")[0] == 0
     skipped = [step("some tests", 0, '{"skipped": 1}')]
     (tmp_path / "results.json").write_text('{"sources": "sources", "steps": {}}')
     assert run(skipped)[0] == 0, "all that passes has passed before"
@@ -203,6 +203,16 @@ def test_a_damaged_record_is_none(run, tmp_path, text) -> None:
     assert "this is one" not in run([step("one")])[1]
 
 
+@pytest.mark.parametrize("options", [["--test"], ["-k", "x"]])
+def test_a_failure_takes_away_what_had_passed(run, tmp_path, options) -> None:
+    """Of tests that pass and fail by turns the pass is not kept."""
+    (tmp_path / "one.new").touch()
+    run([step("one")])
+    assert run([step("one", 1, '{"failed": 1}')], *options)[0] == 1
+    assert not (tmp_path / "one.passed").exists()
+    assert "this is one" in run([step("one")])[1]
+
+
 def test_two_runs_do_not_share_a_record(run, tmp_path) -> None:
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -212,34 +222,44 @@ def test_two_runs_do_not_share_a_record(run, tmp_path) -> None:
     assert "this is one" not in text
 
 
-WAITS = """import time
-try:
+# What it has started holds its output, and ends with it where it is in its process group.
+WAITS = """import subprocess, sys
+command, apart = ["sleep", "60"], sys.argv[1] == "apart"
+with subprocess.Popen(command, start_new_session=apart) as child:
     print("waits", flush=True)
-    time.sleep(3600)
-finally:
-    print("its end")"""
+    try:
+        child.wait()
+    finally:
+        print("its end", flush=True)"""
 INTERRUPTED = f"""import sys
+import time
 from pathlib import Path
 from scripts import proof_record, prove
 from scripts.steps import Step
 proof_record.FOLDER = prove.ROOT = Path(sys.argv[1])
-prove.test_steps = lambda: [Step("one", 1, ("-c", {WAITS!r})), Step("two", 1, ("-c", ""))]
+one = ("-c", {WAITS!r}, sys.argv[2])
+prove.test_steps = lambda: [Step("one", 1, one), Step("two", 1, ("-c", ""))]
 prove.proof_steps = lambda: []
 prove.take_interrupts()
 sys.exit(prove.main(["--only", "one;two"]))"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_what_runs_and_shows_the_table(tmp_path, number) -> None:
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+@pytest.mark.parametrize("child", ["in its group", "apart"])
+def test_an_interrupt_ends_what_runs_and_shows_the_table(tmp_path, number, child) -> None:
+    """What is out of reach keeps it from its end until there is a second one."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), child]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
-        assert any(line == "waits\n" for line in lines)
+        assert "waits\n" in lines
         process.send_signal(number)
+        assert "its end\n" in lines
+        if child == "apart":
+            time.sleep(1.5)
+            process.send_signal(number)
         text = "".join(lines)
     assert process.returncode == 128 + signal.SIGINT
-    assert "its end" in text
     table = text.rpartition("expected")[2]
     assert "interrupted" in table
     assert "not run" in table

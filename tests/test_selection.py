@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import gpu_cases
@@ -136,7 +137,7 @@ def test_steps_cover_every_kind() -> None:
     assert {f"--setting={name}" for name in selection.SETTINGS} <= {option for _, option in ran}
     names = [step.name for step in plan]
     assert len(set(names)) == len(names)
-    for step in plan:  # behind what it needs, if it reads a library that is not the package's own
+    for step in plan:  # behind what it needs: the library, and what else it reads
         assert all(names.index(needed) < names.index(step.name) for needed in step.needs)
         assert not step.is_suite or "build" in step.needs
         folder = step.environment.get("ASPP_EXT_LIBRARY_DIR")
@@ -158,3 +159,19 @@ def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
         writer.pytest_runtest_logreport(SimpleNamespace(nodeid=name, when=when, passed=passed))
     assert not file.exists()
     assert file.with_suffix(".new").read_text() == "a.py::one\n"
+
+
+def test_what_no_time_is_left_for_is_counted_apart(request, tmp_path) -> None:
+    late = SimpleNamespace(config=SimpleNamespace(stash={selection.ENDS: 0.0}))
+    reports = []
+    for call in (lambda: selection.skip_when_out_of_time(late), lambda: pytest.skip("no GPU")):
+        said = pytest.CallInfo.from_call(call, "setup")
+        reports.append(pytest.TestReport.from_item_and_call(request.node, said))
+    statuses = [selection.status_of_late(report) for report in reports]
+    assert statuses == [(selection.LATE, "", ""), None]
+    reporter = SimpleNamespace(
+        stats={selection.LATE: reports[:1], "passed": [1, 2], "deselected": [3]},
+        config=SimpleNamespace(option=SimpleNamespace(counts=tmp_path / "counts")),
+    )
+    selection.write_counts(reporter)
+    assert json.loads((tmp_path / "counts").read_text()) == {"passed": 2, steps.LATE: 1}
