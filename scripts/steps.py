@@ -24,7 +24,6 @@ SANITIZE = (
     "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 )
 INTERPRET = {"TRITON_INTERPRET": "1", "ASPP_EXT_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
-
 LATE = "out of time"
 """The outcome of tests that would have come later than their step's time allows."""
 
