@@ -29,7 +29,7 @@ SITE_PACKAGES = $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib
 help:
 	@echo "make build     compile the native libraries into aspp_ext/ (incremental)"
 	@echo "make test      make the environment, build, run the tests: minutes"
-	@echo "make prove     every proof there is, from where the last run stopped: an hour and more"
+	@echo "make prove     every proof there is, from where the last run stopped: an hour"
 	@echo "make bench     make the environment, build, run the benchmark, refresh its tables"
 	@echo "make lint      ruff, clang-format and mypy, changing nothing"
 	@echo "make format    let ruff and clang-format rewrite the sources"
