@@ -76,8 +76,8 @@ def follow(process: subprocess.Popen[str], log: TextIO) -> bool:
             return interrupted > 0
         except KeyboardInterrupt:
             if not interrupted:
-                end(process, signal.SIGINT)
                 interrupted = time.monotonic()
+                end(process, signal.SIGINT)
             elif time.monotonic() > interrupted + 1:
                 end(process, signal.SIGKILL)
                 return True

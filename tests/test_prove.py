@@ -226,8 +226,8 @@ def test_two_runs_do_not_share_a_record(run, tmp_path) -> None:
 WAITS = """import subprocess, sys
 command, apart = ["sleep", "60"], sys.argv[1] == "apart"
 with subprocess.Popen(command, start_new_session=apart) as child:
-    print("waits", flush=True)
     try:
+        print("waits", flush=True)
         child.wait()
     finally:
         print("its end", flush=True)"""
