@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What fails on purpose must not leave its memory among the sources, as some systems have it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     for line in selection.MARKERS.replace("\n  ", " ").strip().splitlines():
         config.addinivalue_line("markers", line)
     is_worker = hasattr(config, "workerinput")  # whose reports come to the process that began

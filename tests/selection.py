@@ -51,7 +51,7 @@ def add_options(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=1, help="of PyTorch in each test")
     group.addoption("--passed", type=Path, help="a file: leaves out its tests; see Passed")
     group.addoption("--counts", type=Path, help="writes a file: of each outcome how many")
-    group.addoption("--seconds", type=float, help="from collection on: what fits in, of everything")
+    group.addoption("--seconds", type=float, help="from the first test on: a part, what fits in")
 
 
 def names_in(item: pytest.Item, marker: str) -> set[str]:
@@ -148,7 +148,6 @@ def choose(config: pytest.Config, items: list[pytest.Item]) -> None:
     if seconds := config.option.seconds:
         # Another part in another run, the same in all processes of one.
         chosen.sort(key=lambda item: zlib.crc32(f"{seconds} {item.nodeid}".encode()))
-        config.stash[ENDS] = time.monotonic() + seconds
     items[:] = chosen
 
 
@@ -170,8 +169,11 @@ class Passed:
 
 
 def skip_when_out_of_time(item: pytest.Item) -> None:
-    if time.monotonic() > item.config.stash.get(ENDS, float("inf")):
-        pytest.skip(LATE)
+    """Its time begins with the first test, which the processes of a run begin together."""
+    if seconds := item.config.option.seconds:
+        now = time.monotonic()
+        if now > item.config.stash.setdefault(ENDS, now + seconds):
+            pytest.skip(LATE)
 
 
 def status_of_late(report: pytest.TestReport) -> tuple[str, str, str] | None:

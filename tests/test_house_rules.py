@@ -24,7 +24,8 @@ def files(suffixes: set[str]) -> list[Path]:
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     found = [p for p in found if p.suffix in suffixes and not p.name.startswith("_build_info")]
-    return sorted(p for p in found if not any(part.startswith((".", "__pyc")) for part in p.parts))
+    inside = {p: p.relative_to(ROOT).parts for p in found}
+    return sorted(p for p in found if not any(x.startswith((".", "__pyc")) for x in inside[p]))
 
 
 SOURCES = files(PYTHON | CXX)

@@ -6,6 +6,7 @@ A kernel that spills, or that lost its tensor cores, still gives the right numbe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -75,9 +76,11 @@ def compiled(part: int, parts: int) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, list[Kernel]]:
-    """Of each GPU all that the operators may launch."""
+    """Of each GPU all that the operators may launch; who comes second finds it compiled."""
     parts = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(parts) as pool:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(parts) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         found = [k for part in pool.map(compiled, range(parts), [parts] * parts) for k in part]
     return {gpu: [k for k in found if k["gpu"] == gpu] for gpu in triton_mock.GPUS}
 

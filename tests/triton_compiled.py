@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def read_amd(text: str) -> dict[str, Any]:
 def reading(c: Compilation) -> dict[str, Any]:
     """A kernel as it was compiled."""
     kernel = triton.compile(c.source, target=c.target, options=c.options)
-    kept = Path(os.environ["TRITON_CACHE_DIR"], "readings", f"{kernel.hash}.json")
+    name = sha256(kernel.hash.encode() + Path(__file__).read_bytes()).hexdigest()
+    kept = Path(os.environ["TRITON_CACHE_DIR"], "readings", f"{name}.json")
     if not kept.exists():
         is_amd = c.target.backend == "hip"
         found = read_amd(kernel.asm["amdgcn"]) if is_amd else read_cuda(kernel.asm["cubin"])
