@@ -169,7 +169,7 @@ class Passed:
 
 
 def skip_when_out_of_time(item: pytest.Item) -> None:
-    """Its time begins with the first test, which the processes of a run begin together."""
+    """The time begins with a process's first test: those of a run begin together with that."""
     if seconds := item.config.option.seconds:
         now = time.monotonic()
         if now > item.config.stash.setdefault(ENDS, now + seconds):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -224,16 +227,19 @@ def test_two_runs_do_not_share_a_record(run, tmp_path) -> None:
 
 
 # What it has started holds its output, and ends with it where it is in its process group.
-WAITS = """import subprocess, sys
-command, apart = ["sleep", "60"], sys.argv[1] == "apart"
-with subprocess.Popen(command, start_new_session=apart) as child:
-    try:
-        print("waits", flush=True)
-        child.wait()
-    finally:
-        print("its end", flush=True)"""
+HOLDS = """import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+print("waits as", os.getpid(), flush=True)
+time.sleep(600)
+print("too late")"""
+WAITS = f"""import subprocess, sys
+try:
+    command = [sys.executable, "-c", {HOLDS!r}]
+    subprocess.Popen(command, start_new_session=sys.argv[1] == "apart").wait()
+except KeyboardInterrupt:
+    print("its end", flush=True)
+    raise"""
 INTERRUPTED = f"""import sys
-import time
 from pathlib import Path
 from scripts import proof_record, prove
 from scripts.steps import Step
@@ -253,17 +259,34 @@ def test_an_interrupt_ends_what_runs_and_shows_the_table(tmp_path, number, child
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")
-        assert "waits\n" in lines
+        holder = next(line for line in lines if line.startswith("waits as"))
         process.send_signal(number)
         assert "its end\n" in lines
         if child == "apart":
             time.sleep(1.5)
             process.send_signal(number)
         text = "".join(lines)
+    if child == "apart":
+        os.kill(int(holder.split()[-1]), signal.SIGKILL)
     assert process.returncode == 128 + signal.SIGINT
+    assert "too late" not in text
     table = text.rpartition("expected")[2]
     assert "interrupted" in table
     assert "not run" in table
+
+
+def test_an_interrupt_that_make_hands_on_too_is_not_a_second_one(monkeypatch) -> None:
+    class Output:
+        def __iter__(self) -> NoReturn:
+            raise KeyboardInterrupt
+
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(prove, "end", lambda _, number: sent.append(number))
+    times = iter([10.0, 10.5, 12.0])
+    monkeypatch.setattr(prove, "time", SimpleNamespace(monotonic=times.__next__))
+    assert prove.follow(SimpleNamespace(stdout=Output()), io.StringIO())
+    assert sent == [signal.SIGINT, signal.SIGKILL]
+    assert not list(times), "the second one killed"
 
 
 def test_other_sources_begin_anew_at_once(run, tmp_path, monkeypatch) -> None:

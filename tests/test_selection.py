@@ -161,18 +161,21 @@ def test_what_has_passed_is_written_down_and_left_out(tmp_path) -> None:
     assert file.with_suffix(".new").read_text() == "a.py::one\n"
 
 
-def test_what_no_time_is_left_for_is_counted_apart(request, tmp_path) -> None:
-    option = SimpleNamespace(seconds=1e-9)
+def test_what_no_time_is_left_for_is_counted_apart(request, monkeypatch, tmp_path) -> None:
+    """The first test is in time, whatever was before it."""
+    clock = SimpleNamespace(monotonic=iter([10.0, 12.0, 12.5]).__next__)
+    monkeypatch.setattr(selection, "time", clock)
+    option = SimpleNamespace(seconds=2)
     late = SimpleNamespace(config=SimpleNamespace(option=option, stash={}))
-    selection.skip_when_out_of_time(late)  # the first test is in time, whatever was before it
     reports = []
-    for call in (lambda: selection.skip_when_out_of_time(late), lambda: pytest.skip("no GPU")):
+    calls = [lambda: selection.skip_when_out_of_time(late)] * 3
+    for call in (*calls, lambda: pytest.skip("no GPU")):
         said = pytest.CallInfo.from_call(call, "setup")
         reports.append(pytest.TestReport.from_item_and_call(request.node, said))
     statuses = [selection.status_of_late(report) for report in reports]
-    assert statuses == [(selection.LATE, "", ""), None]
+    assert statuses == [None, None, (selection.LATE, "", ""), None]
     reporter = SimpleNamespace(
-        stats={selection.LATE: reports[:1], "passed": [1, 2], "deselected": [3]},
+        stats={selection.LATE: reports[2:3], "passed": [1, 2], "deselected": [3]},
         config=SimpleNamespace(option=SimpleNamespace(counts=tmp_path / "counts")),
     )
     selection.write_counts(reporter)
