@@ -78,11 +78,14 @@ def _aspp(out_channels: int, *rates: int) -> list[Spec]:
 
 
 _HUGE = 2**31 - 1
+_CUT_OUT = {"channel_slice": (16, 0, 0), "row_slice": (0, 1, 0), "column_slice": (0, 0, 2)}
+"""Layout -> channels, rows and columns of NaN before and behind those of a channels_last image."""
 _X_LAYOUTS = (
     *("channels_last", "offset", "sliced", "strided", "transposed"),
     *("expanded_batch", "expanded_channels", "expanded_plane"),
+    *_CUT_OUT,
 )
-_WEIGHT_LAYOUTS = ("channels_last", "outputs_last", "sliced", "strided", "offset")
+_WEIGHT_LAYOUTS = ("channels_last", "outputs_last", "sliced", "strided", "offset", *_CUT_OUT)
 _ANY_LAYOUT: tuple[Spec, ...] = ((16, 1), (5, 3, 2), (32, 3, (1, 4)))
 
 _PROBLEMS = (
@@ -120,6 +123,11 @@ _PROBLEMS = (
         _problem(f"weights_{k}", (1, 6, 5, 7), *_ANY_LAYOUT, weight_layout=k)
         for k in _WEIGHT_LAYOUTS
     ),
+    # Of whole 16 bytes in every dtype, so that kernels read them in place: weights too.
+    *(
+        _problem(f"in_place_{k}", (1, 40, 6, 18), *_ANY_LAYOUT, layout=k, weight_layout=k)
+        for k in _CUT_OUT
+    ),
 )
 PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _PROBLEMS}
 
@@ -141,12 +149,26 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         kept = {"batch": (0,), "channels": (1,), "plane": (2, 3)}[layout.removeprefix("expanded_")]
         index = tuple(slice(0, 1) if d in kept else slice(None) for d in range(t.dim()))
         return t[index].expand(t.shape)
+    if layout in _CUT_OUT:
+        return _cut_out(t, _CUT_OUT[layout]) if t.dim() == 4 else t.contiguous()
     first, step, extra = {"offset": (0, 1, 0), "sliced": (1, 1, 3), "strided": (1, 2, 1)}[layout]
     sizes = [s * step + extra for s in t.shape]
     places = 1 + int(torch.Size(sizes).numel())
     memory = torch.full((places,), torch.nan, dtype=t.dtype, device=t.device)
     view = memory[1:].view(sizes)[tuple(slice(first, first + s * step, step) for s in t.shape)]
     return view.copy_(t)
+
+
+def _cut_out(t: Tensor, around: tuple[int, int, int]) -> Tensor:
+    """``t [N, C, H, W]`` as a part of a channels_last image whose memory ends with the part's last
+    element, so that reading on is reading somebody else's."""
+    sizes = zip(t.shape[1:], around, strict=True)
+    channels, rows, columns = (size + 2 * nan for size, nan in sizes)
+    strides = (rows * columns * channels, 1, columns * channels, channels)
+    first = sum(a * s for a, s in zip(around, strides[1:], strict=True))
+    last = first + sum((s - 1) * stride for s, stride in zip(t.shape, strides, strict=True))
+    memory = torch.full((max(last + 1, 0),), torch.nan, dtype=t.dtype, device=t.device)
+    return memory.as_strided(t.shape, strides, first if t.numel() else 0).copy_(t)
 
 
 class Values:
