@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from statistics_checks import assert_statistics
-from table import factor_for
 from torch import Tensor
 from torch.library import opcheck
 
@@ -19,6 +18,7 @@ from aspp_ext import reference
 from aspp_ext.ops import atrous_separable_pyramid_batch_norm, separable_norm
 from aspp_ext.ops.family import NATIVE
 from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, outputs
+from aspp_ext.testing.checks import factor_for
 
 SEPARABLE = OPS["separable"]
 SHAPES = (

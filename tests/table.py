@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,23 +12,12 @@ import torch
 import torch.nn.functional as F
 from marks import marks_of, on_native
 from selection import KERNELS
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 import aspp_ext
 from aspp_ext import _triton
 from aspp_ext.ops.family import NATIVE, TRITON
-from aspp_ext.testing import (
-    DTYPES,
-    OPS,
-    PROBLEMS,
-    Branch,
-    Op,
-    Problem,
-    assert_no_worse_than_torch,
-    converted,
-    laid_out,
-    outputs,
-)
+from aspp_ext.testing import DTYPES, OPS, PROBLEMS, Branch, Op, Problem, checks, laid_out
+from aspp_ext.testing.checks import is_gradient
 
 LOW = (torch.bfloat16, torch.float16)
 PYRAMIDS = ("pyramid", "pyramid_epilogue", "pyramid_grad_input", "pyramid_grad_weight")
@@ -37,9 +25,6 @@ SEPARABLE = tuple(name for name in OPS if name.startswith("separable"))
 
 EMULATED = KERNELS == "emulated"
 """Whether the CPU's pyramids are the CUDA kernels, run by csrc/cuda/emulation."""
-
-FILTERED = os.environ.get("ASPP_EXT_POLYPHASE") == "always"
-"""Whether minimal filtering is forced."""
 
 INTERPRETED = KERNELS == "interpreted"
 """Whether Triton's operators are tested, and no others, run by its interpreter."""
@@ -103,69 +88,6 @@ EACH = [d if has_dtype("triton", d) else pytest.param(d, marks=on_native) for d 
 each_dtype = pytest.mark.parametrize("dtype", EACH, ids=dtype_id)
 
 
-def oracle_of(op: Op, arguments: Any) -> list[torch.Tensor]:
-    """The reference's results in float64, on the CPU."""
-    return outputs(op.expected(*converted(arguments, torch.float64, "cpu")))
-
-
-def check_integers(call: Callable[..., Any], op: Op, arguments: Any, name: str = "") -> None:
-    """Bit for bit the oracle, rounded once."""
-    dtype = arguments[0].dtype
-    expected = [t.to(dtype) for t in oracle_of(op, arguments)]
-    got = outputs(call(*arguments))
-    assert len(got) == len(expected)
-    for i, (g, e) in enumerate(zip(got, expected, strict=True)):
-        assert (g.dtype, g.device) == (dtype, arguments[0].device)
-        g = g.cpu()
-        assert torch.equal(g, e), f"{name}: output {i} differs at {(g != e).nonzero()[:5]}"
-
-
-def is_representative(problem: Problem) -> bool:
-    """Enough outputs for statistics; other strides have been tested on integers.
-
-    PyTorch, the yardstick, divides by zero at rates near 2**31 in low precision.
-    """
-    n, _, h, w = problem.shape
-    plain = problem.layout == problem.weight_layout == "contiguous"
-    return plain and max(problem.rates) < 2**20 and n * h * w * problem.out_channels >= 500
-
-
-def is_gradient(op: Op) -> bool:
-    return "grad" in op.name or "backward" in op.name
-
-
-def worst(t: torch.Tensor, exact: torch.Tensor) -> float:
-    return (t.double() - exact).abs().max().item() if t.numel() else 0.0
-
-
-def baseline_of(op: Op, arguments: Any, oracle: list[torch.Tensor]) -> list[torch.Tensor]:
-    """PyTorch's own results: of its two memory formats the one that is further off.
-
-    They are different kernels, whose errors differ up to fivefold in either direction. In bfloat16
-    PyTorch's gradient of a channels_last weight reads out of bounds on the CPU, depthwise or where
-    the channels are no multiple of 16, so not that one.
-    """
-    contiguous = [t.cpu() for t in outputs(op.expected(*arguments))]
-    low = arguments[0].dtype != torch.float32
-    if low and op.name in ("atrous_separable_pyramid_backward", "atrous_pyramid_grad_weight"):
-        return contiguous
-    last = tree_map_only(torch.Tensor, lambda t: laid_out(t, "channels_last"), arguments)
-    other = [t.cpu() for t in outputs(op.expected(*last))]
-    both = zip(contiguous, other, oracle, strict=True)
-    return [max(a, b, key=lambda t, e=e: worst(t, e)) for a, b, e in both]
-
-
-def factor_for(op: Op, dtype: torch.dtype) -> float:
-    """PyTorch's sums are blocked on the CPU; a CUDA core adds one product after the other.
-
-    Minimal filtering subtracts sums to get a weight's gradient. Over few pixels, where it is not
-    chosen, PyTorch's have no errors that would hide that.
-    """
-    sequential = EMULATED and dtype == torch.float32
-    forced = FILTERED and op.name == "atrous_pyramid_grad_weight"
-    return (3 if is_gradient(op) else 2) * (2 if sequential or forced else 1)
-
-
 def draws_for(op: Op, dtype: torch.dtype) -> int:
     """The gradients of small weights are few numbers, so that several draws are judged together."""
     if not is_gradient(op):
@@ -176,82 +98,14 @@ def draws_for(op: Op, dtype: torch.dtype) -> int:
 
 
 def check_error_law(
-    call: Callable[..., Any],
-    op: Op,
-    problem: Problem,
-    dtype: torch.dtype,
-    device: str,
-    rounded: Callable[[Any], Any] = lambda arguments: arguments,
+    call: Callable[..., Any], op: Op, problem: Problem, dtype: torch.dtype, *rest: Any, **named: Any
 ) -> None:
-    """At most twice as far from the oracle as PyTorch on the same device, plus one rounding.
-
-    ``rounded`` arguments are what PyTorch gets, where its products are of a lower precision.
-    """
-    draws = []
-    for draw in range(draws_for(op, dtype)):
-        arguments = op.make(problem, dtype, draw=draw, device=device)
-        oracle = oracle_of(op, arguments)
-        ours = [t.cpu() for t in outputs(call(*arguments))]
-        base = baseline_of(op, rounded(arguments), oracle)
-        draws.append(list(zip(ours, base, oracle, strict=True)))
-    for same_output in zip(*draws, strict=True):
-        got, base, exact = (
-            torch.cat([t.flatten() for t in of]) for of in zip(*same_output, strict=True)
-        )
-        assert_no_worse_than_torch(got, base, exact, factor=factor_for(op, dtype))
-
-
-def check_float64(call: Callable[..., Any], op: Op, problem: Problem, device: str) -> None:
-    arguments = op.make(problem, torch.float64, device=device)
-    got = [t.cpu() for t in outputs(call(*arguments))]
-    torch.testing.assert_close(got, oracle_of(op, arguments), rtol=1e-12, atol=1e-12)
+    """With as many draws as it takes."""
+    draws = draws_for(op, dtype)
+    checks.check_error_law(call, op, problem, dtype, *rest, draws=draws, **named)
 
 
 SEEN = ["prime_sizes", "rate_above_the_map", "row_windows", "kernel_5x5", "outputs_not_of_16"]
-
-
-def tensors_in(arguments: Any) -> list[int]:
-    """Which of the leaves are tensors with elements."""
-    leaves = tree_flatten(arguments)[0]
-    return [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.numel() > 0]
-
-
-def check_nan(
-    call: Callable[..., Any],
-    op: Op,
-    problem: Problem,
-    dtype: torch.dtype,
-    device: str,
-    merged: bool = False,
-) -> None:
-    """One NaN in one argument: the outputs that depend on that element are NaN, no others.
-
-    ``merged``: a kernel may compute rectangles with different taps as one, in which dead taps
-    multiply zeros. A NaN among the weights then reaches more of its channel, as it does in PyTorch.
-    """
-    made = op.make(problem, dtype, device=device)
-    for leaf in tensors_in(made):
-        weight = merged and 1 <= leaf <= 2 * len(problem.branches)  # depthwise, and dense or 1x1
-        for nan, seen in nan_and_seen(call, op, made, leaf):
-            most = seen.any(3, True).any(2, True).any(0, True) if weight else seen
-            assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"
-            assert not (nan & ~most).any(), f"argument {leaf}: more than depends on it is NaN"
-
-
-def nan_and_seen(
-    call: Callable[..., Any], op: Op, made: Any, leaf: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each result: what is NaN, and what depends on the one element that was made NaN."""
-    leaves, spec = tree_flatten(tree_map_only(torch.Tensor, torch.ones_like, made))
-    changed = leaves[leaf].clone()
-
-    def with_element(value: float) -> Any:
-        changed.flatten()[2 * changed.numel() // 3] = value
-        return tree_unflatten([*leaves[:leaf], changed, *leaves[leaf + 1 :]], spec)
-
-    before, after = (oracle_of(op, with_element(v)) for v in (1.0, 2.0))
-    nan = [t.isnan().cpu() for t in outputs(call(*with_element(torch.nan)))]
-    return [(n, b != a) for n, b, a in zip(nan, before, after, strict=True)]
 
 
 def each_format(test: Callable[..., None]) -> Callable[..., None]:

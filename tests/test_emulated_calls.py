@@ -15,11 +15,11 @@ from dataclasses import replace
 import pytest
 import torch
 from marks import on_emulated
-from table import PYRAMIDS, SEPARABLE, oracle_of
+from table import PYRAMIDS, SEPARABLE
 
 from aspp_ext import _native
 from aspp_ext.ops.head_composed import aspp_inference
-from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, laid_out, outputs
+from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, laid_out, oracle_of, outputs
 
 pytestmark = on_emulated
 # Sums long enough to be sliced, channels that may be read in place.

@@ -7,10 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 from marks import on_emulated
-from table import check_integers, dtype_id, each_dtype, oracle_of
+from table import dtype_id, each_dtype
 from test_emulated_calls import ALLOWED, Emulation, kernels
 
-from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
+from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, oracle_of, outputs
+from aspp_ext.testing.checks import check_integers
 
 pytestmark = on_emulated
 NAMES = [name for name in OPS if name.startswith("separable")]

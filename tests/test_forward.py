@@ -29,24 +29,26 @@ from table import (
     SEEN,
     call_of,
     check_error_law,
-    check_float64,
-    check_integers,
     check_memory_format,
-    check_nan,
     dtype_id,
     each_dtype,
     each_format,
     has_dtype,
     implementations,
-    is_representative,
-    nan_and_seen,
-    tensors_in,
 )
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import aspp_ext
 from aspp_ext import reference
 from aspp_ext.testing import OPS, PROBLEMS, laid_out
+from aspp_ext.testing.checks import (
+    check_float64,
+    check_integers,
+    check_reach,
+    hit_and_seen,
+    is_representative,
+    tensors_in,
+)
 
 pytestmark = [on_all, proven_interpreted, varied, sanitized, pytest.mark.settings("isa")]
 
@@ -100,7 +102,7 @@ OURS = [
 def test_nan_reaches_exactly_what_sees_it(op_name, name, dtype) -> None:
     op = OPS[op_name]
     merged = INTERPRETED or (EMULATED and op_name in PYRAMIDS)
-    check_nan(call_of(op), op, PROBLEMS[name], dtype, "cpu", merged)
+    check_reach(call_of(op), op, PROBLEMS[name], dtype, "cpu", merged)
 
 
 @pytest.mark.parametrize("name", SEEN)
@@ -109,11 +111,11 @@ def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
     """oneDNN multiplies the zero padding, so that a NaN may reach more gradients than it has to."""
     op, problem = OPS[op_name], PROBLEMS[name]
     if EMULATED or INTERPRETED:
-        check_nan(call_of(op), op, problem, torch.float32, "cpu", op_name == "pyramid_grad_input")
+        check_reach(call_of(op), op, problem, torch.float32, "cpu", op_name == "pyramid_grad_input")
         return
     made = op.make(problem, torch.float32)
     for leaf in tensors_in(made):
-        for nan, seen in nan_and_seen(call_of(op), op, made, leaf):
+        for nan, seen in hit_and_seen(call_of(op), op, made, leaf):
             assert nan[seen].all(), f"argument {leaf}"
 
 

@@ -25,19 +25,7 @@ from gpu_cases import (
     each_run,
     real,
 )
-from table import (
-    SEEN,
-    SEPARABLE,
-    check_error_law,
-    check_float64,
-    check_integers,
-    check_memory_format,
-    check_nan,
-    each_format,
-    is_representative,
-    nan_and_seen,
-    tensors_in,
-)
+from table import SEEN, SEPARABLE, check_error_law, check_memory_format, each_format
 from test_contract import call_direct, call_public, kind_of, made
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -50,6 +38,14 @@ from aspp_ext.testing import (
     converted,
     laid_out,
     outputs,
+)
+from aspp_ext.testing.checks import (
+    check_float64,
+    check_integers,
+    check_reach,
+    hit_and_seen,
+    is_representative,
+    tensors_in,
 )
 
 pytestmark = pytest.mark.gpu
@@ -89,11 +85,11 @@ def test_nan_reaches_everything_that_sees_it(run, problem) -> None:
         # Like PyTorch's, it may reach more taps.
         arguments = op.make(problem, run.dtype, device=DEVICE)
         for leaf in tensors_in(arguments):
-            for nan, seen in nan_and_seen(run, op, arguments, leaf):
+            for nan, seen in hit_and_seen(run, op, arguments, leaf):
                 assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"
         return
     alone = run.name == "pyramid_grad_weight" or (run.by is BY_CUDA and run.name in SEPARABLE)
-    check_nan(run, op, problem, run.dtype, DEVICE, merged=not alone)
+    check_reach(run, op, problem, run.dtype, DEVICE, merged=not alone)
 
 
 @each_run(run for run in RUNS if run.name == "pyramid")

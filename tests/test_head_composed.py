@@ -9,23 +9,14 @@ import pytest
 import torch
 from aspp_pairs import PAIRS, assert_all_close, features, train_step
 from marks import on_cpu, on_native, proven_emulated, quick_emulated, varied
-from table import (
-    LOW,
-    SEEN,
-    check_error_law,
-    check_float64,
-    check_integers,
-    check_nan,
-    dtype_id,
-    each_dtype,
-    is_representative,
-)
+from table import LOW, SEEN, check_error_law, dtype_id, each_dtype
 
 import aspp_ext
 from aspp_ext import dispatch
 from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.ops.head_composed import aspp_inference
 from aspp_ext.testing import OPS, PROBLEMS, Op
+from aspp_ext.testing.checks import check_float64, check_integers, check_reach, is_representative
 
 pytestmark = [proven_emulated, on_native, varied]
 
@@ -71,11 +62,11 @@ def test_float64(head, problem) -> None:
     check_float64(aspp_inference, head, problem, "cpu")
 
 
-@on_cpu  # emulated, a NaN among the weights reaches more: see check_nan
+@on_cpu  # emulated, a NaN among the weights reaches more: see check_reach
 @pytest.mark.parametrize("name", SEEN)
 @each_head
 def test_nan_reaches_exactly_what_sees_it(head, name) -> None:
-    check_nan(aspp_inference, head, PROBLEMS[name], torch.float32, "cpu")
+    check_reach(aspp_inference, head, PROBLEMS[name], torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])

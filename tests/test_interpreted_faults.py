@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from marks import on_interpreted
-from table import CUT, call_of, check_integers
+from table import CUT, call_of
 from torch import Tensor
 
 from aspp_ext import _triton
 from aspp_ext.testing import OPS, Branch, Problem
+from aspp_ext.testing.checks import check_integers
 
 if _triton.missing is not None:
     pytest.skip(_triton.missing, allow_module_level=True)

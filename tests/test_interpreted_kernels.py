@@ -14,10 +14,11 @@ import statistics_checks as checks
 import torch
 from interpreting import overflow_refused
 from marks import on_interpreted
-from table import CUT, call_of, check_integers
+from table import CUT, call_of
 
 from aspp_ext import _triton
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
+from aspp_ext.testing.checks import check_integers
 
 if _triton.missing is not None:
     pytest.skip(_triton.missing, allow_module_level=True)

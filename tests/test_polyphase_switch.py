@@ -15,14 +15,13 @@ import pytest
 import torch
 from aspp_pairs import CHANNELS, RATES, WIDTH, features
 from minimal_bound import choice_of
-from table import oracle_of
 from test_precision import CALLS, PYRAMIDS, Settings, argument, dense, loss
 from torch.library import opcheck
 
 import aspp_ext
 from aspp_ext.modules import ASPP, fold, fused
 from aspp_ext.ops import head_composed, polyphase_weights
-from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch
+from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, oracle_of
 
 each_setting = pytest.mark.parametrize("on", [True, False])
 HEAD = OPS["head"]

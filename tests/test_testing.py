@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspp_ext.testing import (
     OPS,
@@ -14,8 +15,10 @@ from aspp_ext.testing import (
     assert_no_worse_than_torch,
     laid_out,
     nan_poison,
+    oracle_of,
     outputs,
 )
+from aspp_ext.testing.oracle import ShiftedProducts
 
 
 def low_precision_problem(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -126,3 +129,29 @@ def test_values_depend_on_the_draw_only() -> None:
     assert torch.equal(x, again)
     assert not torch.equal(x, other)
     assert Values(torch.float16, True, "seed")(100, fan_in=9).abs().max() == 1
+
+
+class NoConvolution(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "conv" not in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_oracle_is_pytorch_s_convolution(name) -> None:
+    """Which it does not call: its own sums of shifted products agree bit for bit on integers."""
+    op = OPS[name]
+    for problem in PROBLEMS.values():
+        arguments = op.make(problem, torch.float64, integer=True)
+        with NoConvolution():
+            oracle = oracle_of(op, arguments)
+        for own, torchs in zip(oracle, outputs(op.expected(*arguments)), strict=True):
+            torch.testing.assert_close(own, torchs, rtol=1e-12, atol=0)
+
+
+def test_the_oracle_refuses_what_it_has_not() -> None:
+    x, w = torch.ones(1, 2, 3, 3), torch.ones(1, 2, 1, 1)
+    with ShiftedProducts(), pytest.raises(NotImplementedError, match="no conv1d"):
+        F.conv1d(x[0], w[0])
+    with ShiftedProducts(), pytest.raises(ValueError, match="of stride 1"):
+        F.conv2d(x, w, stride=2)

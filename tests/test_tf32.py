@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from marks import on_emulated, on_native, quick_emulated
-from table import PYRAMIDS, SEPARABLE, call_of, check_error_law, check_integers, is_representative
+from table import PYRAMIDS, SEPARABLE, call_of, check_error_law
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from aspp_ext.testing import OPS, PROBLEMS, outputs
+from aspp_ext.testing.checks import check_integers, is_representative
 
 pytestmark = on_native
 
