@@ -67,7 +67,7 @@ def grad_weight_kernel(
     runs,
     branches,
     grad,  # [P, a_chunks]
-    x,  # [P, b_chunks]
+    x,  # [P, b_chunks], of which channel_chunks are its own
     outs,  # per branch [O, taps, channel_chunks]
     partials,  # [slices, M, N] float32
     batch,
@@ -93,7 +93,7 @@ def grad_weight_kernel(
     a_columns = multiple(m_begin, M) + tl.arange(0, M)
     b_columns = multiple(n_begin, N) + tl.arange(0, N)
     a_inside = a_columns < a_extent * CHUNK
-    b_inside = b_columns < b_chunks * CHUNK
+    b_inside = b_columns < channel_chunks * CHUNK
     a_columns += a_first * CHUNK
 
     # The pixels of a block, and how far the next one's are from them: no division per block.

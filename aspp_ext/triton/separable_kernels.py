@@ -64,7 +64,7 @@ def separable_kernel(
     regions,
     runs,
     branches,
-    x,  # [P, x_chunks]
+    x,  # [P, x_chunks], of which weight_chunks are its own
     pointwise,  # per branch [O, weight_chunks]
     depthwise,  # [taps of all branches, pitch] float32, zero beyond C; see pack_kernel
     affine,  # per branch scale and shift [2, pitch] float32
@@ -138,7 +138,7 @@ def separable_kernel(
         right = load_weight(weight, k + K, columns, rows, weight_pitch, K)
     for block in range(whole, k_end):
         k = block * K
-        inside = of_block < x_pitch - k // WORD
+        inside = of_block < (weight_pitch - k) // WORD
         sums = sum_taps(
             source + k // WORD, at, inside, y, xx, depthwise + k, runs, run_begin, run_end, height,
             width, x_pitch, pitch, M, K, TAPS, True,
