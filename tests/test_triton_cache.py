@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from table import INTERPRETED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspp_ext import _triton
 
@@ -133,6 +134,28 @@ def test_nothing_is_forgotten_while_capturing(device, monkeypatch) -> None:
     capture(monkeypatch)
     find(3)
     assert len(work._entries) == 8
+
+
+class Seen(TorchDispatchMode):
+    """What a thread computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_kept_is_made_by_another_thread(device) -> None:
+    """PyTorch's memory pools, of CUDA graphs among them, are a thread's, as default devices and
+    such modes are: what they have taken, they want back."""
+    with torch.device("meta"), Seen() as seen:
+        found = find(5)
+    assert not seen.operators
+    assert found.units.device == torch.device("cpu")
+    assert found.units.any()
 
 
 def test_threads_share_one_plan(device, plans, monkeypatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -101,7 +102,11 @@ def find(target: Target, pass_: Pass, shape: Shape, tile: Tile, branches: Sequen
                     "aspp_ext: a CUDA graph can capture only what Triton has computed before; "
                     "call it once outside of the capture"
                 )
-            entry = _Entry(_upload(target, pass_, shape, tile, branches), False)
+            # By a thread without the caller's memory pool and default device: the pool of a CUDA
+            # graph that is warmed up wants back all that is taken from it.
+            with ThreadPoolExecutor(1) as another:
+                made = another.submit(_upload, target, pass_, shape, tile, branches)
+            entry = _Entry(made.result(), False)
         if capturing and not entry.captured:
             entry = entry._replace(captured=True)
         _entries[key] = entry
