@@ -41,4 +41,9 @@ Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes) {
   return with_memory([&] { return torch::stable::new_empty(like, {sizes.data(), sizes.size()}); });
 }
 
+Tensor empty_bytes(const Tensor& like, int64_t bytes) {
+  const int64_t size[] = {bytes};
+  return with_memory([&] { return torch::stable::new_empty(like, {size, 1}, ScalarType::Byte); });
+}
+
 }  // namespace aspp

@@ -26,5 +26,6 @@ Tensor empty_as(const Tensor& like);  // contiguous
 // Of each; an empty list where they are not needed.
 std::vector<Tensor> empty_each(const std::vector<Tensor>& like, bool needed, bool zero);
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes);
+Tensor empty_bytes(const Tensor& like, int64_t bytes);  // on its device
 
 }  // namespace aspp

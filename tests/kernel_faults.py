@@ -13,6 +13,8 @@ OUTSIDE = "heap-buffer-overflow"
 WRONG = r"got \S+, expected"
 """What a program says of wrong bits."""
 UNAWAITED = "committed but not waited for|got"
+UNWRITTEN = "nothing has written byte"
+"""What the kernel makes of it may be right."""
 
 
 class Fault(NamedTuple):
@@ -116,6 +118,15 @@ PYRAMID = {
         (60, 1, 0),
         "address",
         OUTSIDE,
+    ),
+    "unwritten_means_read": Fault(
+        "combine_sm80.cu",
+        "if (count == 0) continue;",
+        "",
+        "combine_sm80.cu",
+        (60, 0, 0),
+        says=UNWRITTEN,
+        quick=True,
     ),
     "wrong_swizzle": Fault(
         "warp_math.cuh",

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where a binding's work goes: PyTorch's current stream on the device of a tensor.
+// Where a binding's work goes: PyTorch's current stream on the device of a tensor, and memory for it.
 #pragma once
 
-#include "../checks.h"
+#include "../operator_results.h"
 
 #ifdef ASPP_EMULATE
 
+#include <deque>
+
 #include "emulation/emulation.h"
+#include "emulation/unwritten.h"
 
 #define ASPP_DEVICE_KEY CPU
 
@@ -16,6 +19,17 @@ class CurrentStream {
  public:
   explicit CurrentStream(const Tensor&) {}
   cudaStream_t get() const { return emulation::current_stream(); }
+  Tensor allocate(const Tensor& like, int64_t bytes) {
+    return memory_.emplace_back(empty_bytes(like, bytes), bytes).tensor;
+  }
+
+ private:
+  struct Memory {
+    Memory(const Tensor& t, int64_t bytes) : tensor(t), tracked(t.data_ptr(), size_t(bytes)) {}
+    const Tensor tensor;
+    const emulation::Tracked tracked;  // no longer than the tensor lives
+  };
+  std::deque<Memory> memory_;
 };
 
 }  // namespace aspp::cuda
@@ -39,6 +53,7 @@ class CurrentStream {
     stream_ = static_cast<cudaStream_t>(stream);
   }
   cudaStream_t get() const { return stream_; }
+  Tensor allocate(const Tensor& like, int64_t bytes) { return empty_bytes(like, bytes); }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;

@@ -77,12 +77,7 @@ Tensor Operands::keep(const Tensor& t) {
   return t;
 }
 
-void* Operands::allocate(int64_t bytes) {
-  const int64_t size[] = {bytes};
-  return keep(with_memory(
-                  [&] { return torch::stable::new_empty(like_, {size, 1}, ScalarType::Byte); }))
-      .data_ptr();
-}
+void* Operands::allocate(int64_t bytes) { return keep(stream_.allocate(like_, bytes)).data_ptr(); }
 
 Rows Operands::allocate_rows(int64_t rows, int64_t channels) {
   const int64_t pitch = padded(channels);

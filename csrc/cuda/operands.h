@@ -4,7 +4,6 @@
 // bytes, zeros up to there. What already lies that way is used in place.
 #pragma once
 
-#include "../operator_results.h"
 #include "current_stream.h"
 #include "params.h"
 
@@ -63,7 +62,7 @@ class Operands {
   const Tensor like_;
   const Math math_;
   const int64_t bytes_, chunk_;  // of an element; elements in 16 bytes
-  const CurrentStream stream_;
+  CurrentStream stream_;
   std::vector<Tensor> storage_;
 };
 

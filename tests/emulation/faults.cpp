@@ -220,6 +220,38 @@ void read_beyond_global() {
   kernel([&] { shared()[self()] = from.get()[self() + (planted ? 1 : 0)]; });
 }
 
+// Device memory that the kernel writes, but for its last chunk, before the others read it.
+template <class Read>
+void with_written(Read read) {
+  float* memory = nullptr;
+  if (cudaMalloc(&memory, kThreads * 16) != cudaSuccess) std::abort();
+  kernel([&] {
+    if (!planted || self() < kThreads - 1) store_chunk(memory + self() * 4, Chunk{});
+    sync_block();
+    read(memory + (self() + 32) % kThreads * 4);
+  });
+  cudaFree(memory);
+}
+void read_unwritten() {
+  with_written([](const float* from) { expect(load<float>(from, 3) == 0); });
+}
+void read_unwritten_chunk() {
+  with_written([](const float* from) { expect(load_chunk(from).words[0] == 0); });
+}
+void read_unwritten_past_l1() {
+  with_written([](const float* from) { expect(load_volatile(from) == 0); });
+}
+void copy_unwritten() {
+  with_written([](const float* from) {
+    cp_async_16(shared() + self() * 4, from, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+  });
+}
+void count_on_unwritten() {
+  with_written([](float* from) { atomic_increment(reinterpret_cast<uint32_t*>(from)); });
+}
+
 void misaligned_store() {
   kernel([] { store_chunk(shared() + self() * (planted ? 2 : 4), Chunk{}); });
 }
@@ -334,6 +366,11 @@ const std::map<std::string_view, void (*)()> kFaults{
     FAULT(read_beyond_shared),
     FAULT(write_beyond_shared),
     FAULT(read_beyond_global),
+    FAULT(read_unwritten),
+    FAULT(read_unwritten_chunk),
+    FAULT(read_unwritten_past_l1),
+    FAULT(copy_unwritten),
+    FAULT(count_on_unwritten),
     FAULT(misaligned_store),
     FAULT(misaligned_matrix),
     FAULT(matrix_in_global),

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "cuda/emulation/unwritten.h"
 #include "cuda/params.h"
 #include "cuda/ptx/convert.cuh"
 
@@ -22,16 +23,24 @@ inline int draw(int least, int most) {
 
 inline int round_up(int value, int step) { return (value + step - 1) / step * step; }
 
-// Exactly as many bytes as asked for, 16-byte aligned, so that a sanitizer sees the ends.
+// Exactly as many bytes as asked for, 16-byte aligned, so that a sanitizer sees the ends. Kernels
+// may read what they or put() have written.
 struct Memory {
-  explicit Memory(size_t bytes) : bytes(bytes), data(std::aligned_alloc(16, (bytes + 15) & ~15)) {}
-  ~Memory() { std::free(data); }
+  explicit Memory(size_t bytes) : bytes(bytes), data(std::aligned_alloc(16, (bytes + 15) & ~15)) {
+    cuda::emulation::track(data, bytes);
+  }
+  ~Memory() {
+    cuda::emulation::untrack(data);
+    std::free(data);
+  }
   Memory(const Memory&) = delete;
   size_t bytes;
   void* data;
 };
 
 inline void put(Math math, void* at, int64_t index, double value) {
+  const int64_t bytes = cuda::bytes_of(math);
+  cuda::emulation::note_written(static_cast<char*>(at) + index * bytes, size_t(bytes));
   switch (math) {
     case Math::bfloat16:
       static_cast<cuda::ptx::Bf16*>(at)[index] =
@@ -56,7 +65,7 @@ inline double get(Math math, const void* at, int64_t index) {
 
 // Rounded as the kernel rounds it.
 inline double rounded(Math math, double value) {
-  alignas(16) char memory[16];
+  alignas(16) char memory[16] = {};
   put(math, memory, 0, value);
   return get(math, memory, 0);
 }

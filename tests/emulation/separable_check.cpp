@@ -25,7 +25,7 @@ int computed = 0;  // problems
 struct Affine {
   Affine(int channels, int padded) : padded(padded), memory(2 * size_t(padded) * sizeof(float)) {
     for (int i = 0; i < 2 * padded; ++i)
-      values()[i] = i % padded < channels ? float(draw(-2, 2)) : 0.0f;
+      put(Math::float32, memory.data, i, i % padded < channels ? draw(-2, 2) : 0);
   }
   float* values() const { return static_cast<float*>(memory.data); }
   double scale(int channel) const { return values()[channel]; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Asynchronous copies and atomics.
 #include "scheduler.h"
+#include "unwritten.h"
 
 namespace aspp::cuda::emulation {
 namespace {
@@ -21,6 +22,7 @@ constexpr size_t kForget = 64;
 void copy_async(void* shared, const void* global, bool valid) {
   check_shared(shared, sizeof(Piece), "cp_async_16");
   check_aligned(global, sizeof(Piece), "cp_async_16");
+  if (valid) check_written(global, sizeof(Piece), "cp_async_16");
   Thread& self = *running;
   // The bytes may arrive from now on and need not have: nobody may read them, nor write.
   *static_cast<Piece*>(shared) = kUnknown;
@@ -65,6 +67,7 @@ void fence() {
 
 uint32_t atomic_add(uint32_t* word, uint32_t value) {
   check_aligned(word, sizeof *word, "atomic");
+  check_written(word, sizeof *word, "atomic");
   Thread& self = current("atomic");
   step_aside();
   if (kTsan && self.fenced) publish(word);

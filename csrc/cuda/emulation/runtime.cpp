@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "unwritten.h"
+
 using namespace aspp::cuda::emulation;
 
 namespace {
@@ -28,6 +30,11 @@ auto find_allocation(const void* p) {
 bool on_device(const void* p) {
   const std::lock_guard lock(Runtime::get().mutex);
   return find_allocation(p) != Runtime::get().allocations.end();
+}
+
+void copy(void* to, const void* from, size_t bytes) {
+  note_written(to, bytes);
+  std::memcpy(to, from, bytes);
 }
 
 }  // namespace
@@ -213,6 +220,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
     if (posix_memalign(memory, kAlignment, bytes) != 0) return cudaErrorMemoryAllocation;
     std::memset(*memory, 0xff, bytes);  // NaN in every format
+    track(*memory, bytes);
     const std::lock_guard lock(Runtime::get().mutex);
     Runtime::get().allocations[reinterpret_cast<uintptr_t>(*memory)] = bytes;
     return cudaSuccess;
@@ -231,6 +239,7 @@ cudaError_t cudaFree(void* memory) {
         return cudaErrorInvalidValue;
       }
     }
+    untrack(memory);
     std::free(memory);
     return cudaSuccess;
   };
@@ -241,7 +250,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
   const auto answer = [&] {
     if (const auto error = forbidden_by_capture()) return error;
     return submit(nullptr, [=] {
-      if (!Runtime::get().dry) std::memcpy(to, from, bytes);
+      if (!Runtime::get().dry) copy(to, from, bytes);
     });
   };
   return record({.call = "cudaMemcpy", .result = answer(), .bytes = bytes});
@@ -259,21 +268,23 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     }
     if (from_device || Runtime::get().dry) {
       const auto error = submit(stream, [=] {
-        if (!Runtime::get().dry) std::memcpy(to, from, bytes);
+        if (!Runtime::get().dry) copy(to, from, bytes);
       });
       if (!to_device && kind == cudaMemcpyDeviceToHost) drain(stream);
       return error;
     }
     const auto* begin = static_cast<const char*>(from);
     auto kept = std::make_shared<std::vector<char>>(begin, begin + bytes);
-    return submit(stream, [=] { std::memcpy(to, kept->data(), bytes); });
+    return submit(stream, [=] { copy(to, kept->data(), bytes); });
   };
   return record({.call = "cudaMemcpyAsync", .result = answer(), .stream = stream, .bytes = bytes});
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   const auto result = submit(stream, [=] {
-    if (!Runtime::get().dry) std::memset(to, value, bytes);
+    if (Runtime::get().dry) return;
+    note_written(to, bytes);
+    std::memset(to, value, bytes);
   });
   return record({.call = "cudaMemsetAsync", .result = result, .stream = stream, .bytes = bytes});
 }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     const int64_t channel = int64_t(column_tile) * Elements<kMath>::kColumns + lane * E::kCount;
     const int64_t row = int64_t(tile) * 2 + i / E::kCount;
     if (channel < p.shape.pitch)
-      static_cast<Sum*>(p.sums)[row * p.shape.pitch + channel + i % E::kCount] = total;
+      ptx::store<Sum>(p.sums, row * p.shape.pitch + channel + i % E::kCount, total);
   });
 }
 

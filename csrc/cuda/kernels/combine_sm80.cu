@@ -5,6 +5,7 @@
 #include "../launch.h"
 #include "../ptx/block.cuh"
 #include "../ptx/launch.cuh"
+#include "../ptx/memory.cuh"
 
 namespace aspp::cuda {
 namespace {
@@ -44,11 +45,11 @@ __global__ void __launch_bounds__(kChannels* kLanes)
   for (int64_t part = lane; inside && part < parts; part += kLanes) {
     const int64_t tile = branch.first_tile + part / p.rows * columns + channel / p.tile_n;
     const int64_t row = tile * p.rows + part % p.rows;
-    const int32_t count = p.tile_counts[row];
+    const auto count = ptx::load<int32_t>(p.tile_counts, row);
     if (count == 0) continue;  // its means were not written
     const int64_t at = row * p.tile_n + channel % p.tile_n;
-    const T mean = static_cast<const T*>(p.tile_means)[at];
-    const T squares = static_cast<const T*>(p.tile_squares)[at];
+    const auto mean = ptx::load<T>(p.tile_means, at);
+    const auto squares = ptx::load<T>(p.tile_squares, at);
     own = combined(own, Moments<T>{T(count), mean, squares});
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(kChannels* kLanes)
     ptx::sync_block();
   }
   if (lane != 0 || !inside) return;
-  static_cast<T*>(p.mean)[branch.out_channel + channel] = own.mean;
-  static_cast<T*>(p.squares)[branch.out_channel + channel] = own.squares;
+  ptx::store<T>(p.mean, branch.out_channel + channel, own.mean);
+  ptx::store<T>(p.squares, branch.out_channel + channel, own.squares);
 }
 
 template <class T>

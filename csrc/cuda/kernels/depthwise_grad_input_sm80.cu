@@ -38,7 +38,7 @@ __device__ __forceinline__ void store(void* out, const typename Elements<kMath>:
   memcpy(elements, &chunk, sizeof chunk);
 #pragma unroll
   for (int e = 0; e < E::kCount; ++e)
-    if (e < channels) static_cast<Memory*>(out)[e] = elements[e];
+    if (e < channels) ptx::store<Memory>(out, e, elements[e]);
 }
 
 template <Math kMath>

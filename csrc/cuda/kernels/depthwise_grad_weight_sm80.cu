@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 2)
     const int64_t channel = int64_t(column_tile) * Elements<kMath>::kColumns + lane * E::kCount;
     if (channel >= p.shape.pitch || row >= rows || column >= columns) return;
     const int64_t place = (int64_t(part) * rows + row) * columns + column;
-    static_cast<Sum*>(p.sums)[place * p.shape.pitch + channel + i % E::kCount] = total;
+    ptx::store<Sum>(p.sums, place * p.shape.pitch + channel + i % E::kCount, total);
   });
 }
 

@@ -5,6 +5,7 @@
 #include "../ptx/block.cuh"
 #include "../ptx/convert.cuh"
 #include "../ptx/launch.cuh"
+#include "../ptx/memory.cuh"
 #include "warp_math.cuh"
 
 namespace aspp::cuda {
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
   T* const to = static_cast<T*>(branch.out) + channel;
   const int first = rest % groups * kTaps, end = min(first + kTaps, branch.taps);
   for (int tap = first; tap < end; ++tap)
-    to[int64_t(tap) * p.pitch] = channel < p.channels ? from[tap] : T{};
+    ptx::store<T>(to, int64_t(tap) * p.pitch, channel < p.channels ? ptx::load<T>(from, tap) : T{});
 }
 
 template <class T>
@@ -52,11 +53,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = int64_t(blockIdx.x % blocks) * kThreads + threadIdx.x;
   if (channel >= p.pitch) return;
   const bool inside = channel < p.channels;
-  Sum* const out = static_cast<Sum*>(branch.out);
-  const From* const scale = static_cast<const From*>(branch.scale);
-  const From* const shift = static_cast<const From*>(branch.shift);
-  out[channel] = inside ? Sum(ptx::to_float(scale[channel])) : Sum(0);
-  out[p.pitch + channel] = inside ? Sum(ptx::to_float(shift[channel])) : Sum(0);
+  const auto value = [&](const void* values) {
+    return inside ? Sum(ptx::to_float(ptx::load<From>(values, channel))) : Sum(0);
+  };
+  ptx::store<Sum>(branch.out, channel, value(branch.scale));
+  ptx::store<Sum>(branch.out, p.pitch + channel, value(branch.shift));
 }
 
 template <class From, class Sum>
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kThreads)
   if (live && channel < p.channels) {
     const int64_t place = int64_t(window_row) * p.window_w + window_column;
     const Sum* from = static_cast<const Sum*>(p.sums) + place * p.pitch + channel;
-    for (int64_t part = lane; part < p.parts; part += kLanes) sum += from[part * p.part_step];
+    for (int64_t part = lane; part < p.parts; part += kLanes)
+      sum += ptx::load<Sum>(from, part * p.part_step);
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     shared[threadIdx.x] = sum;
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
     ptx::sync_block();
   }
   if (lane == 0 && channel < p.channels)
-    static_cast<To*>(p.out)[channel * p.channel_step + row] = ptx::from_float<To>(sum);
+    ptx::store<To>(p.out, channel * p.channel_step + row, ptx::from_float<To>(sum));
 }
 
 template <class Sum, class To>

@@ -46,10 +46,10 @@ struct DepthwiseStatistics {
     };
     over_pixels(false, [&](int channel, Sum total) { means[channel] = total / Sum(count); });
     over_pixels(true, [&](int channel, Sum total) {
-      static_cast<Sum*>(p.tile_means)[part * kColumns + channel] = means[channel];
-      static_cast<Sum*>(p.tile_squares)[part * kColumns + channel] = total;
+      ptx::store<Sum>(p.tile_means, part * kColumns + channel, means[channel]);
+      ptx::store<Sum>(p.tile_squares, part * kColumns + channel, total);
     });
-    if (threadIdx.x == 0) p.tile_counts[part] = count;
+    if (threadIdx.x == 0) ptx::store<int32_t>(p.tile_counts, part, count);
   }
 };
 

@@ -43,7 +43,7 @@ struct Epilogue {
   static constexpr int kRows = C::kTile.warp_m / 16, kColumns = C::kTile.warp_n / 8;
 
   __device__ __forceinline__ static Sum read(const void* values, int64_t index) {
-    return ptx::to_float(static_cast<const Memory*>(values)[index]);
+    return ptx::to_float(ptx::load<Memory>(values, index));
   }
 
   // sums = relu(sums * scale + shift)
@@ -173,7 +173,7 @@ struct Epilogue {
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           if (column + e < unit.n_count)
-            to[e] = Memory{static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16))};
+            ptx::store<Memory>(to, e, {static_cast<uint16_t>(words[e / 2] >> (e % 2 * 16))});
       }
     }
   }
@@ -190,10 +190,10 @@ struct Epilogue {
       const Memory first = sums[i][j][2 * h], second = sums[i][j][2 * h + 1];
       Memory* to = out + column;
       if (column + 2 <= unit.n_count && reinterpret_cast<uintptr_t>(to) % sizeof(Pair) == 0) {
-        *reinterpret_cast<Pair*>(to) = {first, second};
+        ptx::store<Pair>(to, 0, {first, second});
       } else {
-        if (column < unit.n_count) to[0] = first;
-        if (column + 1 < unit.n_count) to[1] = second;
+        if (column < unit.n_count) ptx::store<Memory>(to, 0, first);
+        if (column + 1 < unit.n_count) ptx::store<Memory>(to, 1, second);
       }
     }
   }

@@ -26,7 +26,8 @@ struct Slices {
     Sum* flat = &sums[0][0][0];
     if (active) {
 #pragma unroll
-      for (int s = 0; s < kSums; ++s) partials[unit.slice * kPartial + s * C::kThreads] = flat[s];
+      for (int s = 0; s < kSums; ++s)
+        ptx::store<Sum>(partials, unit.slice * kPartial + s * C::kThreads, flat[s]);
     }
     ptx::sync_block();
     if (thread == 0) {  // for the whole block, whose writes and reads the barriers order with this

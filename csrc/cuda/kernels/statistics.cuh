@@ -20,7 +20,8 @@ struct Statistics {
     if (p.tile_counts == nullptr) return;
     const int32_t count = max(0, min(C::kTile.warp_m, unit.m_count - place.row));
     const int64_t part = int64_t(unit.tile) * kWarpRows + place.row / C::kTile.warp_m;
-    if (place.column == 0 && place.g == 0 && place.t == 0) p.tile_counts[part] = count;
+    if (place.column == 0 && place.g == 0 && place.t == 0)
+      ptx::store<int32_t>(p.tile_counts, part, count);
     if (count == 0 || place.column >= unit.n_count) return;
 #pragma unroll
     for (int j = 0; j < C::kTile.warp_n / 8; ++j)
@@ -42,8 +43,8 @@ struct Statistics {
         const Sum squares = over_rows(mean, true);
         const int32_t column = place.column_of(j, e);
         if (place.g != 0 || column >= unit.n_count) continue;
-        static_cast<Sum*>(p.tile_means)[part * C::kTile.n + column] = mean;
-        static_cast<Sum*>(p.tile_squares)[part * C::kTile.n + column] = squares;
+        ptx::store<Sum>(p.tile_means, part * C::kTile.n + column, mean);
+        ptx::store<Sum>(p.tile_squares, part * C::kTile.n + column, squares);
       }
   }
 

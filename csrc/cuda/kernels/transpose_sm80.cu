@@ -91,7 +91,7 @@ struct TransposeTile {
       const Place place = along_rows ? place_of<kRows>(i, rows) : place_of<kColumns>(i, columns);
       const int row = along_rows ? place.minor : place.major;
       const int column = along_rows ? place.major : place.minor;
-      tile[row * kPitch + column] = row < live_rows ? *source(row, column) : T(0);
+      tile[row * kPitch + column] = row < live_rows ? ptx::load<T>(source(row, column), 0) : T(0);
     }
   }
 
@@ -109,7 +109,7 @@ struct TransposeTile {
     }
     for (int i = thread; i < rows * columns; i += kThreads) {
       const auto [column, row] = place_of<kRows>(i, rows);
-      *target(row, column) = tile[row * kPitch + column];
+      ptx::store<T>(target(row, column), 0, tile[row * kPitch + column]);
     }
   }
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Global and shared memory: 16 bytes at a time, and what other blocks of the launch wrote.
+// Global memory, and shared memory 16 bytes at a time. Kernels read and write operands, results and
+// what is between by these alone, so that the emulation knows what has been written.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,16 +9,39 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(ASPP_EMULATE)
+#include "../emulation/unwritten.h"
+#endif
+
 namespace aspp::cuda::ptx {
 
 struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
+// Element `index` of memory that holds elements of type T.
+template <class T>
+__device__ __forceinline__ T load(const void* memory, int64_t index) {
+  const T* const p = static_cast<const T*>(memory) + index;
+#if defined(ASPP_EMULATE)
+  emulation::check_written(p, sizeof(T), "load");
+#endif
+  return *p;
+}
+template <class T>
+__device__ __forceinline__ void store(void* memory, int64_t index, std::type_identity_t<T> value) {
+  T* const p = static_cast<T*>(memory) + index;
+#if defined(ASPP_EMULATE)
+  emulation::note_written(p, sizeof(T));
+#endif
+  *p = value;
+}
+
 // `p` is a multiple of 16 bytes.
 __device__ __forceinline__ Chunk load_chunk(const void* p) {
 #if defined(ASPP_EMULATE)
   emulation::check_aligned(p, sizeof(Chunk), "load_chunk");
+  emulation::check_written(p, sizeof(Chunk), "load_chunk");
   return *static_cast<const Chunk*>(p);
 #else
   const uint4 v = *static_cast<const uint4*>(p);
@@ -27,6 +51,7 @@ __device__ __forceinline__ Chunk load_chunk(const void* p) {
 __device__ __forceinline__ void store_chunk(void* p, const Chunk& chunk) {
 #if defined(ASPP_EMULATE)
   emulation::check_aligned(p, sizeof(Chunk), "store_chunk");
+  emulation::note_written(p, sizeof(Chunk));
   *static_cast<Chunk*>(p) = chunk;
 #else
   *static_cast<uint4*>(p) =
@@ -64,6 +89,7 @@ __device__ __forceinline__ T load_volatile(const T* p) {
   static_assert(std::is_trivially_copyable_v<T>);
 #if defined(ASPP_EMULATE)
   emulation::check_aligned(p, sizeof(T), "load_volatile");
+  emulation::check_written(p, sizeof(T), "load_volatile");
   return *p;
 #else
   T result;
