@@ -34,7 +34,7 @@ inline constexpr int64_t kStoredBytes = 32 << 20;
 void stored_forward(Operands& operands, const SeparableProblem& problem, const Rows& out);
 
 // The gradients of one call's branches, step by step. Rows of gradient have padded C channels, of
-// which those beyond C may be anything.
+// which those beyond C are written and read, but nothing comes of them.
 class StoredBackward {
  public:
   StoredBackward(Operands& operands, const PyramidShape& shape, const Rows& x,

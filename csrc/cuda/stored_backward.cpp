@@ -26,7 +26,9 @@ StoredBackward::StoredBackward(Operands& operands, const PyramidShape& shape, co
 
 void StoredBackward::back(const Rows& grad, int64_t first_channel, const Tensor& pointwise,
                           const Rows& to) {
-  PyramidCall call(operands_, plan::Pass::grad_input, shape_, {{1, 1, pointwise.size(0)}},
+  PyramidShape padded = shape_;  // what reads these rows reads whole chunks of them
+  padded.channels = pixels_.pitch;
+  PyramidCall call(operands_, plan::Pass::grad_input, padded, {{1, 1, pointwise.size(0)}},
                    kPointwiseRates);
   call.set_a(grad);
   call.params.branches[0].a_channel = operands_.narrow("the channels of grad", first_channel);
