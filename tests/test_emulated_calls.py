@@ -90,6 +90,23 @@ def test_the_second_call_of_a_shape_only_launches(name, way, emulation, monkeypa
     assert used != {0}
 
 
+@each_operator
+def test_memory_is_made_room_for_once(name, way, emulation, monkeypatch) -> None:
+    """Where CUDA has none left for a work list, as it may all lie in PyTorch's cache."""
+    monkeypatch.setenv(WAYS, way)
+    op = OPS[name]
+    new = replace(SLICED, shape=(1, 1024, 11, 10 + len(f"{name} {way}")))
+    arguments = op.make(new, torch.bfloat16, integer=True)
+    emulation.set("fail_allocations", 2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        op.native(*arguments)
+    emulation.set("fail_allocations", 1)
+    got, events = emulation.calls_of(op.native, *arguments)
+    results = [e["result"] for e in events if e["call"] == "cudaMalloc"]
+    assert results[:2] == ["cudaErrorMemoryAllocation", "cudaSuccess"]
+    assert all(map(torch.equal, got, outputs(op.native(*arguments))))
+
+
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_channels_last_is_read_in_place(name, emulation) -> None:
     op = OPS[name]

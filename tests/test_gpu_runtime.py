@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,6 +100,22 @@ def test_a_new_shape_on_a_busy_stream(by, name) -> None:
         got = by.results(name)(*arguments)
     stream.synchronize()
     assert_equal(got, by.results(name)(*arguments))
+
+
+@each_name
+def test_a_new_shape_where_pytorch_keeps_all_memory(by, name) -> None:
+    """The device has none left for a work list until PyTorch lets go of what is freed."""
+    given = [integers(name, replace(SLICED, shape=(1, 1024, 21, width))) for width in range(18, 26)]
+    taken = []
+    for size in (2**30, 2**21):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    del taken
+    got = [by.results(name)(*arguments) for arguments in given]
+    torch.cuda.empty_cache()
+    for result, arguments in zip(got, given, strict=True):
+        assert_equal(result, by.results(name)(*arguments))
 
 
 @each_kind

@@ -14,6 +14,8 @@ EVERY_SHAPE = [
 CACHE = [
     "a_plan_is_made_once_on_a_stream_of_its_own",
     "the_plan_used_longest_ago_goes_first",
+    "half_of_the_plans_go_at_once",
+    "room_is_made_once_for_a_plan",
     "a_plan_can_be_made_while_a_stream_is_captured_and_is_then_kept",
     "another_threads_capture_is_left_alone",
     "every_device_has_its_own_plans",

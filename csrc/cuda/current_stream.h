@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Where a binding's work goes: PyTorch's current stream on the device of a tensor, and memory for it.
+// Where a binding's work goes, PyTorch's current stream on the device of a tensor, and memory for
+// it.
 #pragma once
 
 #include "../operator_results.h"

@@ -44,7 +44,9 @@ int64_t plane_size(const Tensor& t) { return t.size(2) * t.size(3); }
 }  // namespace
 
 void check_cuda(const char* op, cudaError_t error) {
-  require(error == cudaSuccess, op, ": CUDA answered \"", cudaGetErrorString(error), "\"");
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the caller has it; the next check of another's call must not find it
+  refuse(op, ": CUDA answered \"", cudaGetErrorString(error), "\"");
 }
 
 Operands::Operands(const char* op, const Tensor& like, Math math)

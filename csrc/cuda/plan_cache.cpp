@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "plan_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace aspp::cuda {
 namespace {
-
-constexpr size_t kCapacity = 1024;
 
 // Allows this thread what would invalidate a capture, its own or another's, if it took part in it.
 class OutsideCaptures {
@@ -109,8 +108,19 @@ cudaError_t PlanCache::copy_stream(int device, cudaStream_t& stream) {
   return cudaSuccess;
 }
 
+cudaError_t PlanCache::make(int device, const WorkList& list, std::shared_ptr<DevicePlan>& plan) {
+  cudaStream_t copies = nullptr;
+  const cudaError_t error = copy_stream(device, copies);
+  plan = std::make_shared<DevicePlan>();
+  return error == cudaSuccess ? plan->upload(list, copies) : error;
+}
+
 void PlanCache::shrink(std::vector<SharedPlan>& evicted) {
-  for (auto oldest = entries_.end(); entries_.size() > capacity_ && oldest != entries_.begin();) {
+  const auto captured = std::count_if(entries_.begin(), entries_.end(),
+                                      [](const Entry& entry) { return entry.captured; });
+  if (entries_.size() - size_t(captured) <= capacity_) return;
+  const size_t most = std::max<size_t>(1, capacity_ / 2);
+  for (auto oldest = entries_.end(); evicted.size() < most;) {
     --oldest;
     if (oldest->captured) continue;
     evicted.push_back(std::move(oldest->plan));
@@ -139,21 +149,19 @@ cudaError_t PlanCache::find(int device, const plan::Problem& problem, plan::Pass
   const plan::Options options{order, tile, workers};
   const WorkList list = make_work_list(problem, pass, options, workers);
   const OutsideCaptures outside;
-  cudaStream_t copies = nullptr;
-  cudaError_t error = copy_stream(device, copies);
-  const auto made = std::make_shared<DevicePlan>();
-  if (error == cudaSuccess) error = made->upload(list, copies);
+  std::shared_ptr<DevicePlan> made;
+  cudaError_t error = make(device, list, made);
+  if (error == cudaErrorMemoryAllocation && make_room_ != nullptr) {
+    cudaGetLastError();  // what is mended must not be found by the next check of another's launch
+    make_room_(device);
+    error = make(device, list, made);
+  }
   if (error != cudaSuccess) return error;
   entries_.push_front({std::move(key), made, captured});
   index_.emplace(&entries_.front().key, entries_.begin());
   if (!captured) shrink(evicted);
   plan = made;
   return cudaSuccess;
-}
-
-PlanCache& plan_cache() {
-  static PlanCache& cache = *new PlanCache(kCapacity);
-  return cache;
 }
 
 }  // namespace aspp::cuda

@@ -38,12 +38,19 @@ class DevicePlan {
 
 using SharedPlan = std::shared_ptr<const DevicePlan>;
 
-// Keeps the plans used last. One that a captured graph may launch again is kept for good. Plans are
-// made without any of the caller's streams, so they may be made while one of them is captured and
-// are valid on all of them. May be called from any thread.
+// Keeps the plans used last, `capacity` of them or half as many: freeing waits for the device, so
+// that many go at once. One that a captured graph may launch again is kept besides, for good. Plans
+// are made without any of the caller's streams, so they may be made while one of them is captured
+// and are valid on all of them. May be called from any thread.
+//
+// Their memory is CUDA's own, not PyTorch's: that of a graph that is captured or warmed up belongs
+// to the graph. Where the device has none left, make_room(device) is asked for some, once.
 class PlanCache {
  public:
-  explicit PlanCache(size_t capacity) : capacity_(capacity) {}
+  using MakeRoom = void (*)(int device);
+  explicit PlanCache(size_t capacity, MakeRoom make_room = nullptr)
+      : capacity_(capacity),
+        make_room_(make_room) {}
 
   // The plan of `problem` for `workers` blocks of `tile` on `device`, the current one. To be held
   // until the launch is made. Throws where make_work_list does.
@@ -67,17 +74,16 @@ class PlanCache {
     bool operator()(const Key* a, const Key* b) const { return *a == *b; }
   };
 
+  cudaError_t make(int device, const WorkList& list, std::shared_ptr<DevicePlan>& plan);
   cudaError_t copy_stream(int device, cudaStream_t& stream);
   void shrink(std::vector<SharedPlan>& evicted);
 
   const size_t capacity_;
+  const MakeRoom make_room_;
   mutable std::mutex mutex_;
   Entries entries_;
   std::unordered_map<const Key*, Entries::iterator, Hash, Equal> index_;
   std::map<int, cudaStream_t> copy_streams_;  // per device
 };
-
-// The process' own. Never destroyed: the CUDA runtime may be gone by then.
-PlanCache& plan_cache();
 
 }  // namespace aspp::cuda

@@ -2,6 +2,29 @@
 #include "pyramid_call.h"
 
 namespace aspp::cuda {
+namespace {
+
+constexpr size_t kPlans = 1024;
+
+// What PyTorch keeps of freed memory may be all that the device has. PyTorch lets go of it before
+// it gives an allocation up, and by the stable ABI in no other way: so one is asked for that no
+// device has room for, of less than the exabyte that is refused out of hand.
+void release_cached_memory(int device) {
+  const int64_t size[] = {int64_t(1) << 59};
+  try {
+    torch::stable::empty(
+        {size, 1}, ScalarType::Byte, std::nullopt,
+        torch::stable::Device(torch::headeronly::DeviceType::ASPP_DEVICE_KEY, device));
+  } catch (const std::runtime_error&) {
+  }
+}
+
+}  // namespace
+
+PlanCache& plan_cache() {
+  static PlanCache& cache = *new PlanCache(kPlans, release_cached_memory);
+  return cache;
+}
 
 Math math_of(const Tensor& t, bool tf32) {
   switch (t.scalar_type()) {

@@ -15,6 +15,9 @@ inline constexpr Limits kCudaLimits{"on CUDA", INT64_MAX, kMaxBranches, INT32_MA
 
 Math math_of(const Tensor& t, bool tf32);
 
+// The process' own. Never destroyed: the CUDA runtime may be gone by then.
+PlanCache& plan_cache();
+
 struct Kernel {
   int64_t height, width, out_channels;
 };

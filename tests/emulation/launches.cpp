@@ -263,6 +263,57 @@ TEST(the_plan_used_longest_ago_goes_first) {
   EQUAL(emulation::live_allocations(), before);
 }
 
+TEST(half_of_the_plans_go_at_once) {
+  const size_t before = emulation::live_allocations();
+  PlanCache cache(6);
+  for (int batch = 1; batch <= 6; ++batch) find(cache, batch, nullptr);
+  const cudaStream_t stream = new_stream();
+  EQUAL(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+  for (const int batch : {1, 7}) find(cache, batch, stream);
+  cudaGraph_t graph = nullptr;
+  EQUAL(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  EQUAL(cudaGraphDestroy(graph), cudaSuccess);
+  emulation::clear_log();
+  find(cache, 8, nullptr);
+  EQUAL(emulation::count("cudaFree"), size_t(0));  // what was captured does not count
+  find(cache, 9, nullptr);
+  EQUAL(emulation::count("cudaFree"), size_t(3));
+  EQUAL(emulation::live_allocations(), before + 6);
+  for (const int batch : {5, 6, 7, 8, 9, 1}) find(cache, batch, nullptr);
+  EQUAL(emulation::count("cudaMalloc"), size_t(2));
+  for (const int batch : {2, 3}) find(cache, batch, nullptr);
+  EQUAL(emulation::count("cudaFree"), size_t(3));
+}
+
+int rooms_made = 0;
+cudaError_t found_when_made = cudaSuccess;
+void make_room(int device) {
+  ++rooms_made;
+  EQUAL(device, 0);
+  found_when_made = cudaPeekAtLastError();
+}
+
+TEST(room_is_made_once_for_a_plan) {
+  PlanCache cache(4, make_room);
+  emulation::clear_log();
+  emulation::fail_allocations(1);
+  check_contents(find(cache, 1, nullptr), 1);
+  EQUAL(rooms_made, 1);
+  EQUAL(emulation::count("cudaMalloc"), size_t(2));
+  EQUAL(found_when_made, cudaSuccess);
+  EQUAL(cudaGetLastError(), cudaSuccess);
+
+  emulation::fail_allocations(2);
+  SharedPlan plan;
+  const plan::Tile tile{8, 8, 4, 4};
+  EQUAL(cache.find(0, small(2), Pass::forward, tile, 3, nullptr, plan), cudaErrorMemoryAllocation);
+  HOLDS(plan == nullptr && cache.size() == 1);
+  EQUAL(rooms_made, 2);
+  EQUAL(cudaGetLastError(), cudaErrorMemoryAllocation);  // for whoever reports it
+  check_contents(find(cache, 2, nullptr), 2);
+  EQUAL(rooms_made, 2);
+}
+
 TEST(a_plan_can_be_made_while_a_stream_is_captured_and_is_then_kept) {
   for (const cudaStreamCaptureMode mode :
        {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
@@ -350,7 +401,7 @@ TEST(what_is_refused_leaves_the_cache_as_it_was) {
 }
 
 TEST(threads_share_one_cache) {
-  PlanCache cache(5);
+  PlanCache cache(3);
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([&cache, t] {
@@ -366,7 +417,7 @@ TEST(threads_share_one_cache) {
       }
     });
   for (std::thread& thread : threads) thread.join();
-  EQUAL(cache.size(), size_t(5));
+  EQUAL(cache.size(), size_t(3));
 }
 
 TEST(no_work_no_launch) {

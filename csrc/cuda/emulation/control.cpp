@@ -57,6 +57,11 @@ void set_threads(unsigned os_threads) {
 
 void set_dry_run(bool dry) { Runtime::get().dry = dry; }
 
+void fail_allocations(unsigned next) {
+  const std::lock_guard lock(Runtime::get().mutex);
+  Runtime::get().allocations_to_fail = next;
+}
+
 static thread_local cudaStream_t torch_stream = nullptr;
 void set_current_stream(cudaStream_t stream) { torch_stream = stream; }
 cudaStream_t current_stream() { return torch_stream; }
@@ -129,6 +134,8 @@ extern "C" ASPP_EXPORT int aspp_emulation_set(const char* name, long long value)
     emulation::set_seed(uint64_t(value));
   } else if (which == "threads") {
     emulation::set_threads(unsigned(value));
+  } else if (which == "fail_allocations") {
+    emulation::fail_allocations(unsigned(value));
   } else if (which == "dry_run") {
     emulation::set_dry_run(value != 0);
   } else if (which == "stream") {

@@ -38,6 +38,8 @@ void set_devices(std::vector<Device> devices);
 // threads.
 void set_seed(uint64_t seed);
 void set_threads(unsigned os_threads);
+// So many calls of cudaMalloc find no memory.
+void fail_allocations(unsigned next);
 // Checks and records launches, copies and fills, but does none.
 void set_dry_run(bool dry);
 
@@ -67,9 +69,10 @@ size_t live_allocations();
 }  // namespace aspp::cuda::emulation
 
 // The same for ctypes. aspp_emulation_set returns 0, or 1 for an unknown name. Names are seed,
-// threads, dry_run, architecture, devices (how many of the first) and stream: 1 makes a new one
-// this OS thread's current stream, which does its work at once as host memory may be gone later; 0
-// goes back to the default. The log is a JSON list, valid until this OS thread asks again.
+// threads, fail_allocations, dry_run, architecture, devices (how many of the first) and stream: 1
+// makes a new one this OS thread's current stream, which does its work at once as host memory may
+// be gone later; 0 goes back to the default. The log is a JSON list, valid until this OS thread
+// asks again.
 extern "C" {
 int aspp_emulation_set(const char* name, long long value);
 const char* aspp_emulation_log();

@@ -218,11 +218,16 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
     *memory = nullptr;
     if (const auto error = forbidden_by_capture()) return error;
     if (bytes == 0) return cudaSuccess;
+    Runtime& runtime = Runtime::get();
+    const std::lock_guard lock(runtime.mutex);
+    if (runtime.allocations_to_fail > 0) {
+      --runtime.allocations_to_fail;
+      return cudaErrorMemoryAllocation;
+    }
     if (posix_memalign(memory, kAlignment, bytes) != 0) return cudaErrorMemoryAllocation;
     std::memset(*memory, 0xff, bytes);  // NaN in every format
     track(*memory, bytes);
-    const std::lock_guard lock(Runtime::get().mutex);
-    Runtime::get().allocations[reinterpret_cast<uintptr_t>(*memory)] = bytes;
+    runtime.allocations[reinterpret_cast<uintptr_t>(*memory)] = bytes;
     return cudaSuccess;
   };
   return record({.call = "cudaMalloc", .result = answer(), .bytes = bytes});

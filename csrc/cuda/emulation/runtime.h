@@ -43,6 +43,7 @@ struct Runtime {
   std::deque<Event> log;
   uint64_t seed;
   unsigned threads;
+  unsigned allocations_to_fail = 0;
   std::atomic<bool> dry = false;  // read without the mutex
 
   static Runtime& get();
