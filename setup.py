@@ -92,6 +92,7 @@ class NinjaBuild(build_ext):
         for name, fact in facts.items():
             if fact:
                 say(f"{name}: {' '.join(fact) if isinstance(fact, list) else fact}")
+        facts["sources"] = build.digests_of_sources()
 
         Path(ROOT, work).mkdir(parents=True, exist_ok=True)
         Path(ROOT, work, "build.ninja").write_text("\n".join(graph) + "\n")

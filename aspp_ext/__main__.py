@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`python -m aspp_ext`: what was built, what this machine has, and which implementation runs."""
+"""`python -m aspp_ext`: what was built, what this machine has, and which implementation runs.
+
+`python -m aspp_ext verify` finds out which are right and fast here: :mod:`aspp_ext.verify`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from . import __version__, _gpu, _native, _triton, dispatch
 from ._native import read_build_info
-from .verified import VERIFIED
+from .evidence import rulings, store
 
 Row = tuple[str, str]
 
@@ -72,12 +76,19 @@ def describe_environment() -> Iterator[Row]:
             yield name, os.environ[name]
 
 
-def describe_verified() -> Iterator[Row]:
-    for (implementation, architecture), result in sorted(VERIFIED.items()):
-        yield f"{implementation} on {architecture}", f"{result.path}, commit {result.commit}"
-    for implementation in ("cuda", "triton"):
-        if not any(verified == implementation for verified, _ in VERIFIED):
-            yield implementation, "on no architecture yet: it runs where it is asked for by name"
+def describe_verified(device: str) -> Iterator[Row]:
+    """Each cell of which something was seen: the verdict, the speeds, where that is written."""
+    found = rulings.known(device)
+    for cell, seen in sorted(found.items()):
+        speeds = [f"{size} {s.ratio:.2f}x ({s.says})" for size, (s, _) in seen.speeds.items()]
+        why = [seen.verdict.why] if seen.verdict.why else []
+        yield cell.title, ", ".join([seen.verdict.result, *speeds, *why, f"on {seen.source}"])
+    if found:
+        yield "fingerprint", f"{rulings.fingerprint(device)}, the same where processes choose alike"
+    elif store.is_off():
+        yield store.VARIABLE, "off: nothing runs unasked that is not proven everywhere"
+    else:
+        yield device, f"nothing yet; `{rulings.COMMAND} --device {device}` finds out"
 
 
 def describe_implementations(device: str) -> Iterator[Row]:
@@ -85,18 +96,25 @@ def describe_implementations(device: str) -> Iterator[Row]:
         yield f"{op}: {implementation}", reason or "can run"
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
+    if arguments:
+        from .verify.command import main as verify
+
+        return verify(arguments)
+    describe()
+    return 0
+
+
+def describe() -> None:
     sections = {
         "Versions": describe_versions(),
         "Build": describe_build(),
         "Libraries": describe_libraries(),
         "Devices": describe_devices(),
         "Environment": describe_environment(),
-        "Verified on hardware": describe_verified(),
-        "Implementations": describe_implementations("cpu"),
     }
-    for index in range(torch.cuda.device_count()):
-        name = f"cuda:{index}"
+    for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        sections[f"Seen on {name}"] = describe_verified(name)
         sections[f"Implementations on {name}"] = describe_implementations(name)
     for title, section in sections.items():
         if rows := list(section):
@@ -105,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Why the CUDA kernels cannot, or by default do not, compute a problem.
+"""Why the CUDA kernels cannot compute a problem.
 
 Nothing here touches CUDA unless a tensor is on such a device and the library is loaded.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from . import _gpu, _native, verified
+from . import _gpu, _native
 from ._autograd_key import unavailable as autograd_unavailable
 
 
@@ -22,8 +21,3 @@ def why_not(x: Tensor, branches: int) -> str | None:
     if (reason := _gpu.beyond_limits(x, branches)) is not None:
         return reason
     return _gpu.too_old(x.device)
-
-
-def unproven(device: torch.device) -> str | None:
-    """The reason not to choose the kernels there unasked, or None."""
-    return verified.unproven("cuda", "CUDA", _gpu.architecture(device))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Why the Triton kernels cannot, or by default do not, compute a problem.
+"""Why the Triton kernels cannot compute a problem.
 
 Importing this imports no Triton, and nothing here touches CUDA unless a tensor is on such a device.
 """
@@ -15,7 +15,7 @@ import re
 import torch
 from torch import Tensor
 
-from . import _gpu, _native, verified
+from . import _gpu, _native
 from ._autograd_key import unavailable as autograd_unavailable
 
 OLDEST = (3, 6)
@@ -63,6 +63,13 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its kernels in Python, which it decides when a kernel is defined."""
 
 
+def only_for_tests() -> str | None:
+    """The reason not to choose interpreted kernels unasked."""
+    if not interpreted:
+        return None
+    return "Triton's interpreter is for tests; backend='triton' or ASPP_EXT_BACKEND=triton runs it"
+
+
 def why_not(x: Tensor, branches: int) -> str | None:
     """The reason against a pyramid of x ``[N, C, H, W]``, or None."""
     if missing is not None:
@@ -87,12 +94,3 @@ def refusal(x: Tensor, branches: int) -> str | None:
     if missing is None and x.device.type == "cpu" and not interpreted:
         return "Triton computes on GPUs; on the CPU only its interpreter does (TRITON_INTERPRET=1)"
     return why_not(x, branches)
-
-
-def unproven(device: torch.device) -> str | None:
-    """The reason not to choose the kernels there unasked, or None."""
-    if interpreted:
-        return (
-            "Triton's interpreter is for tests; backend='triton' or ASPP_EXT_BACKEND=triton runs it"
-        )
-    return verified.unproven("triton", "Triton", _gpu.architecture(device))

@@ -2,8 +2,8 @@
 """Which implementation runs a call, and in words why not another.
 
 "On which device" is PyTorch's dispatcher; "by which implementation" is :func:`select`: the first in
-the tuple that has no reason against it. Kernels that no committed result verifies on the device
-(:mod:`aspp_ext.verified`) are passed by, unless they are asked for by name. Everything here is pure
+the tuple that has no reason against it. Kernels that were not seen right and fast on the device
+(:mod:`aspp_ext.evidence`) are passed by, unless they are asked for by name. Everything here is pure
 Python on shapes, dtypes and devices, so ``torch.compile`` traces through it.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from . import _cuda, _native, _triton, reference
 from ._autograd_key import unavailable as autograd_unavailable
+from .evidence import rulings
+from .evidence.entry import Cell
 
 # The rest of `ops` is built on this module.
 from .ops import head_composed
 from .ops.family import NATIVE, TRITON, Family
 from .ops.formats import like
+from .ops.precision import allows_tf32
 
 MAX_CPU_KERNEL = 63
 """Largest kernel size of the CPU kernels (csrc/cpu/branches.h)."""
@@ -38,6 +42,38 @@ class Problem:
     x: Tensor
     weights: tuple[Tensor, ...]
     depthwise: tuple[Tensor, ...] = ()
+
+    @property
+    def precision(self) -> str:
+        """Of products: x's dtype, or "tf32"."""
+        return "tf32" if allows_tf32(self.x) else str(self.x.dtype).removeprefix("torch.")
+
+    @property
+    def mode(self) -> str:
+        """ "training" where a gradient may be asked for."""
+        # Tensors inside torch.func's transforms do not say so.
+        transformed = not torch.compiler.is_compiling() and _is_transformed()
+        tensors = (self.x, *self.weights, *self.depthwise)
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return "training" if wanted or transformed else "inference"
+
+    @property
+    def size_class(self) -> str:
+        """One of :data:`aspp_ext.evidence.rulings.CLASSES`, or "" where sizes are symbolic."""
+        n, c, h, w = self.x.shape
+        size = n * h * w * c * sum(weight.size(0) for weight in self.weights)
+        if not torch.compiler.is_compiling() and isinstance(size, int):
+            return rulings.size_class(size)
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return rulings.size_class(size, statically_known_true)
+
+    def cell(self, implementation: str) -> Cell:
+        return Cell(implementation, self.op, self.precision, self.mode)
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _nothing(problem: Problem) -> str | None:
@@ -84,16 +120,34 @@ def _cuda_why_not(problem: Problem) -> str | None:
     return _cuda.why_not(problem.x, len(problem.weights))
 
 
-def _cuda_unproven(problem: Problem) -> str | None:
-    return _cuda.unproven(problem.x.device)
-
-
 def _triton_why_not(problem: Problem) -> str | None:
     return _triton.why_not(problem.x, len(problem.weights))
 
 
 def _triton_unproven(problem: Problem) -> str | None:
-    return _triton.unproven(problem.x.device)
+    return _triton.only_for_tests() or _unproven("triton", problem)
+
+
+def _unproven(implementation: str, problem: Problem) -> str | None:
+    device = problem.x.device
+    return against(device.type, device.index, *problem.cell(implementation), problem.size_class)
+
+
+def against(kind: str, index: int | None, *asked: str) -> str | None:
+    """:func:`aspp_ext.evidence.rulings.against`, of what is constant to ``torch.compile``."""
+    *cell, size = asked
+    return rulings.against(device_name(kind, index), Cell(*cell), size)
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler for it.
+against._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def device_name(kind: str, index: int | None) -> str:
+    """As :mod:`aspp_ext.evidence` calls it, like "cuda:0"."""
+    if kind != "cuda":
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device() if index is None else index}"
 
 
 def _operator(family: Family, name: str) -> Callable[..., Any]:
@@ -178,13 +232,13 @@ def _statistics(family: Family, op: str) -> Callable[..., Any] | None:
 
 def _implementations(op: str, by_reference: Callable[..., Any]) -> tuple[Implementation, ...]:
     statistics, native = _statistics(NATIVE, op), _operator(NATIVE, op)
+    by_cuda = (partial(_unproven, "cuda"), statistics)
     by_triton = (_triton_unproven, _statistics(TRITON, op))
+    by_cpu = (partial(_unproven, "cpu"), statistics if _native.emulated else None)
     return (
-        Implementation("cuda", _cuda_why_not, _pyramids(NATIVE, op), _cuda_unproven, statistics),
+        Implementation("cuda", _cuda_why_not, _pyramids(NATIVE, op), *by_cuda),
         Implementation("triton", _triton_why_not, _pyramids(TRITON, op), *by_triton),
-        Implementation(
-            "cpu", _cpu_why_not, native, statistics=statistics if _native.emulated else None
-        ),
+        Implementation("cpu", _cpu_why_not, native, *by_cpu),
         Implementation("reference", _nothing, by_reference),
     )
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from . import _gpu, _native, _triton
-from .dispatch import IMPLEMENTATIONS, Problem, select
+from .dispatch import IMPLEMENTATIONS, Implementation, Problem, device_name, select
+from .evidence import rulings
 from .ops import checks
 from .ops.polyphase_choice import describe, polyphase_choices, why_never
 from .ops.precision import allows_tf32
 from .ops.separable_choice import fused_choice
-from .verified import VERIFIED
 
 if TYPE_CHECKING:
     from . import _plan
@@ -26,28 +26,33 @@ def _kernels(name: str, problem: Problem) -> str:
     """Which of an implementation's kernels run, in brackets; empty where there is no choice."""
     if name == "cpu" and _native.cpu_missing is None:
         return f" ({torch.ops.aspp_ext.cpu_isa()})"
-    if name not in ("cuda", "triton"):
-        return ""
     if name == "triton" and _triton.interpreted:
         return " (interpreted)"
-    architecture = _gpu.architecture(problem.x.device)
-    result = VERIFIED.get((name, architecture))
-    proof = f"verified by {result.path}" if result else "not verified, but asked for by name"
-    products = ["in TF32"] if allows_tf32(problem.x) else []
-    return f" ({', '.join([architecture, *products, proof])})"
+    if name in ("cuda", "triton"):
+        products = ["in TF32"] if allows_tf32(problem.x) else []
+        return f" ({', '.join([_gpu.architecture(problem.x.device), *products])})"
+    return ""
+
+
+def _evidence(candidate: Implementation, problem: Problem) -> str:
+    """What was seen of it on this device, for such a call."""
+    device = problem.x.device
+    where, cell = device_name(device.type, device.index), problem.cell(candidate.name)
+    return rulings.in_favour(where, cell, problem.size_class)
 
 
 def _candidates(problem: Problem) -> list[str]:
     chosen = select(problem).name
     lines = []
     for candidate in IMPLEMENTATIONS[problem.op]:
-        verdict = "could run"
+        verdict, unproven = "could run", None
         if (reason := candidate.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
-        elif (reason := candidate.unproven(problem)) is not None:
-            verdict = f"not unasked: {reason}"
+        elif (unproven := candidate.unproven(problem)) is not None:
+            verdict = f"not unasked: {unproven}"
         if candidate.name == chosen:
-            verdict = f"runs this{_kernels(chosen, problem)}"
+            why = f"asked for by name: {unproven}" if unproven else _evidence(candidate, problem)
+            verdict = f"runs this{_kernels(chosen, problem)}{f', {why}' if why else ''}"
         lines.append(f"  {candidate.name:<10} {verdict}")
     return lines
 

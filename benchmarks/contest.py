@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, models, peers, timing
+from aspp_ext.testing import timing
+from benchmarks import memory, models, peers
 from benchmarks.gate import Gate, Results, factor_of, oracle
 from benchmarks.problems import Problem
 from benchmarks.report import Row, best

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import csv_file, machine, timing
+from aspp_ext.testing import timing
+from benchmarks import csv_file, machine
 from benchmarks.gpu.ceilings import products_in, torch_dtype
 from benchmarks.gpu.device import Host, device_named
 from benchmarks.gpu.peers import time_limit

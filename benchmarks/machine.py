@@ -6,12 +6,12 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import os
-import platform
-import re
 import subprocess
 from pathlib import Path
 
 import torch
+
+from aspp_ext.evidence.environment import hyphenated, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,18 +22,6 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def processor() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = re.sub(r"\((R|TM)\)|CPU|Processor|@.*", "", line.split(":", 1)[1])
-                return " ".join(name.split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -66,11 +54,6 @@ def facts() -> dict[str, str | int]:
         "onnxruntime": version("onnxruntime"),
         "openvino": version("openvino"),
     }
-
-
-def hyphenated(name: str) -> str:
-    """Lower case, words joined by hyphens."""
-    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def slug(device: str, threads: int) -> str:

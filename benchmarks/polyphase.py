@@ -25,7 +25,8 @@ from torch import Tensor
 from aspp_ext import aspp_inference, reference
 from aspp_ext.ops import polyphase_weights
 from aspp_ext.ops.polyphase_choice import blocks, polyphase_choices
-from benchmarks import csv_file, gate, machine, report, timing
+from aspp_ext.testing import timing
+from benchmarks import csv_file, gate, machine, report
 from benchmarks.problems import Problem, head
 from benchmarks.roofline import live_taps, measure_peak
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from aspp_ext.testing.timing import fastest_seconds
 from benchmarks.problems import Problem
-from benchmarks.timing import fastest_seconds
 
 ITEM_BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path[0] = str(ROOT)  # run as a file: its folder hides the package of the same name
 
-from benchmarks import machine, peers, report, timing  # noqa: E402
+from aspp_ext.testing import timing  # noqa: E402
+from benchmarks import machine, peers, report  # noqa: E402
 from benchmarks.contest import Contest, Settings, with_roofline  # noqa: E402
 from benchmarks.problems import DEFAULTS, PROBLEMS, QUICK, Problem  # noqa: E402
 from benchmarks.roofline import Ceilings, measure_ceilings  # noqa: E402

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Which source goes into which library, with which flags: the build.ninja that setup.py runs."""
 
+import hashlib
 import os
 import platform
 import shlex
@@ -101,6 +102,23 @@ def split_architectures(text):
             arch = arch.replace("9.0", "9.0a")
         result.append(arch)
     return result
+
+
+def digests_of_sources():
+    """By what was seen right or wrong: of the sources that decide what runs there."""
+    common = ("", "plan")
+    folders = {
+        "cpu": (*common, "cpu", "cpu/kernels"),
+        "cuda": (*common, "cuda", "cuda/kernels", "cuda/ptx"),
+        "plan": ("plan",),
+    }
+    root, digests = ROOT / "csrc", {}
+    for name, places in folders.items():
+        digest = hashlib.sha256()
+        for path in sorted(path for place in places for path in (root / place).glob("*.*")):
+            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+        digests[name] = digest.hexdigest()[:16]
+    return digests
 
 
 def gpu_generations():

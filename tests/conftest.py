@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import selection
 import torch
 
+from aspp_ext.evidence import rulings, store
 from aspp_ext.testing import nan_poison
+
+os.environ[store.VARIABLE] = "off"  # what is known of a developer's machine decides nothing here
 
 try:
     import hypothesis
@@ -89,6 +93,7 @@ def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.manual_seed(0)
         torch.set_num_threads(request.config.option.threads)
         yield
+    rulings.forget()
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What each implementation has on CUDA: the rows of the tables in test_gpu*.py.
 
-The steps of scripts/gpu_check.sh tell the implementations apart by the marker "triton", which
-``selection.py`` gives to every test with a parameter that is Triton's.
+``pytest -m "gpu and triton"`` are the tests of Triton's kernels: ``selection.py`` gives that marker
+to every test with a parameter that is Triton's.
 """
 
 from __future__ import annotations

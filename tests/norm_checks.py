@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from statistics_checks import assert_statistics
 from torch import Tensor
 from torch.library import opcheck
 
 from aspp_ext import reference
-from aspp_ext.ops import atrous_separable_pyramid_batch_norm, separable_norm
+from aspp_ext.ops import separable_norm
 from aspp_ext.ops.family import NATIVE
 from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, outputs
-from aspp_ext.testing.checks import factor_for
+from aspp_ext.testing.batch_norm import made, wide
+from aspp_ext.testing.checks import assert_statistics, factor_for
 
 SEPARABLE = OPS["separable"]
 SHAPES = (
@@ -39,66 +37,6 @@ def operator(step: str) -> Any:
     if step == "statistics":
         return NATIVE.op("atrous_depthwise_statistics")
     return NATIVE.op(f"atrous_separable_norm{step}")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-@dataclass
-class Call:
-    """Arguments of the function; what a plain branch has not is None."""
-
-    x: Tensor
-    depthwise: list[Tensor | None]
-    pointwise: list[Tensor]
-    rates: list[tuple[int, int]]
-    norms: list[tuple[Tensor | None, Tensor | None] | None]
-
-    def __call__(self, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return atrous_separable_pyramid_batch_norm(
-            self.x, self.depthwise, self.pointwise, self.rates, self.norms, **keywords
-        )
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        affine = [t for pair in self.norms for t in pair or ()]
-        return [t for t in (self.x, *self.depthwise, *self.pointwise, *affine) if t is not None]
-
-    def map(self, change: Any) -> Call:
-        def each(tensors: Any) -> Any:
-            return [None if t is None else change(t) for t in tensors]
-
-        norms = [None if pair is None else tuple(each(pair)) for pair in self.norms]
-        return Call(change(self.x), each(self.depthwise), each(self.pointwise), self.rates, norms)
-
-    def gradients(self, grad: Tensor, **keywords: Any) -> list[Tensor]:
-        """y, mean, squares, and y's gradients."""
-        call = self.map(lambda t: t.detach().requires_grad_())
-        results = call(**keywords)
-        return [*results, *torch.autograd.grad(results[0], call.leaves, grad)]
-
-
-def made(
-    problem: Problem, dtype: torch.dtype, device: str, draw: int = 0, norm: Any = None
-) -> Call:
-    """Norms with and without weight and bias, in ``norm``, by default in dtype."""
-    x, depthwise, pointwise, rates = SEPARABLE.make(problem, dtype, draw=draw, device=device)[:4]
-    values = torch.Generator().manual_seed(draw)
-    given = itertools.cycle([(True, True), (True, False), (False, True), (False, False)])
-    norms: list[Any] = []
-    for d in depthwise:
-        pair = None
-        if d.numel():
-            drawn = torch.randn(2, x.size(1), generator=values).to(dtype) * 0.5
-            drawn[0] += 1
-            pair = tuple(
-                t.to(device, norm or dtype) if there else None
-                for t, there in zip(drawn, next(given), strict=True)
-            )
-        norms.append(pair)
-    pairs = list(zip(rates[::2], rates[1::2], strict=True))
-    return Call(x, [d if d.numel() else None for d in depthwise], pointwise, pairs, norms)
 
 
 def affine(problem: Problem, dtype: torch.dtype, device: str, integer: bool) -> list[Tensor]:
@@ -209,23 +147,6 @@ def check_against_torch(
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
         error, largest = (g.double() - e).abs().max(), e.abs().max()
         assert error <= tolerance * max(largest, 1e-3), f"{i}: {error:.3g} of {largest:.3g}"
-
-
-def check_gradients_in_low_precision(problem: Problem, dtype: torch.dtype, device: str) -> None:
-    """The error law over several draws; weights of norms in float32, as under autocast."""
-    draws = []
-    for draw in range(5):
-        call = made(problem, dtype, device, draw, torch.float32)
-        shape = (problem.shape[0], problem.out_channels, *problem.shape[2:])
-        grad = torch.randn(shape, generator=torch.Generator().manual_seed(draw)).to(device, dtype)
-        exact = call.map(lambda t: t.double()).gradients(grad.double(), backend="reference")
-        base = call.gradients(grad, backend="reference")
-        draws.append(list(zip(call.gradients(grad), base, exact, strict=True)))
-    for i, of_draws in enumerate(zip(*draws, strict=True)):
-        if i in (1, 2):  # statistics, of what was rounded
-            continue
-        together = (torch.cat([t.flatten() for t in ts]) for ts in zip(*of_draws, strict=True))
-        assert_no_worse_than_torch(*together, factor=3)
 
 
 def check_operators(name: str, dtype: torch.dtype, device: str) -> None:

@@ -3,16 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aspp_ext import _gpu, _native, _triton, dispatch, verified
+from aspp_ext import _gpu, _native, _triton, dispatch
 from aspp_ext.dispatch import Problem
+from aspp_ext.evidence import rulings, store
+from aspp_ext.evidence.entry import MODES, PRECISIONS, Cell, Entry, Speed, Verdict
+from aspp_ext.evidence.environment import Environment
 
-RESULT = verified.Result("benchmarks/results/a-correctness.csv", "abc1234", "0" * 16)
+HERE = Environment(
+    device="NVIDIA H200",
+    architecture="sm_90",
+    processors=132,
+    driver="580.65.06",
+    torch="2.13.0+cu130",
+    cuda="13.0",
+    cudnn="91200",
+    triton="3.9.0",
+    compiler="g++ 12.2.0, nvcc 13.0",
+    kernels={"cpu": "1" * 16, "cuda": "2" * 16, "triton": "3" * 16},
+)
+FASTER = {name: Speed(1.42, "faster") for name in rulings.CLASSES}
+DATE = "2026-01-02"
 LAST = {"memory_format": torch.channels_last}
 """Copies of fake CUDA tensors need a PyTorch with CUDA: these are read in place."""
 
@@ -22,17 +40,42 @@ def pretend(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
     monkeypatch.setattr(_gpu, "capability", lambda device: (major, minor))
 
 
-def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of compute capability 9.0, with kernels for it that no result has verified."""
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, place: Path, here: Environment = HERE) -> None:
+    """Of compute capability 9.0, with kernels for it of which nobody knows anything.
+
+    Args:
+        place: where the store is.
+    """
     monkeypatch.delenv("ASPP_EXT_BACKEND", raising=False)
+    monkeypatch.setenv(store.VARIABLE, str(place / "store"))
+    monkeypatch.setattr(store, "COMMITTED", place / "committed")
+    monkeypatch.setattr(rulings, "environment_of", lambda device: here)
+    rulings.forget()
     monkeypatch.setattr(_native, "cuda_missing", None)
     monkeypatch.setattr(_triton, "missing", None)
     monkeypatch.setattr(_triton, "interpreted", False)
     monkeypatch.setattr(_gpu, "has_device", lambda: True)
     monkeypatch.setattr(_gpu, "shared_bytes", lambda device: 227 << 10)
     pretend(monkeypatch, 9, 0)
-    for key in list(verified.VERIFIED):
-        monkeypatch.delitem(verified.VERIFIED, key)
+
+
+def verdicts(
+    implementation: str,
+    verdict: Verdict = Verdict("right", 1.0, "", FASTER),  # noqa: B008, it is constant
+    operators: Sequence[str] = tuple(dispatch.IMPLEMENTATIONS),
+    precisions: Sequence[str] = PRECISIONS,
+    modes: Sequence[str] = MODES,
+) -> dict[Cell, Verdict]:
+    cells = itertools.product([implementation], operators, precisions, modes)
+    return {Cell(*cell): verdict for cell in cells}
+
+
+def know(found: dict[Cell, Verdict], here: Environment = HERE) -> Path:
+    """Puts an entry in the store; returns where."""
+    path = store.write(Entry(here, DATE, found))
+    assert path is not None
+    rulings.forget()
+    return path
 
 
 def on_cuda(*shape: int, **keywords) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.library import opcheck
 from aspp_ext.modules import head
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem
+from aspp_ext.testing.checks import assert_statistics
 
 PRECISIONS = [(d, False) for d in (torch.float32, torch.float64, *LOW)] + [(torch.float32, True)]
 each_precision = pytest.mark.parametrize(
@@ -35,23 +36,6 @@ def operator() -> Any:
 def arguments(problem: Problem, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     """x, weights and rates."""
     return OPS["pyramid"].make(problem, dtype, device=device)[:3]
-
-
-def assert_statistics(y: Tensor, mean: Tensor, squares: Tensor) -> None:
-    """Those of y ``[N, sum O, H, W]`` as it is, up to the rounding of sums in mean's dtype."""
-    assert mean.dtype == squares.dtype == torch.promote_types(y.dtype, torch.float32)
-    assert mean.device == squares.device == y.device
-    exact = y.double()
-    var, centre = torch.var_mean(exact, (0, 2, 3), correction=0)
-    count = y.numel() // y.shape[1]
-    eps = torch.finfo(mean.dtype).eps
-    largest = exact.abs().amax((0, 2, 3))
-    unit = (64 if y.dtype == torch.float64 else 4) * eps  # of float64 the oracle rounds as well
-    assert ((mean - centre).abs() <= unit * largest).all()
-    # A difference from a mean that is rounded is as far off as the mean; sum(y^2) - n mean^2 would
-    # be off by eps * n * largest^2.
-    allowed = count * (unit * var.sqrt() * (var.sqrt() + largest) + (unit * largest) ** 2)
-    assert ((squares - var * count).abs() <= allowed).all()
 
 
 def check_statistics(problem: Problem, dtype: torch.dtype, tf32: bool, device: str) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from processes import said_by_python
 
+from aspp_ext.testing import timing
 from benchmarks import (
     contest,
     gate,
@@ -23,7 +24,6 @@ from benchmarks import (
     report,
     roofline,
     run,
-    timing,
 )
 from benchmarks.problems import PROBLEMS, QUICK, TARGETS, Problem
 

@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Who runs a call on CUDA, seen without a GPU: fake tensors, a pretended device and record."""
+"""Who runs a call on CUDA, seen without a GPU: fake tensors, a pretended device and entry."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import re
-import shutil
-import subprocess
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from pretending import LAST, RESULT, Calls, on_cuda, pretend, pretend_a_gpu, problem, reasons
+from pretending import (
+    DATE,
+    HERE,
+    LAST,
+    Calls,
+    know,
+    on_cuda,
+    pretend,
+    pretend_a_gpu,
+    problem,
+    reasons,
+    verdicts,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
-from aspp_ext import _gpu, _native, verified
+from aspp_ext import _gpu, _native
 from aspp_ext.__main__ import describe_implementations, describe_verified
 from aspp_ext.dispatch import Problem, select
-
-ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = ["implementation", "check", "result", "detail", "date"]
-COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
+from aspp_ext.evidence import rulings
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def pretended(monkeypatch, tmp_path):
+    pretend_a_gpu(monkeypatch, tmp_path)
     return monkeypatch
 
 
@@ -41,20 +45,24 @@ def device(pretended):
 
 @pytest.fixture
 def proven(device):
-    device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    know(verdicts("cuda"))
     return device
 
 
 OPS = ["atrous_pyramid", "atrous_separable_pyramid", "aspp_inference"]
-UNPROVEN = (
-    "no committed result verifies the CUDA kernels on sm_90 yet; backend='cuda' or "
-    "ASPP_EXT_BACKEND=cuda runs them anyway"
-)
+ANYWAY = "backend='cuda' or ASPP_EXT_BACKEND=cuda runs the CUDA kernels anyway"
+
+
+def unknown(op: str = "atrous_pyramid", precision: str = "tf32", mode: str = "inference") -> str:
+    return (
+        f"nothing says yet that the CUDA kernels are right for {op} in {precision} {mode} on this "
+        f"device; `python -m aspp_ext verify` finds out; {ANYWAY}"
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_unproven_kernels_are_passed_by_but_can_be_named(op, device) -> None:
-    assert reasons(problem(op))["cuda"] == UNPROVEN
+def test_unknown_kernels_are_passed_by_but_can_be_named(op, device) -> None:
+    assert reasons(problem(op))["cuda"] == unknown(op)
     assert select(problem(op)).name == "reference"
     assert select(problem(op), "cuda").name == "cuda"
     device.setenv("ASPP_EXT_BACKEND", "cuda")
@@ -62,13 +70,13 @@ def test_unproven_kernels_are_passed_by_but_can_be_named(op, device) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_committed_result_makes_them_the_default(op, proven) -> None:
+def test_an_entry_makes_them_the_default_where_it_was_made(op, proven) -> None:
     assert reasons(problem(op))["cuda"] is None
     assert select(problem(op)).name == "cuda"
     assert select(problem(op), "reference").name == "reference"
-    pretend(proven, 8, 9)
-    assert "on sm_89 yet" in str(reasons(problem(op))["cuda"])
-    assert select(problem(op)).name == "reference"
+    proven.setattr(rulings, "environment_of", lambda device: replace(HERE, driver="590.1"))
+    rulings.forget()
+    assert reasons(problem(op))["cuda"] == unknown(op)
 
 
 REFUSED = {
@@ -175,7 +183,7 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize("separable", [True, False])
 def test_the_choice_is_traced(separable, strict, pretended, fresh_compiler) -> None:
     """For any size: the limits of the kernels do not become limits of the program."""
-    pretended.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    know(verdicts("cuda"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer, x = Layer(separable), on_cuda(2, 8, 9, 10)
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
@@ -203,15 +211,16 @@ def test_why_the_library_is_missing(torchs, ours, sentence, monkeypatch, tmp_pat
     assert _native._load_cuda() == sentence
 
 
-def test_explain_says_which_device_and_why(device, capsys) -> None:
+def test_explain_says_which_device_and_why(device) -> None:
     x, w = on_cuda(1, 8, 9, 9), on_cuda(8, 8, 3, 3)
-    assert f"cuda       not unasked: {UNPROVEN}" in aspp_ext.explain(x, [w], [2])
+    assert f"cuda       not unasked: {unknown()}" in aspp_ext.explain(x, [w], [2])
     device.setenv("ASPP_EXT_BACKEND", "cuda")
     text = aspp_ext.explain(x, [w], [2])
-    assert "runs this (sm_90, in TF32, not verified, but asked for by name)" in text
-    device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    assert f"runs this (sm_90, in TF32), asked for by name: {unknown()}" in text
+    path = know(verdicts("cuda"))
     text = aspp_ext.explain(x, [w], [2])
-    assert f"runs this (sm_90, in TF32, verified by {RESULT.path})" in text
+    seen = f"right, 1.42x as fast as the best of PyTorch ({DATE}, {path})"
+    assert f"runs this (sm_90, in TF32), {seen}" in text
 
 
 def test_explain_says_how_a_separable_forward_is_computed(device) -> None:
@@ -233,132 +242,17 @@ def test_explain_says_how_a_separable_forward_is_computed(device) -> None:
 
 def test_the_report_lists_it(device) -> None:
     rows = dict(describe_implementations("cuda"))
-    assert rows["atrous_pyramid: cuda"] == UNPROVEN
+    assert rows["atrous_pyramid: cuda"] == unknown()
     assert rows["atrous_pyramid: reference"] == "can run"
-    nowhere = "on no architecture yet: it runs where it is asked for by name"
-    assert dict(describe_verified()) == {"cuda": nowhere, "triton": nowhere}
-    device.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    nothing = "nothing yet; `python -m aspp_ext verify --device cuda:0` finds out"
+    assert dict(describe_verified("cuda:0")) == {"cuda:0": nothing}
+    path = know(verdicts("cuda", operators=["aspp_inference"], precisions=["tf32"]))
     assert dict(describe_implementations("cuda"))["aspp_inference: cuda"] == "can run"
-    result = f"{RESULT.path}, commit {RESULT.commit}"
-    assert dict(describe_verified()) == {"cuda on sm_90": result, "triton": nowhere}
-
-
-DECIDING = {
-    "cuda": ("csrc/cuda", "csrc/cuda/kernels", "csrc/cuda/ptx", "csrc/plan"),
-    "triton": ("aspp_ext/triton", "csrc/plan", "csrc/plan_bindings.cpp"),
-}
-
-
-def digest_of_sources(implementation: str, root: Path = ROOT) -> str:
-    """Of all that decides what runs on the device: kernels, bindings and planner."""
-    digest = hashlib.sha256()
-    for name in DECIDING[implementation]:
-        place = root / name
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.is_file():
-                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def why_no_proof(
-    result: verified.Result, implementation: str, architecture: str, root: Path = ROOT
-) -> str | None:
-    """What a record's file lacks, or None. Another implementation may have failed in the same."""
-    if not re.fullmatch(r"benchmarks/results/[a-z0-9-]+-correctness\.csv", result.path):
-        return "is not benchmarks/results/<device>-correctness.csv"
-    if not (root / result.path).exists():
-        return "does not exist"
-    with (root / result.path).open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if reader.fieldnames != COLUMNS:
-        return f"has the columns {reader.fieldnames}"
-    rows = [row for row in rows if row["implementation"] == implementation]
-    if (checks := [row["check"] for row in rows]) != list(verified.PROOFS[implementation]):
-        return f"has the checks {checks} of {implementation}"
-    for row in rows:
-        if row["result"] != "passed":
-            return f"has {row['check']}: {row['result']}"
-        if (row["architecture"], row["commit"]) != (architecture, result.commit):
-            return f"has {row['check']} on {row['architecture']} at {row['commit']}"
-    return None
-
-
-def test_every_record_is_a_committed_file_in_which_all_passed() -> None:
-    for (implementation, architecture), result in verified.VERIFIED.items():
-        assert implementation in DECIDING
-        assert why_no_proof(result, implementation, architecture) is None, result.path
-        # Kernels that have changed since were not verified: run the checks again or drop the line.
-        assert result.sources == digest_of_sources(implementation), result.path
-        if (ROOT / ".git").exists():
-            git = ["git", "-C", str(ROOT), "ls-files", "--error-unmatch", result.path]
-            assert subprocess.run(git, capture_output=True).returncode == 0, result.path
-
-
-CUDA_SOURCES = ("kernels/loaders.cuh", "ptx/mma.cuh", "params.h")
-SOURCES = {
-    "cuda": (*(f"csrc/cuda/{name}" for name in CUDA_SOURCES), "csrc/plan/units.cpp"),
-    "triton": ("aspp_ext/triton/operators.py", "csrc/plan/units.cpp", "csrc/plan_bindings.cpp"),
-}
-
-
-@pytest.mark.parametrize("implementation", SOURCES)
-def test_digest_follows_every_source(implementation, tmp_path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("csrc", "aspp_ext/triton"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    before = digest_of_sources(implementation, tmp_path)
-    assert before == digest_of_sources(implementation)
-    for name in SOURCES[implementation]:
-        path = tmp_path / name
-        path.write_bytes(path.read_bytes() + b" ")
-        assert digest_of_sources(implementation, tmp_path) != before, name
-        before = digest_of_sources(implementation, tmp_path)
-
-
-def proofs(implementation: str, **changed: str) -> list[dict[str, str]]:
-    """Its rows of a file in which all passed, or the last one with something else."""
-    common = dict.fromkeys(COLUMNS, "") | {"implementation": implementation, "result": "passed"}
-    common |= {"architecture": "sm_90", "commit": "abc1234"}
-    rows = [common | {"check": check} for check in verified.PROOFS[implementation]]
-    return [*rows[:-1], rows[-1] | changed]
-
-
-CUDA, TRITON = proofs("cuda"), proofs("triton")
-FAILED = proofs("triton", result="failed")
-LAST_CHECK = TRITON[-1]["check"]
-RECORDS = {
-    "both": ([*CUDA, *TRITON], None),
-    "alone": (TRITON, None),
-    "the other failed": ([*proofs("cuda", result="failed"), *TRITON], None),
-    "failed": ([*CUDA, *FAILED], f"has {LAST_CHECK}: failed"),
-    "skipped": (proofs("triton", result="skipped"), f"has {LAST_CHECK}: skipped"),
-    "device": (proofs("triton", architecture="sm_80"), f"has {LAST_CHECK} on sm_80 at abc1234"),
-    "commit": (proofs("triton", commit="abc1234-dirty"),
-        f"has {LAST_CHECK} on sm_90 at abc1234-dirty"),
-    "one less": ([*CUDA, *TRITON[1:]],
-        f"has the checks {[row['check'] for row in TRITON[1:]]} of triton"),
-    "the other's alone": (CUDA, "has the checks [] of triton"),
-    "empty": ([], "has the checks [] of triton"),
-    "columns": ([{"check": "build", "result": "passed"}], "has the columns ['check', 'result']"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECORDS)
-def test_a_bad_record_is_found(name, tmp_path) -> None:
-    rows, expected = RECORDS[name]
-    record = (RESULT, "triton", "sm_90", tmp_path)
-    assert why_no_proof(*record) == "does not exist"
-    path = tmp_path / RESULT.path
-    path.parent.mkdir(parents=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    assert why_no_proof(*record) == expected
-    elsewhere = RESULT._replace(path="results.csv")
-    assert str(why_no_proof(elsewhere, *record[1:])).startswith("is not")
-
-
-def test_every_implementation_with_kernels_of_its_own_has_proofs() -> None:
-    assert set(verified.PROOFS) == set(DECIDING) == set(SOURCES)
+    rows = dict(describe_verified("cuda:0"))
+    speeds = ", ".join(f"{size} 1.42x (faster)" for size in rulings.CLASSES)
+    row = "cuda, aspp_inference, tf32, inference"
+    assert rows[row] == f"right, {speeds}, on {DATE}, {path}"
+    assert rulings.fingerprint("cuda:0") in rows["fingerprint"]
+    device.setenv("ASPP_EXT_VERIFIED", "off")
+    rulings.forget()
+    assert "nothing runs unasked" in dict(describe_verified("cuda:0"))["ASPP_EXT_VERIFIED"]

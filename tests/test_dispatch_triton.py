@@ -7,30 +7,48 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from pretending import LAST, RESULT, Calls, on_cuda, pretend, pretend_a_gpu, problem, reasons
+from pretending import (
+    DATE,
+    HERE,
+    LAST,
+    Calls,
+    know,
+    on_cuda,
+    pretend,
+    pretend_a_gpu,
+    problem,
+    reasons,
+    verdicts,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
-from aspp_ext import _gpu, _native, _triton, dispatch, verified
+from aspp_ext import _gpu, _native, _triton, dispatch
 from aspp_ext.__main__ import describe_libraries, describe_versions
 from aspp_ext.dispatch import Problem, select
+from aspp_ext.evidence import rulings
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
 OPS = ["atrous_pyramid", "atrous_separable_pyramid", "aspp_inference"]
 each_op = pytest.mark.parametrize("op", OPS)
 ORDER = ["cuda", "triton", "cpu", "reference"]
-UNPROVEN = (
-    "no committed result verifies the Triton kernels on sm_90 yet; backend='triton' or "
-    "ASPP_EXT_BACKEND=triton runs them anyway"
-)
+
+
+def unknown(op: str = "atrous_pyramid", precision: str = "tf32") -> str:
+    return (
+        f"nothing says yet that the Triton kernels are right for {op} in {precision} inference on "
+        "this device; `python -m aspp_ext verify` finds out; backend='triton' or "
+        "ASPP_EXT_BACKEND=triton runs the Triton kernels anyway"
+    )
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def pretended(monkeypatch, tmp_path):
+    pretend_a_gpu(monkeypatch, tmp_path)
     return monkeypatch
 
 
@@ -42,7 +60,7 @@ def device(pretended):
 
 @pytest.fixture
 def proven(device):
-    device.setitem(verified.VERIFIED, ("triton", "sm_90"), RESULT)
+    know(verdicts("triton"))
     return device
 
 
@@ -58,8 +76,8 @@ def test_the_order(op) -> None:
 
 
 @each_op
-def test_unproven_kernels_are_passed_by_but_can_be_named(op, device) -> None:
-    assert reasons(problem(op))["triton"] == UNPROVEN
+def test_unknown_kernels_are_passed_by_but_can_be_named(op, device) -> None:
+    assert reasons(problem(op))["triton"] == unknown(op)
     assert select(problem(op)).name == "reference"
     assert select(problem(op), "triton").name == "triton"
     device.setenv("ASPP_EXT_BACKEND", "triton")
@@ -67,17 +85,14 @@ def test_unproven_kernels_are_passed_by_but_can_be_named(op, device) -> None:
 
 
 @each_op
-def test_a_committed_result_makes_them_the_default(op, proven) -> None:
+def test_an_entry_makes_them_the_default(op, proven) -> None:
     assert select(problem(op)).name == "triton"
     assert select(problem(op), "reference").name == "reference"
-    pretend(proven, 8, 9)
-    assert "on sm_89 yet" in str(reasons(problem(op))["triton"])
-    assert select(problem(op)).name == "reference"
 
 
 @each_op
 def test_proven_kernels_in_cuda_come_first(op, proven) -> None:
-    proven.setitem(verified.VERIFIED, ("cuda", "sm_90"), RESULT)
+    know(verdicts("triton") | verdicts("cuda"))
     assert select(problem(op)).name == "cuda"
 
 
@@ -124,7 +139,7 @@ def test_the_limits_are_inclusive(proven) -> None:
     assert reasons(problem(branches=64))["triton"] is None
     assert reasons(problem(shape=(1, 1, 1, 2**31 - 1)))["triton"] is None
     pretend(proven, 8, 0)
-    assert "on sm_80 yet" in str(reasons(problem())["triton"])
+    assert reasons(problem())["triton"] is None
 
 
 @each_op
@@ -136,8 +151,10 @@ def test_rocm_is_asked_for_its_architecture_alone(op, device) -> None:
     device.setattr(_gpu, "capability", asked)
     device.setattr(_gpu, "amd_architecture", lambda device: "gfx942:sramecc+:xnack-")
     device.setattr(_native, "cuda_missing", "this PyTorch was built without CUDA")
-    assert reasons(problem(op))["triton"] == UNPROVEN.replace("sm_90", "gfx942")
-    device.setitem(verified.VERIFIED, ("triton", "gfx942"), RESULT)
+    here = replace(HERE, architecture="gfx942")
+    device.setattr(rulings, "environment_of", lambda device: here)
+    assert reasons(problem(op))["triton"] == unknown(op)
+    know(verdicts("triton"), here)
     assert select(problem(op)).name == "triton"
 
 
@@ -235,7 +252,7 @@ class Layer(torch.nn.Module):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("separable", [True, False])
 def test_the_choice_is_traced(separable, strict, pretended, fresh_compiler) -> None:
-    pretended.setitem(verified.VERIFIED, ("triton", "sm_90"), RESULT)
+    know(verdicts("triton"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer, x = Layer(separable), on_cuda(2, 8, 9, 10)
     dims = {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}
@@ -298,14 +315,15 @@ def test_explain_names_no_tile_of_what_does_not_run(device) -> None:
 def test_explain_says_which_kernels_and_why(described) -> None:
     device = described
     x, w = on_cuda(1, 8, 9, 9), on_cuda(8, 8, 3, 3)
-    assert f"triton     not unasked: {UNPROVEN}" in aspp_ext.explain(x, [w], [2])
+    assert f"triton     not unasked: {unknown()}" in aspp_ext.explain(x, [w], [2])
     device.setenv("ASPP_EXT_BACKEND", "triton")
     text = aspp_ext.explain(x, [w], [2])
-    assert "runs this (sm_90, in TF32, not verified, but asked for by name)" in text
-    device.setitem(verified.VERIFIED, ("triton", "sm_90"), RESULT)
+    assert f"runs this (sm_90, in TF32), asked for by name: {unknown()}" in text
+    path = know(verdicts("triton"))
     d, p = on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1)
     text = aspp_ext.explain(x, [p], [2], depthwise_weights=[d])
-    assert f"triton     runs this (sm_90, in TF32, verified by {RESULT.path})" in text
+    seen = f"right, 1.42x as fast as the best of PyTorch ({DATE}, {path})"
+    assert f"triton     runs this (sm_90, in TF32), {seen}" in text
     device.setattr(_triton, "interpreted", True)
     text = aspp_ext.explain(torch.empty(1, 8, 9, 9), [torch.empty(8, 8, 3, 3)], [2])
     assert "triton     runs this (interpreted)" in text

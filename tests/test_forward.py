@@ -123,7 +123,7 @@ def test_nan_reaches_every_gradient_that_sees_it(op_name, name) -> None:
         return
     made = op.make(problem, torch.float32)
     for leaf in tensors_in(made):
-        for nan, seen in hit_and_seen(call_of(op), op, made, leaf):
+        for _, nan, seen in hit_and_seen(call_of(op), op, made, leaf):
             assert nan[seen].all(), f"argument {leaf}"
 
 

@@ -85,7 +85,7 @@ def test_nan_reaches_everything_that_sees_it(run, problem) -> None:
         # Like PyTorch's, it may reach more taps.
         arguments = op.make(problem, run.dtype, device=DEVICE)
         for leaf in tensors_in(arguments):
-            for nan, seen in hit_and_seen(run, op, arguments, leaf):
+            for _, nan, seen in hit_and_seen(run, op, arguments, leaf):
                 assert nan[seen].all(), f"argument {leaf}: not all that depends on it is NaN"
         return
     alone = run.name == "pyramid_grad_weight" or (run.by is BY_CUDA and run.name in SEPARABLE)

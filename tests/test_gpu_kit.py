@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""scripts/gpu_check.sh, its steps and what they call, as far as that needs no GPU."""
+"""scripts/gpu_check.sh, what it calls, and dry runs of the GPU's benchmarks."""
 
 from __future__ import annotations
 
-import csv
+import importlib.util
+import json
 import os
+import runpy
 import subprocess
 import sys
-import tempfile
-from itertools import takewhile
 from pathlib import Path
 
 import programs
 import pytest
+import setuptools
 import torch
 
-from aspp_ext.verified import PROOFS as NEEDED
-from scripts import compare_instructions, exercise_kernels, kernel_calls, record_correctness
+from aspp_ext.evidence import entry
+from scripts import build_for_gpu, compare_instructions
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECK, STEPS = ROOT / "scripts/gpu_check.sh", ROOT / "scripts/gpu_steps.sh"
-PROOFS = [*NEEDED["cuda"], *(proof for proof in NEEDED["triton"] if proof not in NEEDED["cuda"])]
-ROWS = [(name, proof) for name, proofs in NEEDED.items() for proof in proofs]
-COLUMNS = ["implementation", "check", "result", "detail", "date"]
-COLUMNS += ["torch", "cuda", "triton", "device", "architecture", "commit"]
+CHECK, INSTRUCTIONS = ROOT / "scripts/gpu_check.sh", ROOT / "scripts/check_instructions.sh"
 
 
 def script(path: Path, *lines: str) -> Path:
@@ -32,238 +29,162 @@ def script(path: Path, *lines: str) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def check(
+    out: Path, *options: str, python: str | Path = sys.executable, path: Path | None = None
+) -> tuple[int, str]:
+    """Runs it; programs in the folder ``path`` are found first."""
+    environment = {**os.environ, "PYTHON": str(python)}
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    argv = ["bash", str(CHECK), *options, str(out)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
-# The scripts
+def pretended(tmp_path: Path, verify: str, loads: str = "true", builds: str = "true") -> Path:
+    """A Python that runs these lines for what the script asks of it, on a machine with a GPU, and
+    writes down what that was."""
+    for program in ("nvidia-smi", "nvcc"):
+        script(tmp_path / program, f"echo a pretended {program}")
+    return script(
+        tmp_path / "python",
+        f'echo "$*" >>"{tmp_path}/asked"',
+        'case "$*" in',
+        f"  *_native*) {loads} ;;",
+        f"  *build_for_gpu*) {builds} ;;",
+        f"  *verify*) {verify} ;;",
+        "esac",
+    )
 
 
-@pytest.mark.parametrize("path", [CHECK, STEPS], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [CHECK, INSTRUCTIONS], ids=lambda p: p.name)
 def test_the_scripts_parse(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert path.read_text().splitlines()[1] == "# SPDX-License-Identifier: BSD-3-Clause"
     assert max(map(len, path.read_text().splitlines())) <= 100
 
 
-def check(
-    out: Path, *options: str, python: str | Path = sys.executable, hangs: str = "no step"
-) -> tuple[int, str]:
-    """A dry run in which no step's limit is too short for this machine, and one may seem to hang:
-    in the place of ``timeout --kill-after=SECONDS SECONDS COMMAND...`` is a program of ours."""
-    with tempfile.TemporaryDirectory() as folder:
-        hang = f'case "$*" in *"gpu_steps.sh {hangs}") exit 124 ;; esac'
-        script(Path(folder, "timeout"), hang, "shift 2", 'exec "$@"')
-        done = subprocess.run(
-            ["bash", str(CHECK), "--dry-run", "--limit", "100000", *options, str(out)],
-            env={**os.environ, "PYTHON": str(python), "PATH": f"{folder}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-        )
-    return done.returncode, done.stdout + done.stderr
+def test_a_dry_run(tmp_path):
+    """However far it comes in its time."""
+    options = ["--device", "cpu", "--quick", "--only", "aspp_inference", "--budget", "2"]
+    status, text = check(tmp_path, *options)
+    assert status == 0, text
+    assert f"torch {torch.__version__}" in text
+    assert (tmp_path / "gpu_check.log").read_text() in text
+    table = json.loads((tmp_path / "verify.json").read_text())
+    assert table["device"] == "cpu"
+    assert {row["operator"] for row in table["verdicts"]} == {"aspp_inference"}
+    written = entry.parse((tmp_path / "entry.json").read_text())
+    assert written.environment.device == table["environment"]["device"]
 
 
-def summary(text: str) -> dict[str, tuple[str, str]]:
-    """step -> (result, detail) from the table that ends the output."""
-    lines, found = text.partition("detail\n")[2].splitlines(), {}
-    for line in takewhile(lambda line: not line.startswith(("every proof", "FAILED")), lines):
-        words = line[:34].split()
-        found[words[0]] = (" ".join(words[1:-1]), line[34:].strip())
-    return found
+def test_what_verify_is_asked(tmp_path):
+    python = pretended(tmp_path, "true")
+    out = tmp_path / "out"
+    status, text = check(out, "--budget", "20", "--again", python=python, path=tmp_path)
+    assert status == 0, text
+    assert "a pretended nvidia-smi" in text
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[-1] == (
+        "-m aspp_ext verify --device cuda --budget 300 --budget 20 --again "
+        f"--json {out}/verify.json --export {out}/entry.json"
+    )
+    assert not any("build_for_gpu" in line for line in asked), "what loads is not built again"
+
+
+@pytest.mark.parametrize(
+    ("verify", "loads", "builds", "expected"),
+    [
+        ("exit 0", "true", "exit 7", 0),
+        ("exit 1", "true", "true", 1),
+        ("exit 2", "false", "exit 7", 2),
+        ("exit 0", "false", "exit 7", 1),
+        ("exit 0", "false", "true", 1),  # built, and it does not load
+    ],
+)
+def test_the_status_is_that_of_verify_and_of_the_build(verify, loads, builds, expected, tmp_path):
+    python = pretended(tmp_path, verify, loads, builds)
+    status, text = check(tmp_path / "out", python=python, path=tmp_path)
+    assert status == expected, text
+    assert "verify" in (tmp_path / "asked").read_text(), "Triton's kernels need no build"
+
+
+def test_a_library_that_does_not_load_is_built(tmp_path):
+    loads, builds = f'[[ -e "{tmp_path}/built" ]]', f'touch "{tmp_path}/built"'
+    python = pretended(tmp_path, "true", loads, builds)
+    status, text = check(tmp_path / "out", python=python, path=tmp_path)
+    assert status == 0, text
+    assert (tmp_path / "built").exists()
+
+
+def test_pages_of_failures_come_back_in_one_file(tmp_path):
+    """And go with the store that the next run goes on from."""
+    failures = "$ASPP_EXT_VERIFIED/failures/a-gpu"
+    lines = f'mkdir -p "{failures}"; echo journal >"$ASPP_EXT_VERIFIED/a-gpu.jsonl"'
+    lines += f'; for page in one two; do echo "$page" >"{failures}/$page.txt"; done; exit 1'
+    python, out = pretended(tmp_path, lines), tmp_path / "out"
+    status, text = check(out, python=python, path=tmp_path)
+    assert status == 1
+    assert f"their pages are in {out}/failures.txt" in text
+    assert (out / "failures.txt").read_text() == "one\ntwo\n"
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files == {"gpu_check.log", "failures.txt", "verified/a-gpu.jsonl"}
+    check(out, python=pretended(tmp_path, "true"), path=tmp_path)
+    assert (out / "failures.txt").read_text() == "one\ntwo\n", "known failures keep their pages"
+
+
+def test_an_unknown_option_is_answered_with_those_there_are(tmp_path):
+    status, text = check(tmp_path / "out", "--fast")
+    assert status == 2
+    assert "scripts/gpu_check.sh [--instructions] [OPTION...] [OUT]" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_build_does_with_what_torch_brings(monkeypatch):
+    """Without pybind11, with an old setuptools: setup.py sees neither."""
+    seen = {}
+
+    def run_path(path: str, run_name: str) -> None:
+        import pybind11
+
+        headers = Path(pybind11.get_include(), "pybind11/pybind11.h")
+        configured = setuptools.Distribution.parse_config_files(None, ["pyproject.toml"])
+        seen.update(path=path, headers=headers.exists(), configured=configured)
+
+    monkeypatch.setattr(runpy, "run_path", run_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setuptools, "__version__", "68.1.2")
+    distribution = setuptools.Distribution  # which gets its own back
+    monkeypatch.setattr(distribution, "parse_config_files", distribution.parse_config_files)
+    for name in ("ASPP_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    build_for_gpu.main()
+    assert seen == {"path": "setup.py", "headers": True, "configured": None}
+    assert sys.argv == ["setup.py", "-q", "build_ext", "--inplace"]
+    assert (os.environ["ASPP_EXT_CUDA"], os.environ["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+
+
+ONE = "operator: separable 32->32 4x4 1/2/3, bfloat16"
+BENCHMARKS = {
+    "benchmarks.gpu.run": (["--only", ONE, "--budget", "0.02"], "", "-speedup.png -roofline.png"),
+    "benchmarks.gpu.kernels": (["--limit", "30"], "-kernels", ""),
+    # A limit that could be reached would leave out what the picture is made of.
+    "benchmarks.cudnn_baselines": (["--limit", "3600", "--budget", "0.01"], "-cudnn", "-cudnn.png"),
+}
 
 
 @pytest.mark.prove
-def test_a_dry_run_walks_through_every_step(tmp_path):
-    status, text = check(tmp_path)
-    assert status == 0, text
-    steps = summary(text)
-    assert list(steps) == ["environment", *PROOFS, "benchmark", "kernels", "cudnn"]
-    assert {result for result, _ in steps.values()} == {"passed"}, text
-    files = sorted(path.name for path in tmp_path.iterdir())
-    stem = "dry-run"
-    assert files == sorted(
-        [f"{stem}{end}" for end in (".csv", "-kernels.csv", "-cudnn.csv", "-correctness.csv")]
-        + [f"{stem}{end}" for end in ("-speedup.png", "-roofline.png", "-cudnn.png")]
-        + ["gpu_check.log"]
-    )
-    rows = read(tmp_path / "dry-run-correctness.csv")
-    assert [(row["implementation"], row["check"]) for row in rows] == ROWS
-    assert {row["result"] for row in rows} == {"passed"}
-    assert "cuda: every proof passed\ntriton: every proof passed\n" in text
-    assert {(row["device"], row["architecture"]) for row in rows} == {("dry run", "none")}
-
-
-def test_nothing_that_triton_compiled_is_left(tmp_path):
-    """It goes where the run keeps its own files, whatever the environment says."""
-    python = script(
-        tmp_path / "python",
-        f'[[ "$*" == *exercise_kernels* ]] || exec {sys.executable} "$@"',
-        'echo "$TRITON_CACHE_DIR ${TRITON_INTERPRET:-unset} ${ASPP_EXT_TRITON_TUNE:-unset}"'
-        f' >> "{tmp_path}/seen"',
-    )
-    for name, value in (("TRITON_INTERPRET", "1"), ("ASPP_EXT_TRITON_TUNE", "read")):
-        os.environ[name] = value
-    try:
-        check(tmp_path / "out", "--only", "memcheck,racecheck", python=python)
-    finally:
-        del os.environ["TRITON_INTERPRET"], os.environ["ASPP_EXT_TRITON_TUNE"]
-    seen = (tmp_path / "seen").read_text().splitlines()
-    first, second = (line.rsplit(maxsplit=2) for line in seen)
-    assert second == first, "the steps of a run share it"
-    folder, *states = first
-    assert states == ["unset", "unset"]
-    assert not Path(folder).parent.exists()
-
-
-def test_a_step_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
-    python = script(
-        tmp_path / "python",
-        'case "$*" in',
-        "  *exercise_kernels*) echo broken; exit 7 ;;",
-        "  *benchmarks.gpu.run*) echo refused; exit 3 ;;",
-        "  *cudnn_baselines*) echo measured ;;",
-        f'  *) exec {sys.executable} "$@" ;;',
-        "esac",
-    )
-    wanted = "memcheck,benchmark,kernels,cudnn"
-    status, text = check(tmp_path / "out", "--only", wanted, python=python, hangs="kernels")
-    steps = summary(text)
-    assert steps["memcheck"] == ("failed", "broken")
-    assert steps["benchmark"] == ("failed", "refused")
-    assert steps["kernels"][0] == "failed"
-    assert steps["kernels"][1].startswith("stopped after")
-    assert steps["cudnn"][0] == "passed"
-    assert status == 1
-    written = read(tmp_path / "out/dry-run-correctness.csv")
-    rows = {row["check"]: row for row in written}
-    assert list(rows["build"]) == COLUMNS
-    assert [(row["implementation"], row["check"]) for row in written] == ROWS
-    assert (rows["memcheck"]["result"], rows["memcheck"]["detail"]) == ("failed", "broken")
-    assert rows["build"]["result"] == "failed", "a proof that was not asked for is none"
-
-
-@pytest.mark.prove  # it takes the whole limit
-def test_a_step_that_hangs_is_stopped(tmp_path):
-    """By the real ``timeout``."""
-    python = script(
-        tmp_path / "python",
-        f'case "$*" in *gpu.kernels*) sleep 36000 ;; *) exec {sys.executable} "$@" ;; esac',
-    )
-    argv = ["bash", str(CHECK), "--dry-run", "--only", "kernels", "--limit", "60", str(tmp_path)]
-    environment = {**os.environ, "PYTHON": str(python)}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
-    result, detail = summary(done.stdout)["kernels"]
-    assert result == "failed"
-    assert detail.startswith("stopped after")
-
-
-def test_a_step_for_which_no_time_is_left_is_not_run(tmp_path):
-    _, text = check(tmp_path, "--only", "cudnn", "--limit", "1")
-    assert summary(text) == {"cudnn": ("not run", "no time was left for it")}
-
-
-@pytest.mark.parametrize(("code", "status"), [(3, 1), (1, 0)])
-def test_a_measurement_fails_the_run_only_where_it_refused_a_result(code, status, tmp_path):
-    python = script(
-        tmp_path / "python",
-        f'case "$*" in *gpu.run*) exit {code} ;; *) exec {sys.executable} "$@" ;; esac',
-    )
-    assert check(tmp_path / "out", "--only", "benchmark", python=python)[0] == status
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--only", "nothing"], "there is no step nothing"),
-        (["--limit", "soon"], "--limit must be seconds but is soon"),
-        (["--fast"], "unknown option --fast"),
-        (["--only"], "--only needs a value"),
-    ],
-)
-def test_bad_options_are_refused(options, sentence):
-    done = subprocess.run(["bash", str(CHECK), *options], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert sentence in done.stderr
-
-
-def step(name: str, tmp_path: Path, **programs: list[str]) -> int:
-    """Runs one step as on a GPU, with programs of our own on the path."""
-    for program, lines in programs.items():
-        script(tmp_path / program.replace("_", "-"), *lines)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHON": "fake-python",
-        **{"DEVICE": "cuda", "LIMIT": "60", "OUT": str(tmp_path), "WORK": str(tmp_path)},
-    }
-    done = subprocess.run(["bash", str(STEPS), name], cwd=ROOT, env=environment)
-    return done.returncode
-
-
-CLEAN = "========= ERROR SUMMARY: 0 errors"
-
-
-@pytest.mark.parametrize(
-    ("lines", "status"),
-    [
-        ([f"echo '{CLEAN}'"], 0),
-        (["echo '========= ERROR SUMMARY: 4 errors'", "exit 9"], 9),
-        ([f"echo '{CLEAN}'", "exit 1"], 1),  # the program under the tool failed
-        (["echo Device not supported"], 1),
-    ],
-)
-def test_a_sanitizer_passes_only_with_its_summary(lines, status, tmp_path):
-    assert step("memcheck", tmp_path, compute_sanitizer=lines) == status
-
-
-@pytest.mark.parametrize(
-    ("closing", "code", "status"),
-    [
-        ("1734 passed, 3 skipped in 41.20s", 0, 0),
-        ("1 failed, 1733 passed in 41.20s", 1, 1),
-        ("1734 skipped in 4.20s", 0, 1),
-        ("no tests ran in 0.01s", 5, 1),
-    ],
-)
-def test_the_tests_pass_only_where_some_ran(closing, code, status, tmp_path):
-    lines = ['[[ "$*" == *pytest* ]] || exit 1', f"echo '{closing}'", f"exit {code}"]
-    assert step("tests", tmp_path, fake_python=lines) == status
-    assert step("triton", tmp_path, fake_python=lines) == status
-
-
-STEPS_TABLE = (
-    "build\tpassed\t3\tbuilt for 9.0",
-    "memcheck\tnot run\t0\tno time",
-    *(f"{proof}\tpassed\t1\tfine" for proof in NEEDED["triton"] if proof != "build"),
-)
-
-
-def test_the_record_has_a_row_for_every_proof(tmp_path, monkeypatch, capsys):
-    """One implementation's proofs may be whole where another's are not."""
-    monkeypatch.setenv("ASPP_EXT_COMMIT", "abc1234")
-    table = tmp_path / "steps.tsv"
-    table.write_text("\n".join(STEPS_TABLE) + "\n")
-    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu"]) == 0
-    rows = read(tmp_path / "dry-run-correctness.csv")
-    assert list(rows[0]) == COLUMNS
-    assert [(row["implementation"], row["check"]) for row in rows] == ROWS
-    of_cuda = {
-        r["check"]: (r["result"], r["detail"]) for r in rows if r["implementation"] == "cuda"
-    }
-    assert of_cuda["build"] == ("passed", "built for 9.0")
-    assert of_cuda["memcheck"] == ("failed", "not run: no time")
-    assert of_cuda["tests"] == ("failed", "not run: it was not asked for")
-    assert {row["result"] for row in rows if row["implementation"] == "triton"} == {"passed"}
-    assert {row["commit"] for row in rows} == {"abc1234"}
-    path = tmp_path / "dry-run-correctness.csv"
-    written = path.read_text()
-    table.write_text("environment\tpassed\t3\tfine\nbenchmark\tpassed\t9\tfine\n")
-    said = capsys.readouterr().out
-    assert record_correctness.main([str(table), str(tmp_path), "--device", "cpu"]) == 0
-    assert path.read_text() == written, "measurements alone leave what an earlier run has proven"
-    assert "cuda: no proof by instructions, tests, memcheck" in said
-    assert "triton: every proof passed" in said
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_has_a_dry_run(name, tmp_path):
+    options, stem, pictures = BENCHMARKS[name]
+    argv = [sys.executable, "-m", name, "--device", "cpu", "--out", str(tmp_path), *options]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {f"dry-run{end}" for end in (f"{stem}.csv", *pictures.split())}
+    assert {path.name for path in tmp_path.iterdir()} == files
 
 
 # Instructions
@@ -279,6 +200,29 @@ def test_the_emulated_instructions_do_not_depend_on_the_order(tmp_path):
     assert compare_instructions.main(list(map(str, printed))) == 0
     families = {name.partition(".")[0] for name in compare_instructions.read(printed[0])}
     assert families >= {"mma_bf16", "mma_f16", "mma_tf32", "ldmatrix", "cp_async", "shuffle"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_instructions_are_compared_before(device, tmp_path):
+    """Compilers take time: in their place the program is copied to where they have to write it."""
+    copy = f'cp "{programs.ready("instructions")}" "${{!#}}"'
+    python = script(
+        tmp_path / "python",
+        'case "$*" in',
+        f'  *compare_instructions.py*) exec {sys.executable} "$@" ;;',
+        "  *verify*) echo verifies ;;",
+        "esac",
+    )
+    for compiler in ("g++", "nvcc"):
+        script(tmp_path / compiler, f'[[ "$*" != *instructions.cu* ]] || {copy}')
+    options = ["--instructions", "--device", device]
+    status, text = check(tmp_path / "out", *options, python=python, path=tmp_path)
+    assert status == 0, text
+    assert " cases agree\nverifies\n" in text
+    script(tmp_path / "g++", "echo broken; exit 1")
+    status, text = check(tmp_path / "out", *options, python=python, path=tmp_path)
+    assert status == 1
+    assert "broken\nverifies\n" in text
 
 
 @pytest.mark.parametrize(
@@ -297,39 +241,3 @@ def test_instructions_agree_as_they_have_to(agreement, got, right):
     assert compare_instructions.difference((agreement, [got]), emulated)[0] is right
     assert not compare_instructions.difference(None, emulated)[0]
     assert not compare_instructions.difference((agreement, []), emulated)[0]
-
-
-def test_kernels_are_found_by_their_stubs():
-    symbols = (
-        "00d6 t _ZL48__device_stub__ZN1a1kINS_1CILNS_1PE0ELi3EEEEEvPiPi\n"
-        "0286 b _ZGVZL48__device_stub__ZN1a1kINS_1CILNS_1PE1ELi3EEEEEvPiPiE5__tmp\n"
-        "0418 t _ZN1aL24__wrapper__device_stub_kINS_1CILNS_1PE1ELi3EEEEEvRPi\n"
-    )
-    names = {f"_ZN1a1kINS_1CILNS_1PE{place}ELi3EEEEEvPi" for place in (0, 1)}
-    assert exercise_kernels.kernels_of(symbols) == names
-
-
-def test_the_calls_for_the_sanitizers_are_right(capsys):
-    assert exercise_kernels.main(["--device", "cpu"]) == 0
-    assert capsys.readouterr().out.endswith("100 of 100 calls agree\n")
-
-
-def test_without_the_interpreter_the_calls_say_so(capsys):
-    options = ["--device", "cpu", "--implementation", "triton"]
-    assert exercise_kernels.main(options) == 1
-    assert capsys.readouterr().out.strip()
-
-
-def test_a_wrong_call_is_named():
-    ones = torch.ones(2, 3, dtype=torch.float64)
-    call = kernel_calls.Call("", list, [ones, ones], rounded=(1,))
-    for first, second, text in (
-        (torch.ones(2, 3), torch.full((2, 3), 1.000001), None),
-        (torch.zeros(2, 3), torch.ones(2, 3), "result 0: 6 of 6 elements differ"),
-        (torch.ones(2, 3), torch.full((2, 3), 1.1), "result 1: 6 of 6 elements differ"),
-        (torch.full((2, 3), torch.nan), torch.ones(2, 3), "result 0: 6 of 6 elements differ"),
-        (torch.ones(3), torch.ones(2, 3), "result 0: expected [2, 3], got [3]"),
-    ):
-        assert kernel_calls.difference([first, second], call, torch.float32) == text
-    text = kernel_calls.difference([], call, torch.float32)
-    assert text == "expected 2 results, got 0"

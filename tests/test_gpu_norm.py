@@ -10,6 +10,7 @@ from gpu_cases import BY_CUDA, DEVICE, real
 from table import LOW, dtype_id
 
 from aspp_ext.testing import DTYPES, PROBLEMS
+from aspp_ext.testing.batch_norm import check_gradients, made
 
 pytestmark = pytest.mark.gpu
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -17,7 +18,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 @pytest.fixture(autouse=True)
 def by_cuda(monkeypatch) -> None:
-    """The kernels, whether or not a committed result has verified them here; without TF32."""
+    """The kernels, whatever is known of them here; without TF32."""
     monkeypatch.setenv("ASPP_EXT_BACKEND", BY_CUDA.backend)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
@@ -48,7 +49,7 @@ def test_gradients(name, store, monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_low_precision(dtype, store, monkeypatch) -> None:
     checks.choosing(monkeypatch, store)
-    checks.check_gradients_in_low_precision(PROBLEMS["aspp"], dtype, DEVICE)
+    check_gradients(PROBLEMS["aspp"], dtype, DEVICE)
 
 
 @checks.each_store
@@ -70,6 +71,6 @@ def test_opcheck(name) -> None:
 
 
 def test_what_the_planner_chooses_has_the_same_bits_every_time() -> None:
-    call = checks.made(PROBLEMS["aspp"], torch.bfloat16, DEVICE)
+    call = made(PROBLEMS["aspp"], torch.bfloat16, DEVICE)
     first, second = call(), call()
     assert all(map(torch.equal, first, second))

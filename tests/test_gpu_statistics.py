@@ -25,7 +25,7 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 
 @pytest.fixture(params=IMPLEMENTATIONS, ids=str)
 def by(request, monkeypatch) -> Kernels:
-    """Their kernels, whether or not a committed result has verified them here."""
+    """Their kernels, whatever is known of them here."""
     monkeypatch.setenv("ASPP_EXT_BACKEND", request.param.backend)
     monkeypatch.setattr(checks, "FAMILY", request.param.family)
     return request.param

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What only Triton's kernels have to show: that they are compiled once, and all of them called.
+"""What only Triton's kernels have to show: that they are compiled once, and all of them launched.
 
 That their results are right, test_gpu*.py ask of them as of the CUDA kernels.
 """
@@ -11,13 +11,13 @@ import torch
 from gpu_cases import BY_TRITON, DEVICE, RUNS, each_run
 
 from aspp_ext import _triton
-from aspp_ext.testing import OPS
-from scripts import exercise_kernels, kernel_calls
+from aspp_ext.testing import OPS, PROBLEMS
+from aspp_ext.verify.rightness import REAL
 
 triton = pytest.importorskip("triton")
 
 from triton_mock import pretended  # noqa: E402
-from triton_shapes import compilations, kinds, new_shapes  # noqa: E402
+from triton_shapes import compilations, kernels, kinds, new_shapes  # noqa: E402
 
 compiled = pytest.mark.skipif(_triton.interpreted, reason="Triton's kernels are interpreted")
 STATISTICS = "atrous_pyramid_statistics"
@@ -64,16 +64,6 @@ def test_statistics_of_a_new_shape_compile_nothing(run) -> None:
     assert not found
 
 
-# Compiled here, by many processes at a time, they are ready for the sanitizers.
-@pytest.mark.gpu
-@pytest.mark.triton
-@pytest.mark.parametrize("variant", kernel_calls.VARIANTS["triton"], ids=lambda v: v.name)
-def test_the_calls_for_the_sanitizers_are_right(variant) -> None:
-    for call in kernel_calls.calls_of(variant, "triton", DEVICE):
-        text = kernel_calls.difference(call.run(), call, variant.dtype)
-        assert text is None, f"{call.name}: {text}"
-
-
 @compiled
 @pytest.mark.prove
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -97,11 +87,16 @@ def test_new_shapes_compile_nothing_on_a_pretended_gpu(dtype, monkeypatch) -> No
 
 @compiled
 @pytest.mark.prove
-def test_the_sanitizers_see_every_kernel(monkeypatch) -> None:
+def test_what_is_verified_launches_every_kernel(monkeypatch) -> None:
+    """On a pretended GPU: sums are cut into slices by how many processors there are."""
     monkeypatch.setattr(_triton, "interpreted", True)
-    with pretended("sm_90") as device:
-        for variant in kernel_calls.VARIANTS["triton"]:
-            for call in kernel_calls.calls_of(variant, "triton", "cpu"):
-                call.run()
-        launched = {launch.kernel for launch in device.launches}
-    assert launched == exercise_kernels.triton_kernels()
+    launched = set()
+    for problem in (*PROBLEMS.values(), *REAL["cuda"]):
+        with pretended("sm_90") as device:  # which keeps every launch's tensors
+            for name in BY_TRITON.operators:
+                BY_TRITON.results(name)(*OPS[name].make(problem, torch.bfloat16))
+            if problem.shape[0] > 0:
+                arguments = OPS["pyramid"].make(problem, torch.bfloat16)[:3]
+                BY_TRITON.family.op(STATISTICS)(*arguments)
+            launched |= {launch.kernel for launch in device.launches}
+    assert launched == kernels()

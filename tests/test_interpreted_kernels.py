@@ -17,6 +17,7 @@ from marks import on_interpreted
 from table import CUT, call_of
 
 from aspp_ext import _triton
+from aspp_ext.ops.family import TRITON
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
 from aspp_ext.testing.checks import check_integers
 
@@ -24,6 +25,7 @@ if _triton.missing is not None:
     pytest.skip(_triton.missing, allow_module_level=True)
 
 from triton.runtime import interpreter
+from triton_shapes import kernels
 
 from aspp_ext.triton import configurations, separable_configurations, target, work
 
@@ -102,6 +104,22 @@ def test_the_table_has_cut_sums(monkeypatch, found) -> None:
         found.clear()
         call_of(OPS[name])(*OPS[name].make(problem, torch.float32))
         assert found[0][1].cut_count > 0, name
+
+
+def test_the_table_launches_every_kernel(monkeypatch) -> None:
+    """One that no call reaches would be proven by nothing."""
+    launched = set()
+
+    def launch(self: Any, *_: Any, **__: Any) -> None:
+        launched.add(self.fn.__name__)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    for name, op in OPS.items():
+        for problem in (PROBLEMS["prime_sizes"], *([CUT[name]] if name in CUT else [])):
+            call_of(op)(*op.make(problem, torch.float32))
+    statistics = TRITON.op("atrous_pyramid_statistics")
+    statistics(*OPS["pyramid"].make(PROBLEMS["prime_sizes"], torch.float32)[:3])
+    assert launched == kernels()
 
 
 @pytest.mark.quick(when=lambda dtype: dtype == torch.float32)

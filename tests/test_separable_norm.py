@@ -24,6 +24,7 @@ from aspp_ext.ops import (
     separable_norm,
 )
 from aspp_ext.testing import DTYPES, PROBLEMS, Branch, Problem
+from aspp_ext.testing.batch_norm import check_gradients
 
 pytestmark = on_native
 
@@ -95,7 +96,7 @@ def test_without_an_activation(store, monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", LOW, ids=dtype_id)
 def test_low_precision(dtype, store, monkeypatch) -> None:
     checks.choosing(monkeypatch, store)
-    checks.check_gradients_in_low_precision(MANY, dtype, "cpu")
+    check_gradients(MANY, dtype, "cpu")
 
 
 @on_emulated

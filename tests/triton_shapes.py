@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Problems that no new kernel may be compiled for, after those that stand for all of their kind."""
+"""Problems that no new kernel may be compiled for, after those that stand for all of their kind;
+and the kernels that there are.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
+import pkgutil
 import random
 from collections.abc import Iterator
 
@@ -59,3 +63,21 @@ def compilations() -> Iterator[list[str]]:
         yield found
     finally:
         knobs.runtime.jit_post_compile_hook = before
+
+
+def kernels() -> set[str]:
+    """The names of what aspp_ext.triton launches: of its functions those that end in "_kernel"."""
+    from triton.runtime.jit import KernelInterface
+
+    import aspp_ext.triton as package
+
+    modules = [
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(package.__path__)
+    ]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, KernelInterface)
+    }

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 from torch import nn
 
+from aspp_ext import _native, _triton
+from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.fused import SETTINGS, FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
@@ -110,6 +112,7 @@ def fuse(
         if settings and isinstance(module, FusedForward):
             module.drop_folded()
             vars(module).update(settings)
+    _tell_of_verify(model)
     refused = [e for e in entries if e.reason is not None]
     if refused:
         lines = "; ".join(f"{e.name or 'the model'}: {e.reason}" for e in refused)
@@ -121,6 +124,17 @@ def fuse(
             f"in {type(model).__name__}; strict=False lets such a model pass"
         )
     return model
+
+
+def _tell_of_verify(model: nn.Module) -> None:
+    """Where the model lies on a GPU whose kernels nobody has tried, once in a process."""
+    fused = (m for m in model.modules() if isinstance(m, FusedForward))
+    devices = {p.device for module in fused for p in module.parameters() if p.is_cuda}
+    if _native.cuda_missing is not None and _triton.missing is not None:
+        return
+    for device in sorted(map(str, devices)):
+        if (sentence := rulings.once_about_the_command(device)) is not None:
+            warnings.warn(f"aspp_ext.fuse: {sentence}", stacklevel=3)
 
 
 def unfuse(model: Model) -> Model:

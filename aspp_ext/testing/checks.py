@@ -8,7 +8,7 @@ Each check takes ``call``, the operator as that implementation computes it, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def check_error_law(
     Returns:
         the largest error as a multiple of PyTorch's, or of one rounding if that is more.
     """
-    drawn, multiple = [], 0.0
+    drawn = []
     for draw in range(draws):
         arguments = op.make(problem, dtype, draw=draw, device=device)
         oracle = oracle_of(op, arguments)
@@ -147,15 +147,42 @@ def check_error_law(
         _same_kind(ours, oracle, arguments[0])
         base = baseline_of(op, rounded(arguments), oracle)
         drawn.append(list(zip(ours, base, oracle, strict=True)))
-    for i, same in enumerate(zip(*drawn, strict=True)):
-        got, torchs, exact = (torch.cat([t.flatten() for t in f]) for f in zip(*same, strict=True))
-        if (why := why_worse_than_torch(got, torchs, exact, factor_for(op, dtype))) is not None:
-            raise Wrong(f"result {i}: {why}", same[0][0], same[0][2])
+    return check_law_of_draws(list(zip(*drawn, strict=True)), factor_for(op, dtype))
+
+
+def check_law_of_draws(results: Sequence[Sequence[Any]], factor: float) -> float:
+    """The error law on results, each of several draws of (ours, PyTorch's, the oracle's)."""
+    multiple = 0.0
+    for i, draws in enumerate(results):
+        got, torchs, exact = (torch.cat([t.flatten() for t in f]) for f in zip(*draws, strict=True))
+        if (why := why_worse_than_torch(got, torchs, exact, factor)) is not None:
+            raise Wrong(f"result {i}: {why}", draws[0][0], draws[0][2])
         if exact.numel():
-            rounding = torch.finfo(dtype).eps / 2 * exact.abs().max().item()
+            rounding = torch.finfo(got.dtype).eps / 2 * exact.abs().max().item()
             own = max(worst(torchs, exact), rounding)
             multiple = max(multiple, worst(got, exact) / own if own else 0.0)
     return multiple
+
+
+def assert_statistics(y: Tensor, mean: Tensor, squares: Tensor) -> None:
+    """``mean`` and ``squares`` are those of y ``[N, sum O, H, W]`` as it is, up to the rounding of
+    sums in mean's dtype."""
+    kinds = {(t.dtype, t.device) for t in (mean, squares)}
+    if kinds != {(torch.promote_types(y.dtype, torch.float32), y.device)}:
+        raise Wrong(f"statistics beside {y.dtype} on {y.device} are {kinds}")
+    exact = y.double()
+    var, centre = torch.var_mean(exact, (0, 2, 3), correction=0)
+    count = y.numel() // y.shape[1]
+    eps = torch.finfo(mean.dtype).eps
+    largest = exact.abs().amax((0, 2, 3))
+    unit = (64 if y.dtype == torch.float64 else 4) * eps  # of float64 the oracle rounds as well
+    if not ((mean - centre).abs() <= unit * largest).all():
+        raise Wrong("the mean is off", mean, centre)
+    # A difference from a mean that is rounded is as far off as the mean; sum(y^2) - n mean^2 would
+    # be off by eps * n * largest^2.
+    allowed = count * (unit * var.sqrt() * (var.sqrt() + largest) + (unit * largest) ** 2)
+    if not ((squares - var * count).abs() <= allowed).all():
+        raise Wrong("the sum of squares is off", squares, var * count)
 
 
 def tensors_in(arguments: Any) -> list[int]:
@@ -171,29 +198,34 @@ def check_reach(
     dtype: torch.dtype,
     device: str | torch.device,
     merged: bool = False,
-    value: float = torch.nan,
+    at_least: bool = False,
+    values: Sequence[float] = (torch.nan,),
 ) -> None:
-    """One ``value``, NaN or Inf, in one argument: the outputs that depend on that element are not
+    """One value, NaN or Inf, in one argument: the outputs that depend on that element are not
     finite, all others are.
 
-    ``merged``: a kernel may compute rectangles with different taps as one, in which dead taps
-    multiply zeros. What is among the weights then reaches more of its channel, as in PyTorch.
+    Args:
+        merged: a kernel may compute rectangles with different taps as one, in which dead taps
+            multiply zeros. What is among the weights then reaches more of its channel, as in
+            PyTorch.
+        at_least: others may be hit, too, as where oneDNN multiplies the zero padding.
     """
     made = op.make(problem, dtype, device=device)
     for leaf in tensors_in(made):
         weight = merged and 1 <= leaf <= 2 * len(problem.branches)  # depthwise, and dense or 1x1
-        for hit, seen in hit_and_seen(call, op, made, leaf, value):
+        for value, hit, seen in hit_and_seen(call, op, made, leaf, values):
             most = seen.any(3, True).any(2, True).any(0, True) if weight else seen
             if not hit[seen].all():
                 raise Wrong(f"argument {leaf}: not all that depends on a {value} is hit", hit, seen)
-            if (hit & ~most).any():
+            if not at_least and (hit & ~most).any():
                 raise Wrong(f"argument {leaf}: a {value} hits more than depends on it", hit, seen)
 
 
 def hit_and_seen(
-    call: Call, op: Op, made: Any, leaf: int, value: float = torch.nan
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each result: what is not finite, and what depends on the one element that was set."""
+    call: Call, op: Op, made: Any, leaf: int, values: Sequence[float] = (torch.nan,)
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Of each value and result: what is not finite, and what depends on the one element that has
+    the value."""
     leaves, spec = tree_flatten(tree_map_only(Tensor, torch.ones_like, made))
     changed = leaves[leaf].clone()
 
@@ -202,5 +234,7 @@ def hit_and_seen(
         return tree_unflatten([*leaves[:leaf], changed, *leaves[leaf + 1 :]], spec)
 
     before, after = (oracle_of(op, with_element(v)) for v in (1.0, 2.0))
-    hit = [~t.isfinite() for t in outputs(call(*with_element(value)))]
-    return ((n, b != a) for n, b, a in zip(hit, before, after, strict=True))
+    for value in values:
+        got = outputs(call(*with_element(value)))
+        for g, b, a in zip(got, before, after, strict=True):
+            yield value, ~g.isfinite(), b != a

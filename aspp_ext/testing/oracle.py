@@ -31,28 +31,30 @@ def convolution(
 
     ``y[:, :, h, w] = sum_ij weight[:, :, i, j] @ x[:, :, h + i r - p, w + j r - p]``
     """
-    c, plane = x.size(1), x.shape[2:]
+    c, (height, width) = x.size(1), x.shape[2:]
     if stride != 1 or groups not in (1, c):
         raise ValueError(f"the oracle is of stride 1 and 1 or {c} groups, got {stride}, {groups}")
-    total: Tensor | None = None
-    for i in range(weight.size(2)):
-        for j in range(weight.size(3)):
-            shifts = [t * r - p for t, r, p in zip((i, j), dilation, padding, strict=True)]
-            if any(abs(shift) >= size for shift, size in zip(shifts, plane, strict=True)):
-                continue
-            (top, bottom), (left, right) = ((max(-s, 0), max(s, 0)) for s in shifts)
-            height, width = plane[0] - top - bottom, plane[1] - left - right
-            part = x[:, :, bottom : bottom + height, right : right + width]
-            tap = weight[:, :, i, j]
-            if groups == 1:
-                product = torch.matmul(tap, part.flatten(2)).unflatten(2, (height, width))
-            else:
-                product = part * tap[:, :, None]
-            product = F.pad(product, (left, right, top, bottom))
-            total = product if total is None else total + product
-    if total is None:  # no tap is live: an even kernel
-        raise ValueError(f"the oracle needs an odd kernel, got {tuple(weight.shape)}")
-    return total if bias is None else total + bias[:, None, None]
+    shifts = (
+        [(t, t * dilation[axis] - padding[axis]) for t in range(weight.size(2 + axis))]
+        for axis in (0, 1)
+    )
+    rows = [(i, dy) for i, dy in next(shifts) if abs(dy) < height]
+    columns = [(j, dx) for j, dx in next(shifts) if abs(dx) < width]
+    top, left = max(abs(dy) for _, dy in rows), max(abs(dx) for _, dx in columns)
+    around = F.pad(x, (left, left, top, top))
+    live = [
+        around[:, :, top + dy : top + dy + height, left + dx : left + dx + width]
+        for _, dy in rows
+        for _, dx in columns
+    ]
+    taps = weight[:, :, [i for i, _ in rows]][..., [j for j, _ in columns]].flatten(2)
+    if groups == 1:
+        of_weight = taps.transpose(1, 2).flatten(1)  # [O, taps * C]
+        product = torch.matmul(of_weight, torch.cat(live, 1).flatten(2))
+        product = product.unflatten(2, (height, width))
+    else:
+        product = (torch.stack(live, 2) * taps.transpose(0, 1).unflatten(2, (-1, 1, 1))).sum(2)
+    return product if bias is None else product + bias[:, None, None]
 
 
 class ShiftedProducts(TorchFunctionMode):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from aspp_ext.testing.timing import fastest_seconds
 from benchmarks.gpu.device import Host
 from benchmarks.roofline import Ceilings
-from benchmarks.timing import fastest_seconds
 
 SIZES = {"cuda": (8192, 2**30), "cpu": (256, 2**20)}  # side of the matrices, elements of the copy
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, timing
+from aspp_ext.testing import timing
+from benchmarks import machine
 
 Call = Callable[[], object]
 DRY_RUN = "dry run"
@@ -112,11 +112,10 @@ class Cuda(Host):
 
     kind = "cuda"
     backends = ("cuda", "triton")
-    LONGEST_LEAD_S = 0.02
 
     def __init__(self) -> None:
         self.properties = torch.cuda.get_device_properties(0)
-        self.host_s: dict[int, float] = {}
+        self.by_events = timing.CudaStopwatch()
 
     def facts(self) -> dict[str, Any]:
         major, minor = self.properties.major, self.properties.minor
@@ -129,34 +128,16 @@ class Cuda(Host):
         }
 
     def stopwatch(self, call: Call) -> tuple[float, float]:
-        """Seconds between two events around a call's work, and until the call returned.
-
-        The device first idles for about as long as the call took to return last time, so that it
-        finds its work queued and the first number holds none of the host's time.
-        """
-        lead_s = min(1.5 * self.host_s.get(id(call), 0.002), self.LONGEST_LEAD_S)
-        start = torch.cuda.Event(enable_timing=True)
-        stop = torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(2e9 * lead_s))
-        start.record()
-        began = time.perf_counter()
-        call()
-        host_s = time.perf_counter() - began
-        stop.record()
-        stop.synchronize()
-        self.host_s[id(call)] = host_s
-        return start.elapsed_time(stop) / 1e3, host_s
+        return self.by_events(call)
 
     def flusher(self) -> Call:
-        """Reads several times the L2's size: unlike written lines, read ones need no write-back."""
-        buffer = torch.ones(self.properties.L2_cache_size, device="cuda")  # float32: 4 times L2
-        return buffer.sum
+        return timing.l2_flusher(torch.device("cuda"))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def release(self) -> None:
-        self.host_s.clear()
+        self.by_events.host_s.clear()
         torch.cuda.empty_cache()
 
     def peak_bytes(self, call: Call) -> int:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import csv_file, machine, timing
+from aspp_ext.testing import timing
+from benchmarks import csv_file, machine
 from benchmarks.contest import one_line
 from benchmarks.gpu import counters
 from benchmarks.gpu import problems as table

@@ -42,6 +42,33 @@ def by_clock(clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
 BY_WALL_CLOCK = by_clock()
 
 
+class CudaStopwatch:
+    """Seconds between two events around a call's work, and until the call returned.
+
+    The device first idles for about as long as the call took to return last time, so that it finds
+    its work queued and the first number holds none of the host's time.
+    """
+
+    LONGEST_LEAD_S = 0.02
+
+    def __init__(self) -> None:
+        self.host_s: dict[int, float] = {}
+
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
+        lead_s = min(1.5 * self.host_s.get(id(call), 0.002), self.LONGEST_LEAD_S)
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(2e9 * lead_s))
+        start.record()
+        began = time.perf_counter()
+        call()
+        host_s = time.perf_counter() - began
+        stop.record()
+        stop.synchronize()
+        self.host_s[id(call)] = host_s
+        return start.elapsed_time(stop) / 1e3, host_s
+
+
 @dataclass(frozen=True)
 class Timing:
     """The samples of one contender in seconds: of the work, and until the calls returned."""
@@ -74,6 +101,13 @@ def cache_flusher(megabytes: int = 128) -> Callable[[], object]:
     """Returns a function that walks through `megabytes` of memory: what is called next is cold."""
     buffer = torch.ones(megabytes * 2**18)  # float32
     return lambda: buffer.add_(1.0)
+
+
+def l2_flusher(device: torch.device) -> Callable[[], object]:
+    """The same of a GPU. Several times the L2 is read: unlike written lines, read ones need no
+    write-back."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.ones(size, device=device).sum  # float32: 4 times L2
 
 
 def rounds_within(budget_s: float, round_s: float, least: int, most: int) -> int:

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The command line: runs what is not known yet, keeps it, and shows all of it in a table."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _cuda, _native, _triton
+from ..evidence import store
+from ..evidence.entry import Cell, Entry, Speed, Verdict
+from ..evidence.environment import PACKAGE, Environment, environment_of, hyphenated
+from . import isolation, report
+from .cases import OPERATORS, RIGHT, Case, cases, timed
+from .contest import contest
+from .failure import Failure
+from .isolation import BROKEN, Beat
+from .journal import Journal
+from .rightness import Subject, judge
+
+BUDGET_S, QUIET_S = 60.0, 20.0
+BAD = ("wrong", "crashed", "hung")
+
+ENGINE = ("verify", "testing", "reference.py")
+"""By whose sources results are known again, beside the environment."""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m aspp_ext", description=__doc__)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "verify", help="which kernels are right and fast on this machine"
+    )
+    command.add_argument("--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one")
+    command.add_argument("--quick", action="store_true", help="what most calls need alone")
+    command.add_argument("--only", choices=OPERATORS, help="one operator", metavar="OPERATOR")
+    command.add_argument("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS")
+    command.add_argument("--again", action="store_true", help="also what is known already")
+    command.add_argument("--export", type=Path, metavar="FILE", help="writes the entry, as JSON")
+    command.add_argument("--json", type=Path, metavar="FILE", help="writes the table, as JSON")
+    return parser.parse_args(arguments)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be above 0 seconds, got {text}")
+
+
+def describe(device: str | None, beat: Beat) -> dict[str, Any]:
+    """What the parent must not ask the device itself. Runs in a child."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cuda", "cpu") or not (number or "0").isdecimal():
+        return {"error": f"--device must be cuda, cuda:1 or cpu, got {device}"}
+    if kind == "cuda" and not torch.cuda.is_available():
+        return {"error": "--device cuda needs a GPU, and PyTorch sees none"}
+    there = torch.device(f"cuda:{number or 0}" if kind == "cuda" else "cpu")
+    try:
+        x = torch.empty(1, 8, 9, 9, device=there)
+    except (RuntimeError, AssertionError) as error:
+        return {"error": f"--device {device}: {_first_line(error)}"}
+    missing = {
+        "cpu": _native.cpu_missing,
+        "cuda": _cuda.why_not(x, 1),
+        "triton": _triton.why_not(x, 1),
+    }
+    return {
+        "device": str(there),
+        "environment": dataclasses.asdict(environment_of(there)),
+        "picked": "" if _native.cpu_missing else picked(),
+        "missing": {name: reason for name, reason in missing.items() if reason},
+    }
+
+
+def picked() -> str:
+    """The instruction set of the CPU's kernels in this process."""
+    return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")
+
+
+def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
+    """A case on a device. Runs in a child, which computes cases of one instruction set only."""
+    case, device = given
+    if wanted := case.instruction_set:
+        os.environ["ASPP_EXT_ISA"] = wanted
+        if picked() != wanted:
+            return {"result": "unavailable", "why": f"this processor has no {wanted}"}
+    os.environ.pop("ASPP_EXT_BACKEND", None)
+    subject = Subject(case.cell, device, beat)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    try:
+        if case.what == RIGHT:
+            return {"result": "right", "error": round(judge(subject), 3)}
+        return contest(subject, case.what)
+    except Failure as failure:
+        return {"result": "wrong", "why": str(failure), "page": failure.page}
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return {"result": "unavailable", "why": _first_line(error)}
+        # After an error on a GPU nothing is sure there; a new process begins anew.
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        page = traceback.format_exc()
+        return {"result": "crashed", "why": why, "page": page, BROKEN: True}
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def digest_of_engine() -> str:
+    digest = hashlib.sha256()
+    for name in ENGINE:
+        place = PACKAGE / name
+        for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    child = isolation.Child(describe)
+    try:
+        until = time.monotonic() + QUIET_S
+        found = child.ask(options.device, QUIET_S, until) or {"error": "the device does not answer"}
+    except EOFError:
+        found = {"error": f"the device cannot be asked: {child.end()}\n{child.last_words()}"}
+    child.end()
+    if "error" in found:
+        print(f"aspp_ext verify: {found['error']}", file=sys.stderr)
+        return 2
+    return Run(options, found).main()
+
+
+class Run:
+    """One call of the command."""
+
+    def __init__(self, options: argparse.Namespace, found: dict[str, Any]) -> None:
+        self.options, self.device = options, found["device"]
+        self.environment = Environment(**found["environment"])
+        self.missing = found["missing"]
+        kind = torch.device(self.device).type
+        self.kind, self.keeps = kind, timed(kind)
+        self.every = cases(kind, found["picked"])
+        self.cases = cases(kind, found["picked"], options.quick, options.only)
+        self.folder = store.folder() if self.keeps else None
+        path = None if self.folder is None else self.folder / f"{self.environment.name}.jsonl"
+        self.journal = Journal(path, digest_of_engine())
+        self.fresh: set[str] = set()
+        self.complaints: list[str] = []
+
+    def main(self) -> int:
+        began = time.monotonic()
+        try:
+            self.solve(began + self.options.budget)
+            stopped = False
+        except KeyboardInterrupt:
+            stopped = True
+        table = self.verdicts(self.cases)
+        path = self.keep()
+        facts = {"device": self.device, "environment": dataclasses.asdict(self.environment)}
+        rows = report.rows(self.kind, table)
+        report.show(facts, rows, self.pages(), path, self.complaints, time.monotonic() - began)
+        if self.options.json:
+            text = json.dumps({**facts, "date": today(), "verdicts": rows}, indent=1)
+            self.options.json.write_text(text + "\n")
+        if stopped:
+            return 130
+        return 1 if any(row["result"] in BAD for row in rows) else 0
+
+    def todo(self) -> Iterator[tuple[Case, str]]:
+        """What is to be run, each asked for when what came before it is known."""
+        for case in self.cases:
+            name = case.cell.implementation.split()[0]
+            known = self.journal.results.get(case.name)
+            if name in self.missing or (case.name in self.fresh):
+                continue
+            if known is not None and not self.options.again and known["result"] not in BAD[1:]:
+                continue
+            if case.what != RIGHT:
+                right = self.journal.results.get(Case(case.cell, RIGHT).name)
+                if right is None or right["result"] != "right":
+                    continue
+            yield case, self.device
+
+    def solve(self, deadline: float) -> None:
+        progress = report.Progress(len(self.cases), deadline)
+        for (case, _), result in isolation.run(
+            progress.following(self.todo(), lambda each: each[0].name),
+            *(solve, QUIET_S, deadline),
+            alike=lambda each: each[0].instruction_set,
+        ):
+            self.fresh.add(case.name)
+            page = result.pop("page", None) or result.pop("output", None)
+            if page and result["result"] in BAD:
+                result["page"] = self.write_page(case, f"{case.name}\n{page}")
+            self.add(case, result)
+        progress.end()
+
+    def add(self, case: Case, result: dict[str, Any]) -> None:
+        try:
+            self.journal.add(case.name, result)
+        except OSError as error:
+            self.journal.path = None
+            self.complaints.append(f"results cannot be kept: {error}")
+
+    def write_page(self, case: Case, text: str) -> str:
+        """Where it was written; empty where that cannot be done."""
+        place = self.folder or Path(tempfile.gettempdir(), "aspp_ext")
+        place = place / "failures" / self.environment.name
+        path = place / f"{hyphenated(case.name)}.txt"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            store.replace(path, text[: store.MOST_BYTES // 16])
+        except OSError as error:
+            self.complaints.append(f"a failure cannot be described: {error}")
+            return ""
+        return str(path)
+
+    def verdicts(self, listed: Sequence[Case]) -> dict[Cell, Verdict | None]:
+        """Of every cell; None where it was not reached."""
+        found: dict[Cell, Verdict | None] = {}
+        for case in listed:
+            result = self.journal.results.get(case.name)
+            reason = self.missing.get(case.cell.implementation.split()[0])
+            if reason is not None:
+                found[case.cell] = Verdict("unavailable", why=_line(reason))
+            elif case.what == RIGHT:
+                found[case.cell] = None
+                if result is not None:
+                    why = _line(result.get("why", ""))
+                    found[case.cell] = Verdict(result["result"], result.get("error"), why)
+            elif result is not None and (verdict := found[case.cell]) is not None:
+                found[case.cell] = with_speed(verdict, case.what, result)
+        return found
+
+    def keep(self) -> Path | None:
+        """Writes the entry for dispatch, of all that is known by now; returns where."""
+        table = self.verdicts(self.every)
+        known = {cell: verdict for cell, verdict in table.items() if verdict is not None}
+        entry = Entry(self.environment, today(), known)
+        if self.options.export:
+            self.options.export.write_text(entry.text())
+        if not self.keeps or not known:
+            return None
+        try:
+            return store.write(entry)
+        except OSError as error:
+            self.complaints.append(f"the entry cannot be kept: {error}")
+            return None
+
+    def pages(self) -> list[tuple[str, str, str]]:
+        """Of what is wrong: the case, why, and where more is written."""
+        results = ((case.name, self.journal.results.get(case.name)) for case in self.cases)
+        return [
+            (name, result.get("why", ""), result.get("page", ""))
+            for name, result in results
+            if result is not None and result["result"] in BAD
+        ]
+
+
+def with_speed(verdict: Verdict, size: str, result: dict[str, Any]) -> Verdict:
+    """The verdict with what a contest gave; one that crashed or hung goes before "right"."""
+    if result["result"] == "timed":
+        speed = Speed(result["ratio"], result["says"])
+        return dataclasses.replace(verdict, speeds={**verdict.speeds, size: speed})
+    if result["result"] in BAD:
+        why = f"{size} problems: {result.get('why', '')}"
+        return dataclasses.replace(verdict, result=result["result"], why=_line(why))
+    return verdict
+
+
+def _line(text: str) -> str:
+    """As an entry may hold it."""
+    return "".join(c if c.isprintable() else " " for c in text)[:500]
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()

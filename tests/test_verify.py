@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``python -m aspp_ext verify``: what it says of kernels that are right, and of planted faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from marks import on_cpu, on_emulated, on_interpreted
+
+from aspp_ext.evidence import entry, store
+from aspp_ext.evidence.entry import Cell
+from aspp_ext.testing import PROBLEMS
+from aspp_ext.verify import command, report
+from aspp_ext.verify.rightness import Subject, judge
+
+PLANTED = Path(__file__).with_name("planted_verify.py")
+FOREVER = ("--budget", "100000")
+"""A budget says how long a machine may work, not how quick it is."""
+
+
+class Ran:
+    """A run of the command, and what it has left."""
+
+    def __init__(self, folder: Path, *command: str | Path, **environment: str) -> None:
+        self.table = folder / "table.json"
+        self.store = folder / "store"
+        self.done = subprocess.run(
+            [sys.executable, *map(str, command), *FOREVER, "--json", str(self.table)],
+            env={**os.environ, store.VARIABLE: str(self.store), **environment},
+            capture_output=True,
+            text=True,
+        )
+        self.text = self.done.stdout
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return json.loads(self.table.read_text())["verdicts"]
+
+    @property
+    def entry(self) -> entry.Entry | None:
+        (path,) = self.store.glob("*.json")
+        return store.read_entry(path)
+
+    @property
+    def page(self) -> str:
+        (path,) = self.store.glob("failures/*/*.txt")
+        assert str(path) in self.text
+        return path.read_text()
+
+
+def planted(folder: Path, fault: str) -> Ran:
+    return Ran(folder, PLANTED, fault, "verify", "--device", "cpu")
+
+
+# Faults
+
+
+def test_a_wrong_kernel_is_found_and_described(tmp_path) -> None:
+    ran = planted(tmp_path, "wrong")
+    assert ran.done.returncode == 1
+    (row,) = ran.rows
+    assert (row["result"], row["speeds"]) == ("wrong", {})
+    assert row["why"] == "pyramid, aspp: result 0: 1 of 36992 numbers differ"
+    assert not any(row["runs"].values())
+    page = ran.page
+    assert "pyramid: x [2, 16, 17, 17] contiguous; 16 x 1x1 at 1x1, 16 x 3x3 at 3x3" in page
+    assert "  (1, 3, 16, 16): " in page
+    assert "between [1, 1] x [3, 3] x [16, 16] x [16, 16]" in page
+    assert "in tiles of 128 pixels: 4: 1" in page
+    assert "five repeats agree, as with a wrong address or mask" in page
+    assert "plan of forward with tiles of 128x128x32: " in page
+    least = page.partition("The least problem")[2]
+    assert "pyramid: x [1, 1, 1, 1] contiguous; 4 x" in least
+    assert "(0, 3, 0, 0): " in least
+    assert len(page) < 10_000
+
+
+def test_a_race_is_told_from_an_address(tmp_path) -> None:
+    assert "five repeats differ, as in a race" in planted(tmp_path, "different").page
+
+
+def test_a_crash_is_named_with_where_it_was(tmp_path) -> None:
+    ran = planted(tmp_path, "crashing")
+    assert ran.done.returncode == 1
+    (row,) = ran.rows
+    assert (row["result"], row["why"]) == ("crashed", "signal SIGSEGV, at pyramid, aspp")
+    assert "in crashing" in ran.page
+
+
+def test_an_error_is_named(tmp_path) -> None:
+    ran = planted(tmp_path, "refusing")
+    (row,) = ran.rows
+    sentence = "RuntimeError: an illegal memory access was encountered"
+    assert (row["result"], row["why"]) == ("crashed", sentence)
+    assert "Traceback" in ran.page
+
+
+def test_a_kernel_that_hangs_is_left(tmp_path) -> None:
+    ran = planted(tmp_path, "hanging")
+    assert ran.done.returncode == 1
+    (row,) = ran.rows
+    assert (row["result"], row["why"]) == ("hung", "quiet for 3 s, at pyramid, aspp")
+    assert "in hanging" in ran.page
+
+
+def test_a_slow_kernel_is_right_and_does_not_run(tmp_path) -> None:
+    ran = planted(tmp_path, "slow")
+    assert ran.done.returncode == 0, ran.text + ran.done.stderr
+    (row,) = ran.rows
+    assert row["result"] == "right"
+    assert row["speeds"]["small"]["says"] == "slower"
+    assert row["runs"]["small"] is False
+    found = ran.entry
+    assert found is not None
+    (verdict,) = found.verdicts.values()
+    assert verdict.speeds["small"] == (0.5, "slower")
+
+
+# Kernels
+
+
+@pytest.mark.prove
+@on_cpu
+def test_the_cpu_s_kernels_are_right(tmp_path) -> None:
+    """Each instruction set; and another run has nothing left to do."""
+    arguments = ("-m", "aspp_ext", "verify", "--device", "cpu", "--quick")
+    ran = Ran(tmp_path, *arguments)
+    assert ran.done.returncode == 0, ran.text + ran.done.stderr
+    results = {row["result"] for row in ran.rows}
+    assert results <= {"right", "unavailable"}
+    ours = [row for row in ran.rows if row["implementation"] == "cpu"]
+    assert all(row["result"] == "right" and "medium" in row["speeds"] for row in ours)
+    assert {row["mode"] for row in ours} == {"inference", "training"}
+    lines = next(ran.store.glob("*.jsonl")).read_text()
+    again = Ran(tmp_path, *arguments)
+    assert next(ran.store.glob("*.jsonl")).read_text() == lines
+    assert again.rows == ran.rows
+
+
+@pytest.mark.prove
+@on_emulated
+@pytest.mark.parametrize("operator", ["atrous_pyramid", "atrous_separable_pyramid"])
+def test_cuda_s_kernels_are_right_under_emulation(operator, tmp_path) -> None:
+    """Of which nothing is kept: it is no device of the user's."""
+    ran = Ran(
+        tmp_path, "-m", "aspp_ext", "verify", "--device", "cpu", "--quick", "--only", operator
+    )
+    assert ran.done.returncode == 0, ran.text + ran.done.stderr
+    assert {row["result"] for row in ran.rows} == {"right"}
+    assert not ran.store.exists()
+
+
+@pytest.mark.prove
+@on_interpreted
+def test_triton_s_kernels_are_right_under_the_interpreter(tmp_path) -> None:
+    arguments = ("--device", "cpu", "--quick", "--only", "atrous_pyramid")
+    ran = Ran(tmp_path, "-m", "aspp_ext", "verify", *arguments)
+    assert ran.done.returncode == 0, ran.text + ran.done.stderr
+    assert {row["result"] for row in ran.rows if row["implementation"] == "triton"} == {"right"}
+    assert not ran.store.exists()
+
+
+def test_a_cell_is_judged_by_all_that_it_has_to_satisfy() -> None:
+    seen = []
+    cell = Cell("cpu", "aspp_inference", "float64", "inference")
+    assert judge(Subject(cell, "cpu", seen.append)) == 0.0
+    problems = {line.partition(", ")[2] for line in seen}
+    assert {name for name in PROBLEMS if name.startswith(("x_", "in_place_"))} <= problems
+    assert "real 320 channels, 33x33" in problems
+    assert {line.partition(", ")[0] for line in seen} == {
+        "head",
+        "head_separable",
+        "head_without_pool",
+    }
+
+
+# What is known already
+
+KILLED = """
+import sys, time
+from aspp_ext.verify import command
+
+def judge(subject):
+    with open(sys.argv[1], "a") as log:
+        log.write(subject.cell.title + "\\n")
+    if sys.argv[2] == "slowly":
+        time.sleep(0.2)
+    return 1.0
+
+command.judge = judge
+command.contest = lambda subject, size: {"result": "timed", "ratio": 2.0, "says": "faster"}
+sys.exit(command.main(sys.argv[3:]))
+"""
+
+
+def test_a_run_that_is_killed_loses_no_finished_case(tmp_path) -> None:
+    log, place = tmp_path / "log", tmp_path / "store"
+    arguments = [sys.executable, "-c", KILLED, str(log)]
+    rest = ["verify", "--device", "cpu", *FOREVER, "--json", str(tmp_path / "table.json")]
+    environment = {**os.environ, store.VARIABLE: str(place)}
+    killed = subprocess.Popen([*arguments, "slowly", *rest], env=environment)
+    while not list(place.glob("*.jsonl")) or len(finished(place)) < 7:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    before = finished(place)
+    journal = next(place.glob("*.jsonl"))
+    with journal.open("a") as file:
+        file.write('{"case": "cut off in the midd')
+    asked = log.read_text().splitlines()
+    subprocess.run([*arguments, "fast", *rest], env=environment, check=True, capture_output=True)
+    assert finished(place)[: len(before)] == before
+    right = [name.removesuffix(": right") for name in before if name.endswith(": right")]
+    later = log.read_text().splitlines()[len(asked) :]
+    assert not set(right) & set(later)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert {row["result"] for row in table["verdicts"]} == {"right"}
+    assert sorted(right + later) == sorted(
+        ", ".join(row[n] for n in Cell._fields) for row in table["verdicts"]
+    )
+
+
+def finished(place: Path) -> list[str]:
+    found = []
+    for line in next(place.glob("*.jsonl")).read_text().splitlines():
+        try:
+            found.append(json.loads(line)["case"])
+        except ValueError:
+            continue
+    return found
+
+
+# The command line
+
+
+REFUSED = {
+    ("verify", "--only", "conv"): "argument --only: invalid choice: 'conv'",
+    ("verify", "--budget", "0"): "argument --budget: must be above 0 seconds, got 0",
+    ("verify", "--budget", "nan"): "argument --budget: must be above 0 seconds, got nan",
+    ("verify", "--budget", "soon"): "argument --budget: must be above 0 seconds, got soon",
+    ("verfy",): "argument command: invalid choice: 'verfy'",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED, ids=" ".join)
+def test_bad_arguments_are_refused_in_a_sentence(arguments, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(arguments)
+    assert REFUSED[arguments] in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cpu:x"])
+def test_a_device_that_is_none_is_refused_in_a_sentence(device) -> None:
+    sentence = command.describe(device, print)["error"]
+    assert sentence.startswith(f"--device must be cuda, cuda:1 or cpu, got {device}")
+    assert len(sentence.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed() -> None:
+    arguments = [sys.executable, "-m", "aspp_ext", "verify", "--device", "cuda"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    sentence = "aspp_ext verify: --device cuda needs a GPU, and PyTorch sees none"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, sentence)
+
+
+def test_the_table_has_what_was_not_reached(tmp_path) -> None:
+    table = tmp_path / "table.json"
+    arguments = ["verify", "--device", "cpu", "--budget", "1e-3", "--json", str(table)]
+    done = subprocess.run(
+        [sys.executable, "-m", "aspp_ext", *arguments, "--export", str(tmp_path / "entry.json")],
+        env={**os.environ, store.VARIABLE: "off"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(table.read_text())["verdicts"]
+    assert {row["result"] for row in rows} == {"not reached"}
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == report.TITLES
+    assert len([line for line in lines if "not reached" in line]) == len(rows)
+    found = store.read_entry(tmp_path / "entry.json")
+    assert found is not None
+    assert found.verdicts == {}

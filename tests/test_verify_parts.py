@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The parts of ``python -m aspp_ext verify``: isolation, journal, decisions, failures."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pretending import HERE
+
+from aspp_ext.evidence.entry import Cell
+from aspp_ext.testing import PROBLEMS, timing
+from aspp_ext.testing.checks import Wrong
+from aspp_ext.verify import cases, command, contest, failure, isolation
+from aspp_ext.verify.cases import Case
+from aspp_ext.verify.journal import Journal
+from aspp_ext.verify.rightness import Subject
+
+# Isolation
+
+
+def toy(given: str, beat: isolation.Beat) -> dict[str, Any]:
+    if given == "crash":
+        os.write(1, b"so long\n")  # what pytest does not capture for itself
+        os.kill(os.getpid(), signal.SIGKILL)
+    if given == "exit":
+        os._exit(7)
+    if given == "hang":
+        beat("the last line")
+        time.sleep(1e6)
+    if given == "spawn":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
+        time.sleep(1e6)
+    return {"result": "right", "pid": os.getpid(), isolation.BROKEN: given == "broken"}
+
+
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    """Waits for good cases as long as it takes."""
+    ask = isolation.Child.ask
+
+    def wait(self, given, quiet, deadline):
+        return ask(self, given, 0.5 if given in ("hang", "spawn") else 1e6, deadline)
+
+    monkeypatch.setattr(isolation.Child, "ask", wait)
+
+
+def solved(*given: str, deadline: float = 1e9) -> list[tuple[str, dict[str, Any]]]:
+    return list(isolation.run(given, toy, 20.0, deadline))
+
+
+def test_what_goes_wrong_takes_nothing_along(patient) -> None:
+    found = solved("good", "crash", "exit", "good", "hang", "good", "broken", "good", "good")
+    results = [result["result"] for _, result in found]
+    bad = ["crashed", "crashed", "right", "hung", "right", "right", "right", "right"]
+    assert results == ["right", *bad]
+    whys = [result["why"] for _, result in found if "why" in result]
+    assert whys == ["signal SIGKILL", "exit status 7", "quiet for 20 s, at the last line"]
+    assert found[1][1]["output"] == "so long\n"
+    children = [result.get("pid") for _, result in found]
+    assert len({children[0], children[3], children[5], children[7]}) == 4
+    assert children[5] == children[6]
+    assert children[7] == children[8]
+    assert isolation.BROKEN not in found[6][1]
+
+
+def test_a_child_s_own_children_end_with_it(patient) -> None:
+    child = isolation.Child(toy)
+    assert child.ask("spawn", 20.0, 1e9) is None
+    child.end()
+    with contextlib.suppress(ProcessLookupError):
+        while True:  # until the last of its group is gone
+            os.killpg(child.pid, 0)
+
+
+def test_a_case_that_the_deadline_cuts_has_no_result() -> None:
+    assert solved("good", deadline=0.0) == []
+    now = time.monotonic()
+    assert solved("hang", deadline=now + 0.5) == []
+
+
+def test_a_busy_machine_is_not_a_hung_kernel() -> None:
+    """As long as it says from time to time what it does."""
+
+    def work(given, beat):
+        for line in range(4):
+            time.sleep(0.3)
+            beat(str(line))
+        return {"result": "right"}
+
+    child = isolation.Child(work)
+    assert child.ask("", 1e6, 1e9) == {"result": "right"}
+    assert child.doing == "3"
+    child.end()
+
+
+# The journal
+
+
+def test_a_journal_is_another_s_where_the_engine_is(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, "one").add("a", {"result": "right"})
+    Journal(path, "two").add("b", {"result": "wrong"})
+    assert set(Journal(path, "one").results) == {"a"}
+    assert set(Journal(path, "two").results) == {"b"}
+    Journal(path, "one").add("a", {"result": "hung"})
+    assert Journal(path, "one").results["a"]["result"] == "hung"
+
+
+@pytest.mark.parametrize(
+    "text", ["\0" * 99, "[1]\n{}\n", '{"case": 3}\n', "[" * 99999, "x" * 2**21]
+)
+def test_a_hostile_journal_is_empty(text, tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text(text)
+    assert Journal(path, "one").results == {}
+    Journal(path, "one").add("a", {"result": "right"})
+    assert set(Journal(path, "one").results) == {"a"}
+
+
+def test_a_link_is_no_journal(tmp_path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic"):
+        Journal(path, "one").add("a", {"result": "right"})
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# Decisions
+
+
+def times(*milliseconds: float) -> timing.Timing:
+    return timing.Timing(tuple(m / 1e3 for m in milliseconds))
+
+
+FAST, GOOD, NOISY, SLOW = times(1, 1, 1), times(2, 2, 2), times(1, 2, 9), times(4, 4, 4)
+DECISIONS = {
+    "faster in either format": ((FAST, FAST), (GOOD, SLOW), "faster"),
+    "as fast as the best": ((GOOD, GOOD), (GOOD, SLOW), "even"),
+    "less than a twentieth": ((times(1.96, 1.96), FAST), (GOOD, SLOW), "even"),
+    "in one format alone": ((FAST, SLOW), (GOOD, GOOD), "even"),
+    "by noise": ((NOISY, NOISY), (SLOW, SLOW), "even"),
+    "slower in both formats": ((SLOW, SLOW), (GOOD, GOOD), "slower"),
+    "slower than one format only": ((GOOD, GOOD), (FAST, SLOW), "even"),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+def test_who_is_faster(name) -> None:
+    ours, torchs, expected = DECISIONS[name]
+    named = [dict(zip(contest.FORMATS, each, strict=True)) for each in (ours, torchs)]
+    ratio, says = contest.decide(*named)
+    assert says == expected
+    worst, best = max(t.p50_ms for t in ours), min(t.p50_ms for t in torchs)
+    assert ratio == pytest.approx(best / worst)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_contests_are_about_the_classes_they_are_named_after(device) -> None:
+    from aspp_ext.evidence.rulings import size_class
+
+    for name, (n, c, h, w) in contest.SHAPES[device].items():
+        branches = 1 + len(contest.RATES[name])
+        assert size_class(n * h * w * c * branches * contest.OUT_CHANNELS) == name
+
+
+def listed(device: str, **keywords: Any) -> list[Case]:
+    return cases.cases(device, "avx512", **keywords)
+
+
+def test_what_is_worth_knowing_comes_first() -> None:
+    on_gpu = listed("cuda")
+    assert on_gpu[0] == Case(Cell("cuda", "atrous_pyramid", "bfloat16", "inference"), "right")
+    by_cell = [cell for cell, _ in itertools.groupby(case.cell for case in on_gpu)]
+    assert len(by_cell) == len(set(by_cell)), "what is about a cell is together"
+    assert {cell.implementation for cell in by_cell} == {"cuda", "triton"}
+    assert Cell("triton", "atrous_pyramid", "float64", "training") not in by_cell
+    assert Cell("cuda", "atrous_pyramid", "float64", "training") in by_cell
+    for cell in by_cell:
+        assert [c.what for c in on_gpu if c.cell == cell] == ["right", "medium", "large", "small"]
+
+
+def test_parts_of_it() -> None:
+    quick = listed("cuda", quick=True)
+    assert {case.cell.precision for case in quick} == {"bfloat16", "tf32"}
+    assert {case.what for case in quick} == {"right", "medium"}
+    only = listed("cpu", only="aspp_inference")
+    assert {case.cell.operator for case in only} == {"aspp_inference"}
+    assert {case.cell.mode for case in only} == {"inference"}
+
+
+# Failures
+
+
+def test_a_problem_is_shrunk_while_it_is_wrong() -> None:
+    """Wrong is what has more than ten columns and a branch of rate 5."""
+
+    def check(problem):
+        if problem.shape[3] > 10 and any(b.rate == (5, 5) for b in problem.branches):
+            raise Wrong("it is")
+
+    subject = Subject(Cell("cpu", "atrous_pyramid", "float32", "inference"), "cpu")
+    problem = PROBLEMS["prime_sizes"]
+    wide = failure.replace(problem, shape=(3, 13, 7, 37), layout="sliced")
+    with pytest.raises(failure.Failure) as found:
+        failure.examine(subject, "pyramid", wide, check)
+    least = found.value.page.partition("The least problem")[2]
+    assert "x [1, 1, 1, 11] contiguous; 1 x 3x3 at 5x5; weights contiguous" in least
+
+
+def test_what_breaks_while_it_is_described_is_still_told(monkeypatch) -> None:
+    def broken(*arguments: Any) -> Iterator[str]:
+        raise RuntimeError("no device any more")
+
+    monkeypatch.setattr(failure, "_integers", broken)
+
+    def check(problem):
+        raise Wrong("result 0: it is", torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+
+    subject = Subject(Cell("cpu", "atrous_pyramid", "float32", "inference"), "cpu")
+    with pytest.raises(failure.Failure, match="result 0: it is") as found:
+        failure.examine(subject, "pyramid", PROBLEMS["one_branch"], check)
+    assert "repeats: not known, RuntimeError: no device any more" in found.value.page
+
+
+def test_blocks_of_k_tell_which_channels_are_wrong(monkeypatch) -> None:
+    def wrong(x, *rest):
+        return torch.ops.aspp_ext.atrous_pyramid(x.index_fill(1, torch.tensor([70]), 0.0), *rest)
+
+    monkeypatch.setattr(Subject, "call", lambda self, op: wrong)
+    subject = Subject(Cell("cpu", "atrous_pyramid", "float32", "inference"), "cpu")
+    problem = PROBLEMS["channel_blocks"]
+    (line,) = failure._blocks_of_k(subject, "pyramid", problem, Wrong(""))
+    counts = dict(part.split(": ") for part in line.partition("argument: ")[2].split(", "))
+    assert int(counts["1"]) > 0
+    assert {counts[block] for block in "0234"} == {"0"}
+
+
+def test_the_digest_of_the_engine_follows_its_sources(monkeypatch, tmp_path) -> None:
+    before = command.digest_of_engine()
+    (tmp_path / "verify").mkdir()
+    (tmp_path / "testing").mkdir()
+    (tmp_path / "reference.py").write_text("")
+    monkeypatch.setattr(command, "PACKAGE", tmp_path)
+    empty = command.digest_of_engine()
+    (tmp_path / "verify" / "cases.py").write_text("# another")
+    assert len({before, empty, command.digest_of_engine()}) == 3
+    assert HERE.key == HERE.key
