@@ -121,6 +121,16 @@ def test_products_are_computed_by_the_right_units(gpu, kernels) -> None:
             assert k.count("FFMA|v_(pk_)?fma") >= 64, k
 
 
+@each_gpu
+def test_operands_are_rounded_to_tf32(gpu, kernels) -> None:
+    """Every element of both, by the threads that hold it; the tensor cores would cut bits off."""
+    rounding = [k for k in kernels[gpu] if k.get("PRECISION") == "tf32"]
+    assert {k["kernel"] for k in rounding} == {*MULTIPLYING}
+    for k in rounding:
+        lanes = k["warps"] * (64 if gpu == "gfx942" else 32)
+        assert k["cuts"] * lanes >= (k["M"] + k["N"]) * k["K"], k
+
+
 @pytest.mark.parametrize("gpu", NVIDIA)
 def test_operands_are_copied_behind_the_registers(gpu, kernels) -> None:
     """cp.async, at least one of the operands 16 bytes at a time; in float32 the one whose sum runs

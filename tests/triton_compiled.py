@@ -105,6 +105,11 @@ def run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
+def cuts(listing: str) -> dict[str, int]:
+    """How often the 13 bits are cleared that TF32 does not have."""
+    return {"cuts": len(re.findall(r"(?:LOP3|v_and).* 0xffffe000", listing))}
+
+
 def read_cuda(cubin: bytes) -> dict[str, Any]:
     """Registers, memory that stands in for them, and how often each instruction occurs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -115,7 +120,7 @@ def read_cuda(cubin: bytes) -> dict[str, Any]:
     numbers = {name: int(n) for name, n in re.findall(r"(\w+)(?:\[0\])?:(\d+)", usage)}
     found = Counter(m[1] for line in listing.splitlines() if (m := INSTRUCTION.match(line)))
     memory = {"stack": numbers["STACK"], "local": numbers["LOCAL"]}
-    return {"registers": numbers["REG"], "instructions": found, **memory}
+    return {"registers": numbers["REG"], "instructions": found, **memory, **cuts(listing)}
 
 
 def read_amd(text: str) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def read_amd(text: str) -> dict[str, Any]:
     fields["local"] = "vgpr_spill_count"
     found = Counter(re.findall(r"^\s+([vsb]\w+_\w+)", text, re.MULTILINE))
     numbers = {k: int(re.findall(rf"\.{v}:\s+(\d+)", text)[0]) for k, v in fields.items()}
-    return {**numbers, "instructions": found}
+    return {**numbers, "instructions": found, **cuts(text)}
 
 
 def reading(c: Compilation) -> dict[str, Any]:

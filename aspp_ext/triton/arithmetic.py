@@ -12,10 +12,19 @@ INTERPRETED = tl.constexpr(interpreted)
 
 
 @triton.jit
+def to_tf32(value):
+    """float32 with 10 bits of fraction: to nearest, ties away from zero."""
+    bits = (value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr):
     """``sums + a @ b`` in float32; float32 operands in PRECISION, "tf32" or "ieee"."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "tf32":  # tensor cores, and the interpreter, would not round
+        a, b = to_tf32(a), to_tf32(b)
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
