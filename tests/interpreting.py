@@ -29,7 +29,8 @@ def quicken() -> None:
     """Leaves out what changes no result.
 
     Sums and products of integers are computed twice to look for an overflow, which is then not
-    looked at; and each call of a device function redirects the language anew, which the launch has.
+    looked at; each call of a device function redirects the language anew, which the launch has; and
+    a launch copies the memory of its arguments back to where it is.
     """
     from triton import language
     from triton.runtime import interpreter
@@ -44,6 +45,7 @@ def quicken() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = redirect_once
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -10,21 +11,35 @@ import sys
 
 import pytest
 import torch
-from marks import on_cpu, on_native, proven_emulated
+from interpreting import overflow_refused
+from marks import on_all, on_cpu, on_native, proven_emulated, proven_interpreted
 from processes import run_python
+from table import INTERPRETED, call_of
 
 import aspp_ext
 from aspp_ext.testing import OPS, Branch, Problem, outputs
 
 pytestmark = [proven_emulated, on_native]
 
-SMALL = Problem("far apart", (2, 3, 3, 4), (Branch(2, (3, 1), (1, 1)), Branch(3, (1, 1), (1, 1))))
+SMALL = Problem("far apart", (2, 8, 3, 4), (Branch(8, (3, 1), (1, 1)), Branch(16, (1, 1), (1, 1))))
 MAP_NORESERVE = 0x4000  # Linux: pages that are never touched cost nothing
 
 
-def spread_out(t: torch.Tensor) -> torch.Tensor:
-    """``t`` with its dimensions 2**31 elements and more apart."""
-    strides = [2**33 + 99991, 2**32 + 1009, 2**31 + 101, 2**31 - 7][: t.dim()]
+def strides_of(t: torch.Tensor, apart: str) -> list[int]:
+    """What is apart is so by 2**31 elements and more; of planes and pixels in whole 16 bytes."""
+    height, width = (1, *t.shape)[-2:]
+    pixel = 2**31 + 64
+    strides = {
+        "elements": [2**33 + 99991, 2**32 + 1009, 2**31 + 101, 2**31 - 7],
+        "planes": [2**36 + 64, 2**31 + 8, width, 1],
+        "pixels": [height * width * pixel, 1, width * pixel, pixel],
+    }[apart if t.dim() == 4 else "elements"]
+    return strides[: t.dim()]
+
+
+def spread_out(t: torch.Tensor, apart: str) -> torch.Tensor:
+    """``t`` in memory that is not touched elsewhere."""
+    strides = strides_of(t, apart)
     last = sum((size - 1) * stride for size, stride in zip(t.shape, strides, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     memory = mmap.mmap(-1, (last + 1) * t.element_size(), flags)
@@ -33,22 +48,27 @@ def spread_out(t: torch.Tensor) -> torch.Tensor:
     return far
 
 
+@on_all
+@proven_interpreted
 @pytest.mark.skipif(sys.platform != "linux", reason="needs lazily reserved memory")
+@pytest.mark.parametrize("apart", ["elements", "planes", "pixels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OPS)
-def test_offsets_beyond_32_bits(name, dtype) -> None:
+def test_offsets_beyond_32_bits(name, dtype, apart) -> None:
     """Every argument in turn; an index of 32 bits would reach nothing valid."""
     op = OPS[name]
     arguments = op.make(SMALL, dtype, integer=True)
-    expected = outputs(op.native(*arguments))
+    call = call_of(op)
+    expected = outputs(call(*arguments))
     for i, argument in enumerate(arguments):
         many = isinstance(argument, list)
         tensors = [a for a in (argument if many else [argument]) if isinstance(a, torch.Tensor)]
         if not any(a.numel() for a in tensors):
             continue
-        far = [spread_out(a) if a.numel() else a for a in tensors]
+        far = [spread_out(a, apart) if a.numel() else a for a in tensors]
         changed = [*arguments[:i], far if many else far[0], *arguments[i + 1 :]]
-        got = outputs(op.native(*changed))
+        with overflow_refused() if INTERPRETED else contextlib.nullcontext():
+            got = outputs(call(*changed))
         assert all(map(torch.equal, got, expected)), f"argument {i}"
 
 

@@ -22,7 +22,7 @@ if INTERPRETED:
 
 from triton_mock import GPUS, Launch, pretended
 
-from aspp_ext.triton import operators, work
+from aspp_ext.triton import operands, operators, work
 
 NAMES = [name for name in OPS if not name.startswith("head")]
 MOST = (2**31 - 1, 65535, 65535)
@@ -145,6 +145,33 @@ def test_an_empty_batch_launches_nothing(name) -> None:
     with pretended("sm_90") as device:
         call(name, PROBLEMS["empty_batch"])
         assert not device.launches
+
+
+def of_any_size(*shape: int) -> torch.Tensor:
+    return torch.zeros(1).expand(shape)
+
+
+BEYOND = {
+    "weight": lambda: operators.atrous_pyramid(
+        of_any_size(1, 2**16, 1, 1), [of_any_size(2**15, 2**16, 1, 1)], [1, 1]
+    ),
+    "depthwise weight": lambda: operators.atrous_separable_pyramid(
+        *(of_any_size(1, 2**20, 1, 1), [of_any_size(2**20, 1, 63, 63)]),
+        *([of_any_size(1, 2**20, 1, 1)], [1, 1], [], []),
+    ),
+    "pixel": lambda: operators.atrous_pyramid_grad_weight(
+        *(of_any_size(1, 1, 1, 1), of_any_size(1, 2**31 - 8, 1, 1), [1, 1], [1], [1, 1])
+    ),
+    "result's pixel": lambda: operands.out_rows(of_any_size(1), 1, [2**27] * 16),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_more_than_kernels_can_count_is_refused(name) -> None:
+    said = f"elements of a {name.split()[-1]} go up to {2**31 - 2**10} with Triton, got "
+    with pretended("sm_90") as device, pytest.raises(RuntimeError, match=said):
+        BEYOND[name]()
+    assert not any("units" in launch.arguments for launch in device.launches)
 
 
 @pytest.mark.parametrize("gpu", ["sm_90", "gfx942"])

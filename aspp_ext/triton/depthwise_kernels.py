@@ -66,7 +66,7 @@ def pack_kernel(
     for i in tl.static_range(2):
         value = tl.load(pick(given, (i + 1) * BRANCHES + b, 3 * BRANCHES) + lanes, mask=known)
         value = tl.where(known, value.to(tl.float32), tl.where(inside, 1.0 - i, 0.0))
-        tl.store(affine + (b * 2 + i) * pitch + lanes, value)
+        tl.store(affine + (b * 2 + i).to(tl.int64) * pitch + lanes, value)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def depthwise_kernel(
         of_sums = rounded(g * scale[None, :], grad_sums.dtype.element_ty)
         tl.store(grad_sums + place, of_sums, mask=written)
         piece, slices, slot, tile = unit_slice(unit)
-        to = of_between + tile.to(tl.int64) * (2 * weight_pitch) + columns
+        to = of_between + tile.to(tl.int64) * 2 * weight_pitch + columns
         tl.store(to, tl.sum(tl.where(written, g * sums, 0.0), 0))
         tl.store(to + weight_pitch, tl.sum(g, 0))
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..ops.formats import empty_image, is_channels_last
 from .transpose import transpose
 
-MAX_ELEMENTS = 2**31 - 1
-"""Of one weight: kernels count within it in 32 bits."""
+MAX_ELEMENTS = 2**31 - 2**10
+"""Of a weight, or of a pixel: kernels count within it in 32 bits, to the end of the last tile."""
 
 
 class Rows(NamedTuple):
@@ -26,6 +26,18 @@ class Rows(NamedTuple):
 
     data: Tensor
     chunks: int
+
+
+def check_limit(elements: int, of: str) -> None:
+    """Refuses more than the kernels can count ``of`` a "weight" or a "pixel".
+
+    Raises:
+        RuntimeError: there are.
+    """
+    if elements > MAX_ELEMENTS:
+        raise RuntimeError(
+            f"aspp_ext: elements of a {of} go up to {MAX_ELEMENTS} with Triton, got {elements}"
+        )
 
 
 def chunk(dtype: torch.dtype) -> int:
@@ -51,13 +63,14 @@ def _pixel_pitch(x: Tensor) -> int | None:
         size == 1 or stride == want
         for size, stride, want in zip(x.shape, x.stride(), expected, strict=True)
     )
-    return pitch if fits and pitch >= c else None
+    return pitch if fits and c <= pitch <= MAX_ELEMENTS else None
 
 
 def image(x: Tensor) -> Rows:
     """``[N, C, H, W]`` as rows of C channels."""
     n, c, h, w = x.shape
     step = chunk(x.dtype)
+    check_limit(c, "pixel")
     pitch = _pixel_pitch(x)
     if c % step == 0 and pitch is not None and pitch % step == 0 and _is_aligned(x):
         return Rows(x, pitch // step)
@@ -79,6 +92,7 @@ def _channels_last(t: Tensor, data: Tensor, padded: int) -> None:
 def _firsts(widths: Sequence[int], dtype: torch.dtype) -> tuple[list[int], int]:
     """Where branches begin, in chunks, if each begins with one; and where the last one ends."""
     *firsts, end = itertools.accumulate((chunks(w, dtype) for w in widths), initial=0)
+    check_limit(end * chunk(dtype), "pixel")
     return firsts, end
 
 
@@ -97,18 +111,10 @@ def branch_image(grad: Tensor, widths: Sequence[int]) -> tuple[Rows, list[int]]:
 
 
 def weight(w: Tensor) -> Tensor:
-    """``[O, C, kh, kw]`` as ``[O, kh * kw, C]`` with C up to a whole chunk.
-
-    Raises:
-        RuntimeError: it has too many elements for the kernels.
-    """
+    """``[O, C, kh, kw]`` as ``[O, kh * kw, C]`` with C up to a whole chunk."""
     o, c, kh, kw = w.shape
     padded = chunks(c, w.dtype) * chunk(w.dtype)
-    if o * kh * kw * padded > MAX_ELEMENTS:
-        raise RuntimeError(
-            f"aspp_ext: elements of a weight go up to {MAX_ELEMENTS} with Triton, got shape "
-            f"{list(w.shape)}"
-        )
+    check_limit(o * kh * kw * padded, "weight")
     rows = w.permute(0, 2, 3, 1)
     if c % chunk(w.dtype) == 0 and rows.is_contiguous() and _is_aligned(w):
         return rows.view(o, kh * kw, c)

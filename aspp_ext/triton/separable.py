@@ -118,6 +118,7 @@ def _packed(parts: Sequence[Part], x: Tensor, records: Tensor) -> Packed:
     """Packs what ``records`` on the device, one per branch, describe."""
     channels, rows = x.size(1), _rows(parts)
     blocks = -(-channels // BLOCK)
+    operands.check_limit(max(part.taps for part in parts) * blocks * BLOCK, "weight")
     depthwise = torch.empty(rows[-1], blocks * BLOCK, dtype=torch.float32, device=x.device)
     affine = torch.empty(len(parts), 2, blocks * BLOCK, dtype=torch.float32, device=x.device)
     fields = zip(*((p.depthwise, p.scale, p.shift) for p in parts), strict=True)

@@ -105,7 +105,7 @@ def separable_kernel(
     weight_pitch = weight_chunks * CHUNK
     pitch = blocks * BLOCK
     depthwise += row.to(tl.int64) * pitch
-    affine += b * 2 * pitch
+    affine += b.to(tl.int64) * 2 * pitch
 
     WORD: tl.constexpr = 2 if x.dtype.element_ty == tl.bfloat16 else 1  # channels of a word
     source = words(x)

@@ -40,9 +40,9 @@ def transpose_kernel(
     r = line % down * R + tl.arange(0, R)
     c = tl.program_id(0) % across * C + tl.arange(0, C)
     batch = (line // down).to(tl.int64)
-    at = batch * in_batch * IN_STEP + r.to(tl.int64)[:, None] * (in_row * IN_STEP) + c[None, :]
+    at = (batch * in_batch + r.to(tl.int64)[:, None] * in_row) * IN_STEP + c[None, :]
     tile = tl.load(source + at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
-    at = batch * out_batch * OUT_STEP + c.to(tl.int64)[:, None] * (out_row * OUT_STEP) + r[None, :]
+    at = (batch * out_batch + c.to(tl.int64)[:, None] * out_row) * OUT_STEP + r[None, :]
     tl.store(target + at, tl.trans(tile), mask=(c < columns)[:, None] & (r < padded_rows)[None, :])
 
 
