@@ -12,8 +12,9 @@ from torch import Tensor
 MAX_BRANCHES = 64
 """Branches of one launch (csrc/cuda/params.h)."""
 
-MAX_PIXELS = 2**31 - 1
-"""Pixels of the batch: work lists count them in 32 bits (csrc/plan/work_list.h)."""
+MAX_PIXELS = 2**31 - 2**10
+"""Pixels of the batch: work lists (csrc/plan/work_list.h) and kernels count them in 32 bits, to the
+end of the last tile."""
 
 MIN_CAPABILITY = (8, 0)
 

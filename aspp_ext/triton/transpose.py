@@ -46,6 +46,11 @@ def transpose_kernel(
     tl.store(target + at, tl.trans(tile), mask=(c < columns)[:, None] & (r < padded_rows)[None, :])
 
 
+def _taken(steps: tuple[int, int], sizes: tuple[int, int]) -> tuple[int, ...]:
+    """Of one element a step may be any number, also one that a kernel would be compiled for."""
+    return tuple(step if size > 1 else 0 for step, size in zip(steps, sizes, strict=True))
+
+
 def transpose(
     source: Tensor,
     target: Tensor,
@@ -67,8 +72,10 @@ def transpose(
     batch, rows, columns = size
     padded_rows = rows if padded_rows is None else padded_rows
     chunk = 16 // source.dtype.itemsize
-    in_step = chunk if all(s % chunk == 0 for s in source_steps) else 1
-    out_step = chunk if all(s % chunk == 0 for s in target_steps) else 1
+    of_source = _taken(source_steps, (batch, rows))
+    of_target = _taken(target_steps, (batch, columns))
+    in_step = chunk if all(s % chunk == 0 for s in of_source) else 1
+    out_step = chunk if all(s % chunk == 0 for s in of_target) else 1
     tile = (16 if padded_rows <= 16 else 64, 16 if columns <= 16 else 64)
     tiles = triton.cdiv(padded_rows, tile[0]) * triton.cdiv(columns, tile[1])
     if batch * tiles == 0:
@@ -76,7 +83,7 @@ def transpose(
     with on_device(source.device):
         transpose_kernel[(batch * tiles,)](
             source, target, rows, columns, padded_rows,
-            *(s // in_step for s in source_steps), *(s // out_step for s in target_steps),
+            *(s // in_step for s in of_source), *(s // out_step for s in of_target),
             IN_STEP=in_step, OUT_STEP=out_step, R=tile[0], C=tile[1],
             num_warps=8 if tile == (64, 64) else 4,  # with four, Triton 3.6 spills
         )  # fmt: skip
