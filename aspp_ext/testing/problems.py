@@ -116,6 +116,10 @@ _PROBLEMS = (
         _problem(f"in_place_{k}", (1, 40, 6, 18), *_ANY_LAYOUT, layout=k, weight_layout=k)
         for k in _CUT_OUT
     ),
+    *(
+        _problem(f"{k}_{c}", (1, c, 6, 1), (c, 1), (c, 3, 2), layout=k, weight_layout=k)
+        for k, c in (("steps_not_taken", 1), ("steps_not_taken", 16))
+    ),
 )
 PROBLEMS: dict[str, Problem] = {problem.name: problem for problem in _PROBLEMS}
 
@@ -137,6 +141,11 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
         kept = {"batch": (0,), "channels": (1,), "plane": (2, 3)}[layout.removeprefix("expanded_")]
         index = tuple(slice(0, 1) if d in kept else slice(None) for d in range(t.dim()))
         return t[index].expand(t.shape)
+    if layout == "steps_not_taken":  # of dimensions with one element: any step is as good
+        steps = [
+            2**60 if size == 1 else step for size, step in zip(t.shape, t.stride(), strict=True)
+        ]
+        return t.as_strided(t.shape, steps)
     if layout in _CUT_OUT:
         return _cut_out(t, _CUT_OUT[layout]) if t.dim() == 4 else t.contiguous()
     first, step, extra = {"offset": (0, 1, 0), "sliced": (1, 1, 3), "strided": (1, 2, 1)}[layout]

@@ -13,7 +13,10 @@ struct Merged {
   bool possible = true;
 };
 
-// Steps along a dimension of one element are never taken, whatever the tensor says they are.
+// Steps along a dimension of one element are never taken, whatever the tensor says they are: it may
+// say what no sum of bytes can hold.
+int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) > 1 ? t.stride(dim) : 0; }
+
 Merged merge(int64_t outer, int64_t outer_step, int64_t inner, int64_t inner_step) {
   if (outer == 1) return {inner, inner == 1 ? 1 : inner_step};
   if (inner == 1) return {outer, outer_step};
@@ -97,9 +100,9 @@ void Operands::pack_image(const Tensor& t, int64_t first, int64_t count, char* t
   const Merged plane = plane_of(t);
   if (!plane.possible) return pack_image(keep(channels_last_copy(t)), first, count, to, pitch);
   TransposeParams params{};
-  params.in = static_cast<const char*>(t.data_ptr()) + first * t.stride(1) * bytes_;
-  params.in_batch = t.stride(0);
-  params.in_row = t.size(1) > 1 ? t.stride(1) : 1;
+  params.in = static_cast<const char*>(t.data_ptr()) + first * step(t, 1) * bytes_;
+  params.in_batch = step(t, 0);
+  params.in_row = step(t, 1);
   params.in_column = plane.step;
   params.out = to;
   params.out_batch = plane.count * pitch;
@@ -145,8 +148,8 @@ const void* Operands::weight(const Tensor& w) {
   const Rows rows = allocate_rows(w.size(0) * taps, channels);
   TransposeParams params{};
   params.in = w.data_ptr();
-  params.in_batch = w.stride(0);
-  params.in_row = channels > 1 ? w.stride(1) : 1;
+  params.in_batch = step(w, 0);
+  params.in_row = step(w, 1);
   params.in_column = plane.step;
   params.out = rows.data;
   params.out_batch = taps * pitch;
@@ -156,7 +159,7 @@ const void* Operands::weight(const Tensor& w) {
   params.columns = taps;
   params.out_columns = pitch;
   if (taps == 1) {  // one large transpose instead of many of one column
-    params.in_column = w.stride(0);
+    params.in_column = step(w, 0);
     std::swap(params.batch, params.columns);
   }
   transpose(params);

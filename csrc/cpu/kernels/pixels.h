@@ -75,11 +75,14 @@ void load_row(const Plane<S>& src, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrd
       }
     }
   }
-  for (ptrdiff_t c = whole; c < width; ++c) {
+  for (ptrdiff_t c = whole; c < channels; ++c) {
     const S* line = row + c * src.c_stride;
     for (ptrdiff_t x = x0; x < x1; ++x) {
-      convert(c < channels ? to_float(line[x * src.x_stride]) : T(0), dst[(x - x0) * stride + c]);
+      convert(to_float(line[x * src.x_stride]), dst[(x - x0) * stride + c]);
     }
+  }
+  for (ptrdiff_t c = channels; c < width; ++c) {
+    for (ptrdiff_t x = x0; x < x1; ++x) convert(T(0), dst[(x - x0) * stride + c]);
   }
 }
 
