@@ -52,7 +52,7 @@ main() {
     --json "$OUT/verify.json" --export "$OUT/entry.json"
   code=$?
   pages=("$ASPP_EXT_VERIFIED"/failures/*/*.txt)
-  # One file, as few may come back from a machine that is lent.
+  # One file, to be carried or mailed.
   if [[ -e ${pages[0]} ]] && cat "${pages[@]}" >>"$OUT/failures.txt"; then
     rm -r "$ASPP_EXT_VERIFIED/failures" && printf 'their pages are in %s\n' "$OUT/failures.txt"
   fi

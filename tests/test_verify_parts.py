@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def toy(given: str, beat: isolation.Beat) -> dict[str, Any]:
         time.sleep(1e6)
     if given == "spawn":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
+        beat("the last line")
         time.sleep(1e6)
     return {"result": "right", "pid": os.getpid(), isolation.BROKEN: given == "broken"}
 
@@ -46,16 +48,18 @@ def toy(given: str, beat: isolation.Beat) -> dict[str, Any]:
 @pytest.fixture
 def patient(monkeypatch) -> None:
     """Waits for good cases as long as it takes."""
-    ask = isolation.Child.ask
+    result = isolation.Child.result
 
-    def wait(self, given, quiet, deadline):
-        return ask(self, given, 0.5 if given in ("hang", "spawn") else 1e6, deadline)
+    def wait(self, quiet):
+        return result(self, quiet if self.doing == "the last line" else 1e6)
 
-    monkeypatch.setattr(isolation.Child, "ask", wait)
+    monkeypatch.setattr(isolation.Child, "result", wait)
 
 
-def solved(*given: str, deadline: float = 1e9) -> list[tuple[str, dict[str, Any]]]:
-    return list(isolation.run(given, toy, 20.0, deadline))
+def solved(
+    *given: str, deadline: float = 1e9, at_once: int = 1
+) -> list[tuple[str, dict[str, Any]]]:
+    return list(isolation.run(given, toy, 1.0, deadline, at_once=at_once))
 
 
 def test_what_goes_wrong_takes_nothing_along(patient) -> None:
@@ -64,7 +68,7 @@ def test_what_goes_wrong_takes_nothing_along(patient) -> None:
     bad = ["crashed", "crashed", "right", "hung", "right", "right", "right", "right"]
     assert results == ["right", *bad]
     whys = [result["why"] for _, result in found if "why" in result]
-    assert whys == ["signal SIGKILL", "exit status 7", "quiet for 20 s, at the last line"]
+    assert whys == ["signal SIGKILL", "exit status 7", "quiet for 1 s, at the last line"]
     assert found[1][1]["output"] == "so long\n"
     children = [result.get("pid") for _, result in found]
     assert len({children[0], children[3], children[5], children[7]}) == 4
@@ -73,9 +77,21 @@ def test_what_goes_wrong_takes_nothing_along(patient) -> None:
     assert isolation.BROKEN not in found[6][1]
 
 
-def test_a_child_s_own_children_end_with_it(patient) -> None:
+def test_several_at_once(patient) -> None:
+    given = [*["good", "crash"] * 3, "hang", "good", "exit"]
+    found = solved(*given, at_once=4)
+    assert sorted(case for case, _ in found) == sorted(given)
+    results = {(case, result["result"]) for case, result in found}
+    bad = {("crash", "crashed"), ("exit", "crashed"), ("hang", "hung")}
+    assert results == {("good", "right"), *bad}
+
+
+def test_a_child_s_own_children_end_with_it() -> None:
     child = isolation.Child(toy)
-    assert child.ask("spawn", 20.0, 1e9) is None
+    child.give("spawn")
+    while child.doing != "the last line":
+        child.connection.poll(None)
+        child.hear()
     child.end()
     with contextlib.suppress(ProcessLookupError):
         while True:  # until the last of its group is gone
@@ -88,19 +104,24 @@ def test_a_case_that_the_deadline_cuts_has_no_result() -> None:
     assert solved("hang", deadline=now + 0.5) == []
 
 
-def test_a_busy_machine_is_not_a_hung_kernel() -> None:
+def test_a_busy_machine_is_not_a_hung_kernel(monkeypatch) -> None:
     """As long as it says from time to time what it does."""
+    now = [0.0]
+    monkeypatch.setattr(isolation, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def beats(self: isolation.Child) -> dict[str, Any] | None:
+        now[0] += 15.0
+        return hear(self)
 
     def work(given, beat):
-        for line in range(4):
-            time.sleep(0.3)
+        for line in range(9):
             beat(str(line))
         return {"result": "right"}
 
-    child = isolation.Child(work)
-    assert child.ask("", 1e6, 1e9) == {"result": "right"}
-    assert child.doing == "3"
-    child.end()
+    hear = isolation.Child.hear
+    monkeypatch.setattr(isolation.Child, "hear", beats)
+    ((_, result),) = isolation.run([""], work, 20.0, 1e9)
+    assert result == {"result": "right", "seconds": 150.0}
 
 
 # The journal
@@ -180,13 +201,15 @@ def listed(device: str, **keywords: Any) -> list[Case]:
 def test_what_is_worth_knowing_comes_first() -> None:
     on_gpu = listed("cuda")
     assert on_gpu[0] == Case(Cell("cuda", "atrous_pyramid", "bfloat16", "inference"), "right")
-    by_cell = [cell for cell, _ in itertools.groupby(case.cell for case in on_gpu)]
-    assert len(by_cell) == len(set(by_cell)), "what is about a cell is together"
-    assert {cell.implementation for cell in by_cell} == {"cuda", "triton"}
-    assert Cell("triton", "atrous_pyramid", "float64", "training") not in by_cell
-    assert Cell("cuda", "atrous_pyramid", "float64", "training") in by_cell
-    for cell in by_cell:
-        assert [c.what for c in on_gpu if c.cell == cell] == ["right", "medium", "large", "small"]
+    assert {case.cell.implementation for case in on_gpu} == {"cuda", "triton"}
+    cells = {case.cell for case in on_gpu}
+    assert Cell("triton", "atrous_pyramid", "float64", "training") not in cells
+    assert Cell("cuda", "atrous_pyramid", "float64", "training") in cells
+    for cell in cells:
+        own = [c.what for c in on_gpu if c.cell == cell]
+        assert own == ["right", "medium", "large", "small"]
+    by_precision = [p for p, _ in itertools.groupby(c.cell.precision for c in on_gpu)]
+    assert by_precision == ["bfloat16", "tf32", "float16", "float32", "float64"]
 
 
 def test_parts_of_it() -> None:

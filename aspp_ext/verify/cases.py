@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from .. import _native, _triton, dispatch
 from ..evidence.entry import Cell
-from ..evidence.rulings import CLASSES
 
 OPERATORS = tuple(dispatch.IMPLEMENTATIONS)
-RIGHT = "right"
+RIGHT, SIZES = "right", ("medium", "large", "small")
 # By what users run: on GPUs networks are trained in 16 bits, or in float32 with PyTorch's own TF32.
 ON_GPU = ("bfloat16", "tf32", "float16", "float32", "float64")
 ON_CPU = ("float32", "bfloat16", "float64", "float16")
@@ -24,7 +23,7 @@ class Case(NamedTuple):
     """Whether a cell is right, or how fast it is in a class of problems."""
 
     cell: Cell
-    what: str  # RIGHT, or one of CLASSES
+    what: str  # RIGHT, or one of SIZES
 
     @property
     def name(self) -> str:
@@ -61,7 +60,7 @@ def timed(device: str) -> bool:
 
 
 def cells(names: Iterable[str], precisions: Iterable[str]) -> Iterator[Cell]:
-    for precision, operator, name in itertools.product(precisions, OPERATORS, names):
+    for precision, name, operator in itertools.product(precisions, names, OPERATORS):
         # The head is for inference; training computes its parts.
         for mode in ("inference", "training")[: 1 if operator == "aspp_inference" else 2]:
             if has_precision(name, precision):
@@ -69,7 +68,7 @@ def cells(names: Iterable[str], precisions: Iterable[str]) -> Iterator[Cell]:
 
 
 def cases(device: str, picked: str, quick: bool = False, only: str | None = None) -> list[Case]:
-    """All of a kind of device, a cell's times behind whether it is right.
+    """All of a kind of device: of each precision what is right, then what is fast.
 
     Args:
         picked: the CPU's instruction set that runs unasked.
@@ -79,13 +78,13 @@ def cases(device: str, picked: str, quick: bool = False, only: str | None = None
     precisions = QUICK[device] if quick else ON_GPU if device == "cuda" else ON_CPU
     names = implementations(device, picked)
     main = [name for name in names if " " not in name]  # others are proven, and never chosen here
-    sizes = ["medium"] if quick else ["medium", "large", "small"]
+    sizes = ["medium"] if quick else list(SIZES)
     found = []
-    others = [name for name in names if " " in name]
+    for precision in precisions:
+        each = [*cells(main, [precision])]
+        found += [Case(cell, RIGHT) for cell in each]
+        if timed(device):
+            found += [Case(cell, size) for size in sizes for cell in each]
     narrow = [p for p in precisions if p in ("float32", "bfloat16")]  # what they differ in
-    for cell in [*cells(main, precisions), *cells(others, narrow)]:
-        if only is None or cell.operator == only:
-            found.append(Case(cell, RIGHT))
-            if timed(device) and cell.implementation in main:
-                found += [Case(cell, size) for size in sizes if size in CLASSES]
-    return found
+    found += [Case(cell, RIGHT) for cell in cells([n for n in names if " " in n], narrow)]
+    return [case for case in found if only is None or case.cell.operator == only]

@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from .journal import Journal
 from .rightness import Subject, judge
 
 BUDGET_S, QUIET_S = 60.0, 20.0
+MOST_AT_ONCE = 6
+"""Children that compute on a GPU, of which Triton's compiler takes a processor each."""
 BAD = ("wrong", "crashed", "hung")
 
 ENGINE = ("verify", "testing", "reference.py")
@@ -134,13 +137,9 @@ def digest_of_engine() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    child = isolation.Child(describe)
-    try:
-        until = time.monotonic() + QUIET_S
-        found = child.ask(options.device, QUIET_S, until) or {"error": "the device does not answer"}
-    except EOFError:
-        found = {"error": f"the device cannot be asked: {child.end()}\n{child.last_words()}"}
-    child.end()
+    found = isolation.ask(describe, options.device, QUIET_S)
+    if found.get("result") in BAD:
+        found = {"error": f"the device cannot be asked: {found['why']}\n{found['output']}"}
     if "error" in found:
         print(f"aspp_ext verify: {found['error']}", file=sys.stderr)
         return 2
@@ -183,9 +182,9 @@ class Run:
             return 130
         return 1 if any(row["result"] in BAD for row in rows) else 0
 
-    def todo(self) -> Iterator[tuple[Case, str]]:
-        """What is to be run, each asked for when what came before it is known."""
-        for case in self.cases:
+    def todo(self, group: Iterable[Case]) -> Iterator[tuple[Case, str]]:
+        """What of it is to be run, each asked for when what came before it is known."""
+        for case in group:
             name = case.cell.implementation.split()[0]
             known = self.journal.results.get(case.name)
             if name in self.missing or (case.name in self.fresh):
@@ -199,17 +198,24 @@ class Run:
             yield case, self.device
 
     def solve(self, deadline: float) -> None:
+        """Of each precision first what is right, several cases at a time, then what is fast."""
         progress = report.Progress(len(self.cases), deadline)
-        for (case, _), result in isolation.run(
-            progress.following(self.todo(), lambda each: each[0].name),
-            *(solve, QUIET_S, deadline),
-            alike=lambda each: each[0].instruction_set,
-        ):
-            self.fresh.add(case.name)
-            page = result.pop("page", None) or result.pop("output", None)
-            if page and result["result"] in BAD:
-                result["page"] = self.write_page(case, f"{case.name}\n{page}")
-            self.add(case, result)
+        at_once = {"cuda": max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2)), "cpu": 1}
+        groups = itertools.groupby(
+            self.cases, lambda case: (case.cell.precision, case.what == RIGHT)
+        )
+        for (_, is_right), group in groups:
+            for (case, _), result in isolation.run(
+                progress.following(self.todo(group), lambda each: each[0].name),
+                *(solve, QUIET_S, deadline),
+                alike=lambda each: each[0].instruction_set,
+                at_once=at_once[self.kind] if is_right else 1,
+            ):
+                self.fresh.add(case.name)
+                page = result.pop("page", None) or result.pop("output", None)
+                if page and result["result"] in BAD:
+                    result["page"] = self.write_page(case, f"{case.name}\n{page}")
+                self.add(case, result)
         progress.end()
 
     def add(self, case: Case, result: dict[str, Any]) -> None:

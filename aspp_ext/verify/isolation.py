@@ -12,6 +12,7 @@ import ctypes
 import faulthandler
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ Beat = Callable[[str], None]
 Work = Callable[[T, Beat], dict[str, Any]]
 BROKEN = "broken"
 """A key of a result: the child that gave it can compute nothing any more."""
+MOST_S = 10.0
+"""That a process may take to end."""
 _FORK = multiprocessing.get_context("fork")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
@@ -42,7 +45,7 @@ class Child:
     """Computes ``work`` of what it is given; what it prints is in ``output``."""
 
     def __init__(self, work: Work[Any]) -> None:
-        self.doing = ""
+        self.doing, self.heard = "", time.monotonic()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.connection, far = _FORK.Pipe()
         sys.stdout.flush()
@@ -71,23 +74,44 @@ class Child:
             result = work(given, lambda doing: connection.send_bytes(json.dumps(doing).encode()))
             connection.send_bytes(json.dumps(result).encode())
 
-    def ask(self, given: Any, quiet: float, deadline: float) -> dict[str, Any] | None:
-        """Its result; None where it was quiet for so many seconds, or the deadline has come.
+    def give(self, given: Any) -> None:
+        """Begins with the next; one that has ended is found out by :meth:`hear`."""
+        self.doing, self.heard = "", time.monotonic()
+        with contextlib.suppress(OSError):
+            self.connection.send(given)
+
+    def hear(self) -> dict[str, Any] | None:
+        """The result, or None where it was a beat.
 
         Raises:
             EOFError: the process has ended.
         """
-        self.doing = ""
         try:
-            self.connection.send(given)
-            while self.connection.poll(max(0.0, min(quiet, deadline - time.monotonic()))):
-                said = json.loads(self.connection.recv_bytes())
-                if isinstance(said, dict):
-                    return said
-                self.doing = str(said)
+            said = json.loads(self.connection.recv_bytes())
         except (OSError, ValueError) as error:
             raise EOFError from error
+        self.heard = time.monotonic()
+        if isinstance(said, dict):
+            return said
+        self.doing = str(said)
         return None
+
+    def result(self, quiet: float) -> dict[str, Any] | None:
+        """What it has to say by now: also that it crashed or, being quiet for so long, hangs."""
+        try:
+            if self.connection.poll(0):
+                return self.hear()
+        except (EOFError, OSError):
+            return self._bad("crashed", self.end())
+        if time.monotonic() - self.heard < quiet:
+            return None
+        self.tell_where()
+        self.end()
+        return self._bad("hung", f"quiet for {quiet:.0f} s")
+
+    def _bad(self, result: str, how: str) -> dict[str, Any]:
+        where = f", at {self.doing}" if self.doing else ""
+        return {"result": result, "why": how + where, "output": self.last_words(), BROKEN: True}
 
     def tell_where(self) -> None:
         """Lets it print where it is, if it still can."""
@@ -99,12 +123,12 @@ class Child:
         """Kills it, if it is there; returns how it had ended, or an empty string."""
         if self.connection.closed:
             return ""
-        self.process.join(0.5 if self._has_closed() else 0)
+        self.process.join(MOST_S if self._has_closed() else 0)
         code = self.process.exitcode
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.kill()  # which may not have a group of its own yet
-        self.process.join()
+        self.process.join(MOST_S)  # a driver may hold it for ever
         self.connection.close()
         if code is None:
             return ""
@@ -125,53 +149,57 @@ class Child:
         return self.output.read().decode(errors="replace")
 
 
+def ask(work: Work[T], given: T, quiet: float) -> dict[str, Any]:
+    """The result of one case."""
+    ((_, result),) = run([given], work, quiet, float("inf"))
+    return result
+
+
 def run(
     cases: Iterable[T],
     work: Work[T],
     quiet: float,
     deadline: float,
     alike: Callable[[T], Any] = lambda case: None,
+    at_once: int = 1,
 ) -> Iterator[tuple[T, dict[str, Any]]]:
     """Each case with its result, as long as the time lasts.
 
     Where there is none: ``{"result": "crashed" or "hung", "why": ..., "output": ...}``.
 
     Args:
+        cases: the next one is asked for when a child is free, its results so far being known.
         quiet: seconds without a beat, after which a case hangs.
-        deadline: on ``time.monotonic()``'s clock; a case that runs then is left out.
+        deadline: on ``time.monotonic()``'s clock; cases that run then are left out.
         alike: cases of which it differs are given to different children.
+        at_once: so many children.
     """
-    child: Child | None = None
-    kind: Any = None
+    waiting, busy, free = iter(cases), {}, []  # type: ignore[var-annotated]
     try:
-        for case in cases:
-            if time.monotonic() >= deadline:
+        while time.monotonic() < deadline:
+            while len(busy) < at_once and (case := next(waiting, None)) is not None:
+                kind = alike(case)
+                child = next((c for k, c in free if k == kind), None)
+                for _, other in free:
+                    if other is not child:
+                        other.end()
+                free, child = [], child or Child(work)
+                child.give(case)
+                busy[child] = (case, kind, time.monotonic())
+            if not busy:
                 return
-            if child is not None and alike(case) != kind:
-                child.end()
-                child = None
-            kind = alike(case)
-            child = child or Child(work)
-            began = time.monotonic()
-            try:
-                result = child.ask(case, quiet, deadline)
-            except EOFError:
-                result = _bad("crashed", child.end(), child)
-            if result is None:
-                if time.monotonic() >= deadline:
-                    return
-                child.tell_where()
-                child.end()
-                result = _bad("hung", f"quiet for {quiet:.0f} s", child)
-            if result.pop(BROKEN, False):
-                child.end()
-                child = None
-            yield case, {**result, "seconds": round(time.monotonic() - began, 3)}
+            ends = min(deadline, *(child.heard + quiet for child in busy))
+            connections = [child.connection for child in busy]
+            multiprocessing.connection.wait(connections, max(0.0, ends - time.monotonic()))
+            for child in list(busy):
+                if (result := child.result(quiet)) is None:
+                    continue
+                case, kind, began = busy.pop(child)
+                if result.pop(BROKEN, False):
+                    child.end()
+                else:
+                    free.append((kind, child))
+                yield case, {**result, "seconds": round(time.monotonic() - began, 3)}
     finally:
-        if child is not None:
+        for child in (*busy, *(child for _, child in free)):
             child.end()
-
-
-def _bad(result: str, how: str, child: Child) -> dict[str, Any]:
-    where = f", at {child.doing}" if child.doing else ""
-    return {"result": result, "why": how + where, "output": child.last_words(), BROKEN: True}
