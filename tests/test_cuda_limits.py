@@ -8,7 +8,8 @@ import torch
 from marks import on_emulated
 
 pytestmark = on_emulated
-EDGE = 2**31 - 1
+EDGE = 2**31 - 2**10
+"""Kernels count in 32 bits, to the end of the last tile."""
 
 
 def nothing(*sizes: int) -> torch.Tensor:
@@ -39,10 +40,11 @@ def test_branches() -> None:
     assert torch.equal(out, torch.full((1, 64, 1, 2), 2.0))
 
 
-def test_pixels() -> None:
-    x = nothing(2**16, 1, 2**15, 1)
-    sentence = f"x must have at most {EDGE} pixels on CUDA, got 65536 * 32768 * 1"
-    refusals(x, [torch.ones(1, 1, 1, 1)], sentence)
+@pytest.mark.parametrize("shape", [(2**16, 1, 2**15, 1), (1, 1, 1, EDGE + 1)])
+def test_pixels(shape) -> None:
+    n, _, h, w = shape
+    sentence = f"x must have at most {EDGE} pixels on CUDA, got {n} * {h} * {w}"
+    refusals(nothing(*shape), [torch.ones(1, 1, 1, 1)], sentence)
 
 
 def test_taps() -> None:
@@ -50,11 +52,11 @@ def test_taps() -> None:
     refusals(torch.ones(1, 1, 1, 1), [nothing(1, 1, 1025, 1025)], sentence)
 
 
-@pytest.mark.parametrize("channels", [EDGE - 1, EDGE + 1])
+@pytest.mark.parametrize("channels", [EDGE + 1, 2**31 - 2, 2**31])
 def test_channels(channels) -> None:
-    """The first fits in 32 bits until it is padded."""
+    """The second fits in 32 bits until it is padded."""
     x, weight = nothing(1, channels, 1, 1), nothing(1, channels, 1, 1)
-    with pytest.raises(RuntimeError, match=r"channels.* must fit in 32 bits"):
+    with pytest.raises(RuntimeError, match=rf"channels.* must (be at most {EDGE}|fit in 32 bits)"):
         torch.ops.aspp_ext.atrous_pyramid(x, [weight], [1, 1])
 
 
@@ -98,9 +100,9 @@ def test_separable_refusals() -> None:
     refused_separable(one, torch.ones(2, 1, 3, 3), 65, sentence)
     sentence = f"x must have at most {EDGE} pixels on CUDA, got 65536 * 32768 * 1"
     refused_separable(many, torch.ones(1, 1, 1, 3), 1, sentence)
-    channels = nothing(1, EDGE - 1, 1, 1)
-    sentence = "the number of channels must fit in 32 bits on CUDA, got 2147483648"
-    refused_separable(channels, nothing(EDGE - 1, 1, 1, 1), 1, sentence)
+    channels = nothing(1, 2**31 - 2, 1, 1)
+    sentence = f"the number of channels must be at most {EDGE} on CUDA, got 2147483648"
+    refused_separable(channels, nothing(2**31 - 2, 1, 1, 1), 1, sentence)
 
 
 def test_64_separable_branches() -> None:

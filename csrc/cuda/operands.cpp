@@ -65,7 +65,8 @@ int64_t Operands::padded(int64_t channels) const {
 }
 
 int32_t Operands::narrow(const char* what, int64_t value) const {
-  require(value <= INT32_MAX, op_, ": ", what, " must fit in 32 bits on CUDA, got ", value);
+  require(value <= kMostCounted, op_, ": ", what, " must be at most ", kMostCounted,
+          " on CUDA, got ", value);
   return int32_t(value);
 }
 

@@ -49,7 +49,7 @@ class Operands {
   void* allocate(int64_t bytes);  // alive as long as this object
   Rows allocate_rows(int64_t rows, int64_t channels);
   int64_t padded(int64_t channels) const;
-  // Refuses what does not fit in the 32 bits of a kernel's parameter.
+  // Refuses what kernels cannot count.
   int32_t narrow(const char* what, int64_t value) const;
   int32_t narrow_pitch(const Rows& rows) const;
 

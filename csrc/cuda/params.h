@@ -24,6 +24,9 @@ enum class Math : int32_t { bfloat16, float16, tf32, float32, float64 };
 
 inline constexpr int kMaths = 5;
 inline constexpr int kMaxBranches = 64;
+// Pixels of the batch, channels and what else kernels count in 32 bits, to the end of the last
+// tile.
+inline constexpr int64_t kMostCounted = (int64_t(1) << 31) - (1 << 10);
 
 constexpr int bytes_of(Math math) {
   return math == Math::float64 ? 8 : math == Math::tf32 || math == Math::float32 ? 4 : 2;

@@ -11,7 +11,7 @@
 
 namespace aspp::cuda {
 
-inline constexpr Limits kCudaLimits{"on CUDA", INT64_MAX, kMaxBranches, INT32_MAX};
+inline constexpr Limits kCudaLimits{"on CUDA", INT64_MAX, kMaxBranches, kMostCounted};
 
 Math math_of(const Tensor& t, bool tf32);
 
