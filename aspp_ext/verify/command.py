@@ -29,7 +29,7 @@ from . import isolation, report
 from .cases import OPERATORS, RIGHT, Case, cases, timed
 from .contest import contest
 from .failure import Failure
-from .isolation import BROKEN, Beat
+from .isolation import BROKEN, FINAL, Beat
 from .journal import Journal
 from .rightness import Subject, judge
 
@@ -102,7 +102,8 @@ def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
     if wanted := case.instruction_set:
         os.environ["ASPP_EXT_ISA"] = wanted
         if picked() != wanted:
-            return {"result": "unavailable", "why": f"this processor has no {wanted}"}
+            why = f"this processor has no {wanted}"
+            return {"result": "unavailable", "why": why, FINAL: True}
     os.environ.pop("ASPP_EXT_BACKEND", None)
     subject = Subject(case.cell, device, beat)
     if device != "cpu":
@@ -189,7 +190,7 @@ class Run:
             known = self.journal.results.get(case.name)
             if name in self.missing or (case.name in self.fresh):
                 continue
-            if known is not None and not self.options.again and known["result"] not in BAD[1:]:
+            if known is not None and not self.options.again and is_final(known):
                 continue
             if case.what != RIGHT:
                 right = self.journal.results.get(Case(case.cell, RIGHT).name)
@@ -278,6 +279,11 @@ class Run:
             for name, result in results
             if result is not None and result["result"] in BAD
         ]
+
+
+def is_final(known: dict[str, Any]) -> bool:
+    """Whether another run need not find it out anew."""
+    return known["result"] in ("right", "wrong", "timed") or bool(known.get(FINAL))
 
 
 def with_speed(verdict: Verdict, size: str, result: dict[str, Any]) -> Verdict:

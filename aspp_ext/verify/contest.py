@@ -142,7 +142,7 @@ def contest(subject: Subject, size: str) -> dict[str, Any]:
             calls[f"PyTorch {name}"] = tensors.call("reference")
         seconds = 0.0
         for name, call in calls.items():
-            subject.beat(f"{name}, {size}")
+            subject.beat(f"{name}, {size}", ours=name.startswith("ours"))
             call()  # searches, compiles
             seconds += stopwatch(call)[0]
         if seconds > MOST_S:
@@ -154,7 +154,7 @@ def contest(subject: Subject, size: str) -> dict[str, Any]:
             calls,
             budget_s=BUDGET_S,
             stopwatch=stopwatch,
-            on_round=lambda done, _: subject.beat(f"{size}, round {done}"),
+            on_round=lambda done, _: subject.beat(f"{size}, round {done}", ours=False),
         )
     ours, torchs = (
         {name: timed[f"{who} {name}"] for name in FORMATS} for who in ("ours", "PyTorch")

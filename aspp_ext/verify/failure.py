@@ -46,7 +46,7 @@ def examine(
     Raises:
         Failure: for Wrong.
     """
-    subject.beat(f"{name}, {problem.name}")
+    subject.beat(f"{name}, {problem.name}", ours=False)
     try:
         return check(problem)
     except Wrong as wrong:
@@ -77,7 +77,7 @@ def _described(
         str(wrong),
     ]
     for part in (_mismatches, _blocks_of_k, _repeats, _plan):
-        subject.beat(f"describing {problem.name}")
+        subject.beat(f"describing {problem.name}", ours=False)
         try:
             lines += part(subject, name, problem, wrong)
         except Exception as error:
@@ -118,7 +118,7 @@ def _shrunk(
         for smaller in _smaller(problem):
             if time.monotonic() > until:
                 return problem, wrong
-            subject.beat(f"a smaller problem than {problem.name}")
+            subject.beat(f"a smaller problem than {problem.name}", ours=False)
             try:
                 check(smaller)
             except Wrong as found:

@@ -22,13 +22,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Beat = Callable[[str], None]
-"""To be called with what is done next: who does not for long hangs, who is only slow does."""
+Beat = Callable[..., None]
+"""``beat(doing="", ours=True)``, to be called with what is done next, if it is not the same, and
+whether it is ours: our kernels hang when they are quiet, others may be slow."""
 Work = Callable[[T, Beat], dict[str, Any]]
-BROKEN = "broken"
-"""A key of a result: the child that gave it can compute nothing any more."""
+BROKEN, FINAL = "broken", "final"
+"""Keys of a result: the child that gave it can compute nothing any more; and it would be the same
+another time."""
 MOST_S = 10.0
 """That a process may take to end."""
+PATIENCE = 6
+"""How many times as long others may be quiet."""
 _FORK = multiprocessing.get_context("fork")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
@@ -45,7 +49,7 @@ class Child:
     """Computes ``work`` of what it is given; what it prints is in ``output``."""
 
     def __init__(self, work: Work[Any]) -> None:
-        self.doing, self.heard = "", time.monotonic()
+        self.doing, self.ours, self.heard = "", True, time.monotonic()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.connection, far = _FORK.Pipe()
         sys.stdout.flush()
@@ -71,12 +75,15 @@ class Child:
                 given = connection.recv()
             except EOFError:
                 os._exit(0)
-            result = work(given, lambda doing: connection.send_bytes(json.dumps(doing).encode()))
-            connection.send_bytes(json.dumps(result).encode())
+
+            def beat(doing: str = "", ours: bool = True) -> None:
+                connection.send_bytes(json.dumps([doing, ours]).encode())
+
+            connection.send_bytes(json.dumps(work(given, beat)).encode())
 
     def give(self, given: Any) -> None:
         """Begins with the next; one that has ended is found out by :meth:`hear`."""
-        self.doing, self.heard = "", time.monotonic()
+        self.doing, self.ours, self.heard = "", True, time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.send(given)
 
@@ -93,7 +100,7 @@ class Child:
         self.heard = time.monotonic()
         if isinstance(said, dict):
             return said
-        self.doing = str(said)
+        self.doing, self.ours = said[0] or self.doing, said[1]
         return None
 
     def result(self, quiet: float) -> dict[str, Any] | None:
@@ -103,11 +110,17 @@ class Child:
                 return self.hear()
         except (EOFError, OSError):
             return self._bad("crashed", self.end())
-        if time.monotonic() - self.heard < quiet:
+        seconds = self.most_quiet(quiet)
+        if time.monotonic() - self.heard < seconds:
             return None
         self.tell_where()
         self.end()
-        return self._bad("hung", f"quiet for {quiet:.0f} s")
+        if self.ours:
+            return self._bad("hung", f"quiet for {seconds:.0f} s")
+        return {**self._bad("unavailable", f"PyTorch takes {seconds:.0f} s"), FINAL: True}
+
+    def most_quiet(self, quiet: float) -> float:
+        return quiet if self.ours else PATIENCE * quiet
 
     def _bad(self, result: str, how: str) -> dict[str, Any]:
         where = f", at {self.doing}" if self.doing else ""
@@ -188,7 +201,7 @@ def run(
                 busy[child] = (case, kind, time.monotonic())
             if not busy:
                 return
-            ends = min(deadline, *(child.heard + quiet for child in busy))
+            ends = min(deadline, *(child.heard + child.most_quiet(quiet) for child in busy))
             connections = [child.connection for child in busy]
             multiprocessing.connection.wait(connections, max(0.0, ends - time.monotonic()))
             for child in list(busy):
