@@ -14,7 +14,14 @@ from torch.library import opcheck
 from aspp_ext import reference
 from aspp_ext.ops import separable_norm
 from aspp_ext.ops.family import NATIVE
-from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, outputs
+from aspp_ext.testing import (
+    OPS,
+    PROBLEMS,
+    Problem,
+    assert_no_worse_than_torch,
+    laid_out,
+    outputs,
+)
 from aspp_ext.testing.batch_norm import made, wide
 from aspp_ext.testing.checks import assert_statistics, factor_for
 
@@ -22,7 +29,8 @@ SEPARABLE = OPS["separable"]
 SHAPES = (
     *("aspp", "prime_sizes", "channels_not_of_8", "one_channel", "kernel_5x5", "one_column"),
     *("rate_above_the_map", "rates_per_axis", "x_channels_last", "x_sliced", "x_transposed"),
-    *("weights_channels_last", "row_windows_batch"),
+    *("weights_channels_last", "row_windows_batch", "steps_not_taken_16"),
+    *("in_place_channel_slice", "in_place_row_slice", "in_place_column_slice"),
 )
 each_shape = pytest.mark.parametrize("name", SHAPES)
 FILLED = [p for p in PROBLEMS.values() if p.shape[0] > 0]
@@ -141,6 +149,7 @@ def check_against_torch(
     call = made(problem, dtype, device)
     shape = (problem.shape[0], problem.out_channels, *problem.shape[2:])
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    grad = laid_out(grad, problem.layout)
     got = call.gradients(grad, **keywords)
     exact = call.map(lambda t: t.double()).gradients(grad.double(), backend="reference", **keywords)
     assert [t.dtype for t in got] == [dtype, wide(dtype), wide(dtype), *[dtype] * len(call.leaves)]

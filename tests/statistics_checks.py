@@ -27,6 +27,7 @@ FILLED = [*(p for p in PROBLEMS.values() if p.shape[0] > 0), SLICED]
 each_filled = pytest.mark.parametrize("problem", FILLED, ids=lambda p: p.name)
 # Enough for every kind of stride, size and tail; opcheck takes a while.
 CHECKED = ("one_branch", "x_channels_last", "x_sliced", "weights_channels_last", "one_pixel")
+CHECKED += ("in_place_channel_slice", "steps_not_taken_16")
 
 
 def operator() -> Any:

@@ -176,6 +176,7 @@ def test_nothing_is_recorded_without_need() -> None:
 
 
 GRADS = ["expanded_batch", "expanded_channels", "expanded_plane", "channels_last", "sliced"]
+GRADS += ["channel_slice", "row_slice", "column_slice"]
 
 
 @quick_interpreted(lambda layout: layout == "sliced")

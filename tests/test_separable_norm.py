@@ -221,7 +221,10 @@ def test_the_steps_have_no_gradient(step) -> None:
 
 
 @on_emulated
-@pytest.mark.parametrize("name", ["one_branch", "prime_sizes", "x_channels_last", "x_sliced"])
+@pytest.mark.parametrize(
+    "name",
+    ["one_branch", "prime_sizes", "x_channels_last", "x_sliced", "in_place_channel_slice"],
+)
 def test_opcheck(name) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         checks.check_operators(name, dtype, "cpu")
