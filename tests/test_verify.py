@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from marks import on_cpu, on_emulated, on_interpreted
+from table import INTERPRETED
 
 from aspp_ext.evidence import entry, store
 from aspp_ext.evidence.entry import Cell
@@ -147,25 +148,33 @@ def test_the_cpu_s_kernels_are_right(tmp_path) -> None:
 
 @pytest.mark.prove
 @on_emulated
+@pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("operator", ["atrous_pyramid", "atrous_separable_pyramid"])
-def test_cuda_s_kernels_are_right_under_emulation(operator, tmp_path) -> None:
-    """Of which nothing is kept: it is no device of the user's."""
-    ran = Ran(
-        tmp_path, "-m", "aspp_ext", "verify", "--device", "cpu", "--quick", "--only", operator
-    )
-    assert ran.done.returncode == 0, ran.text + ran.done.stderr
-    assert {row["result"] for row in ran.rows} == {"right"}
-    assert not ran.store.exists()
+def test_cuda_s_kernels_are_right_under_emulation(operator, mode) -> None:
+    assert judge(Subject(Cell("cpu", operator, "float32", mode), "cpu")) < 4
 
 
 @pytest.mark.prove
 @on_interpreted
-def test_triton_s_kernels_are_right_under_the_interpreter(tmp_path) -> None:
-    arguments = ("--device", "cpu", "--quick", "--only", "atrous_pyramid")
-    ran = Ran(tmp_path, "-m", "aspp_ext", "verify", *arguments)
-    assert ran.done.returncode == 0, ran.text + ran.done.stderr
-    assert {row["result"] for row in ran.rows if row["implementation"] == "triton"} == {"right"}
-    assert not ran.store.exists()
+def test_triton_s_kernels_are_right_under_the_interpreter() -> None:
+    assert judge(Subject(Cell("triton", "atrous_pyramid", "float32", "inference"), "cpu")) < 4
+
+
+@pytest.mark.kernels("emulated", "interpreted")
+def test_what_is_no_device_of_the_user_s_is_not_kept(tmp_path) -> None:
+    arguments = ["verify", "--device", "cpu", "--quick", "--only", "atrous_pyramid"]
+    place = tmp_path / "store"
+    done = subprocess.run(
+        [sys.executable, "-m", "aspp_ext", *arguments, "--budget", "1e-3"],
+        env={**os.environ, store.VARIABLE: str(place)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    names = {row[0] for row in rows if "atrous_pyramid" in row}
+    assert names == ({"cpu", "triton"} if INTERPRETED else {"cpu"})
+    assert not place.exists()
 
 
 def test_a_cell_is_judged_by_all_that_it_has_to_satisfy() -> None:
