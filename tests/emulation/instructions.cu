@@ -123,7 +123,7 @@ __global__ void chunks(Params p) {
   p.out[place() * 12 + 8] = uint32_t(pair);
   p.out[place() * 12 + 9] = uint32_t(pair >> 32);
   p.out[place() * 12 + 10] = ptx::load_volatile(p.in + place());
-  p.out[place() * 12 + 11] = 0;
+  ptx::store<uint32_t>(p.out, place() * 12 + 11, ptx::load<uint32_t>(p.in, place()));
 }
 
 // Per thread one word in; out: to bfloat16 and float16, from both halves' bits, packed, tf32.

@@ -334,10 +334,12 @@ TEST(chunks) {
     store_chunk(shared_memory(), load_chunk(words));
     store_chunk(words + 4, load_chunk(shared_memory()));
     EQUAL(load_volatile(&words[2]), 3u);
+    store<uint16_t>(words, 10, load<uint8_t>(words, 12) + 1);
     EQUAL(load_volatile(reinterpret_cast<const uint64_t*>(words)), 0x200000001u);
     EQUAL(load_volatile(reinterpret_cast<const Chunk*>(words)).words[3], 4u);
   });
   EQUAL(words[4], 1u);
+  EQUAL(words[5], 5u);
   EQUAL(words[7], 4u);
 }
 
