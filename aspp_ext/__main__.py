@@ -43,12 +43,8 @@ def describe_build() -> Iterator[Row]:
         yield "nvcc", "not used"
 
 
-def picked_isa() -> str:
-    return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")
-
-
 def describe_libraries() -> Iterator[Row]:
-    yield "libaspp_cpu.so", _native.cpu_missing or f"loaded, runs {picked_isa()}"
+    yield "libaspp_cpu.so", _native.cpu_missing or f"loaded, runs {_native.picked_isa()}"
     yield "libaspp_cuda.so", _native.cuda_missing or "loaded"
     try:
         importlib.import_module("aspp_ext._plan")

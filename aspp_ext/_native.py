@@ -53,3 +53,8 @@ def _load_cuda() -> str | None:
 
 cuda_missing: str | None = _load_cuda()
 """None when the CUDA kernels are loaded."""
+
+
+def picked_isa() -> str:
+    """The instruction set of the CPU's kernels, which a process picks when it is first asked."""
+    return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")

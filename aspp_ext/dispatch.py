@@ -36,12 +36,13 @@ MAX_CPU_KERNEL = 63
 @dataclass(frozen=True)
 class Problem:
     """One call: the operator, its input ``[N, C, H, W]``, a weight per branch, dense or pointwise,
-    and the depthwise weights that are there."""
+    the depthwise weights that are there, and what else its kernels have gradients of."""
 
     op: str
     x: Tensor
     weights: tuple[Tensor, ...]
     depthwise: tuple[Tensor, ...] = ()
+    others: tuple[Tensor, ...] = ()
 
     @property
     def precision(self) -> str:
@@ -53,7 +54,7 @@ class Problem:
         """ "training" where a gradient may be asked for."""
         # Tensors inside torch.func's transforms do not say so.
         transformed = not torch.compiler.is_compiling() and _is_transformed()
-        tensors = (self.x, *self.weights, *self.depthwise)
+        tensors = (self.x, *self.weights, *self.depthwise, *self.others)
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return "training" if wanted or transformed else "inference"
 

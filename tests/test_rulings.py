@@ -7,10 +7,11 @@ import itertools
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from pretending import DATE, FASTER, HERE, know, on_cuda, pretend_a_gpu, verdicts
+from pretending import DATE, FASTER, HERE, LAST, know, on_cuda, pretend_a_gpu, verdicts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
@@ -18,7 +19,7 @@ from aspp_ext import _native, _triton
 from aspp_ext.dispatch import Problem, select
 from aspp_ext.evidence import environment, rulings, store
 from aspp_ext.evidence.entry import Cell, Entry, Speed, Verdict
-from aspp_ext.ops import precision
+from aspp_ext.ops import precision, separable
 
 RIGHT = Verdict("right", 1.0, "", FASTER)
 CELL = Cell("cuda", "atrous_pyramid", "bfloat16", "inference")
@@ -66,6 +67,32 @@ def test_training_is_where_a_gradient_may_be_asked_for(device) -> None:
     problem = call()
     problem.weights[0].requires_grad_()
     assert select(problem).name == "reference"
+
+
+def test_a_gradient_of_what_is_between_is_training_too(device) -> None:
+    x, d, p = on_cuda(1, 8, 9, 9, **LAST), on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1, **LAST)
+    scale, shift = on_cuda(8, requires_grad=True), on_cuda(8)
+    modes = []
+
+    def seen(problem: Problem, backend: str | None) -> Any:
+        modes.append(problem.mode)
+        return select(problem, "cuda")
+
+    device.setattr(separable, "select", seen)
+    between = {"between": [(scale, shift)], "between_activation": "relu"}
+    aspp_ext.atrous_separable_pyramid(x, [d], [p], [2])
+    aspp_ext.atrous_separable_pyramid(x, [d], [p], [2], **between)
+    with torch.no_grad():
+        aspp_ext.atrous_separable_pyramid(x, [d], [p], [2], **between)
+    assert modes == ["inference", "training", "inference"]
+
+
+def test_the_head_is_for_inference(device) -> None:
+    know(verdicts("cuda"))
+    assert select(call("aspp_inference")).name == "cuda"
+    assert select(call("aspp_inference", grad=True)).name == "reference"
+    (cell, size) = call("aspp_inference", grad=True).cell("cuda"), "small"
+    assert "the head is for inference" in str(rulings.against("cuda:0", cell, size))
 
 
 SIZES = {
@@ -159,6 +186,12 @@ def test_a_committed_entry_counts_for_correctness_on_its_architecture(device) ->
     assert "2025-12-31" in rulings.in_favour("cuda:0", CELL, "small")
 
 
+def test_of_two_committed_entries_the_one_that_found_a_fault_counts(device) -> None:
+    for driver, result in (("1", "right"), ("2", "wrong"), ("3", "right")):
+        commit(verdicts("cuda", Verdict(result, None, "", FASTER)), replace(HERE, driver=driver))
+    assert "wrong" in str(rulings.against("cuda:0", CELL, "small"))
+
+
 NOT_OURS = {
     "another architecture": {"architecture": "sm_100"},
     "other kernels": {"kernels": {**HERE.kernels, "cuda": "9" * 16, "triton": "9" * 16}},
@@ -175,6 +208,25 @@ def test_a_committed_entry_about_something_else_says_nothing(fields, device) -> 
 def test_a_committed_entry_of_triton_is_about_its_compiler(device) -> None:
     commit(verdicts("cuda") | verdicts("triton"), replace(HERE, triton="3.8.0"))
     assert {cell.implementation for cell in rulings.known("cuda:0")} == {"cuda"}
+
+
+NATIVE = [
+    ("sm_90", ["9.0a"], True),
+    ("sm_90", ["8.0+PTX"], False),
+    ("sm_86", ["8.0+PTX"], True),
+    ("sm_80", ["8.6"], False),
+    ("sm_103", ["10.0f"], True),
+    ("sm_121", ["12.0f+PTX"], True),
+    ("sm_100", ["9.0a", "8.0"], False),
+    ("sm_91", ["9.0a"], False),
+    ("sm_90", [], False),
+]
+
+
+@pytest.mark.parametrize(("architecture", "built", "native"), NATIVE)
+def test_which_code_a_device_runs(architecture, built, native) -> None:
+    """What PTX is compiled to on the spot is proven by nothing else."""
+    assert environment.runs_natively(architecture, built) is native
 
 
 def test_committed_entries_can_be_read() -> None:
@@ -211,8 +263,7 @@ def test_fuse_tells_once_of_the_command(device) -> None:
     (sentence,) = warned(on_the_gpu())
     assert sentence == (
         "aspp_ext.fuse: nothing says yet that aspp_ext's kernels are right and fast on cuda:0, so "
-        "PyTorch computes there; `python -m aspp_ext verify --device cuda:0` finds out in about a "
-        "minute"
+        "PyTorch computes there; `python -m aspp_ext verify --device cuda:0` finds out"
     )
     assert warned(on_the_gpu()) == []
 
@@ -300,6 +351,12 @@ def test_a_compiled_call_of_any_size_has_one_answer(says, cpu, fresh_compiler) -
     (graph,) = seen
     ours = [n for n in graph.graph.nodes if "aspp_ext" in str(n.target)]
     assert bool(ours) == (says == "even")
+
+
+def test_what_is_slower_in_one_class_alone_runs_where_the_size_is_not_known(cpu) -> None:
+    know(verdicts("cpu", Verdict("right", 1.0, "", {"small": Speed(0.7, "slower")})))
+    assert rulings.against("cpu", CELL._replace(implementation="cpu"), "small") is not None
+    assert rulings.against("cpu", CELL._replace(implementation="cpu"), "") is None
 
 
 def test_a_compiled_call_of_one_size_is_looked_up_by_it(cpu, fresh_compiler) -> None:

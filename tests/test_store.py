@@ -87,6 +87,8 @@ BAD = {
     "a ratio below zero": changed("verdicts", 0, "speeds", to={"small": [-1.0, "faster"]}),
     "an error without end": changed("verdicts", 0, "error", to=1e300),
     "an integer without end": f'{{"format": {"9" * 10000}}}',
+    "a class that there is not": changed("verdicts", 0, "speeds", to={"huge": [1.0, "faster"]}),
+    "an implementation that there is not": changed("environment", "kernels", to={"\n": "1"}),
     "NaN": WHOLE.text().replace("1.25", "NaN"),
     "Infinity": WHOLE.text().replace("1.25", "Infinity"),
     "a long string": changed("verdicts", 0, "why", to="x" * 2000),
@@ -243,14 +245,13 @@ def test_readers_see_whole_entries_while_others_write(device, tmp_path) -> None:
     for writer in writers:
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"ready\n"
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
+    done = False
+    while not done:
+        done = all(writer.poll() is not None for writer in writers)
         found = store.find(HERE)
         assert found is not None
         assert found[1] == WHOLE
-        seen += 1
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert seen > 0
     assert sorted(p.name for p in place.iterdir()) == [".lock", f"{HERE.name}.json"]
 
 
@@ -281,5 +282,7 @@ def test_a_store_keeps_so_many_entries(device, monkeypatch) -> None:
         path = store.write(replace(WHOLE, environment=replace(HERE, driver=str(driver))))
         assert path is not None
         os.utime(path, (driver, driver))
-    left = [store.read_entry(p) for p in place.glob("*.json")]
+        (place / f"somebody's own {driver}.json").write_text("{}")
+    assert len(list(place.glob("somebody's own *"))) == 6
+    left = [store.read_entry(p) for p in place.glob(f"*-{'?' * 16}.json")]
     assert sorted(e.environment.driver for e in left if e is not None) == ["3", "4", "5"]

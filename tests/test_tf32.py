@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem, outputs
 from aspp_ext.testing.checks import check_integers, is_representative
+from aspp_ext.testing.law import of_eleven_bits
 
 pytestmark = on_native
 
@@ -26,15 +27,6 @@ STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
 
 def in_tf32(name: str):
     return lambda *arguments: call_of(OPS[name])(*arguments, True)
-
-
-def rounded(t: Tensor) -> Tensor:
-    """float32 with the 13 last bits rounded away, ties away from zero."""
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def of_eleven_bits(arguments):
-    return tree_map_only(Tensor, lambda t: rounded(t.contiguous()), arguments)
 
 
 @each_problem

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from pretending import HERE
 
 from aspp_ext.evidence.entry import Cell
 from aspp_ext.testing import PROBLEMS, timing
@@ -45,15 +44,19 @@ def toy(given: str, beat: isolation.Beat) -> dict[str, Any]:
     return {"result": "right", "pid": os.getpid(), isolation.BROKEN: given == "broken"}
 
 
-@pytest.fixture
-def patient(monkeypatch) -> None:
-    """Waits for good cases as long as it takes."""
+def wait_for_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a process takes until its first one."""
     result = isolation.Child.result
 
     def wait(self, quiet):
-        return result(self, quiet if self.doing == "the last line" else 1e6)
+        return result(self, quiet if self.doing else 1e6)
 
     monkeypatch.setattr(isolation.Child, "result", wait)
+
+
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    wait_for_beats(monkeypatch)
 
 
 def solved(
@@ -119,7 +122,7 @@ def test_a_busy_machine_is_not_a_hung_kernel(monkeypatch) -> None:
         return {"result": "right"}
 
     def slow(given, beat):
-        beat("PyTorch's own", ours=False)
+        beat("PyTorch's own", isolation.PYTORCH)
         time.sleep(1e6)
 
     hear = isolation.Child.hear
@@ -127,6 +130,7 @@ def test_a_busy_machine_is_not_a_hung_kernel(monkeypatch) -> None:
     ((_, result),) = isolation.run([""], work, 20.0, 1e9)
     assert result == {"result": "right", "seconds": 150.0}
     monkeypatch.undo()
+    wait_for_beats(monkeypatch)
     ((_, result),) = isolation.run([""], slow, 0.1, 1e9)
     assert (result["result"], result["why"]) == (
         "unavailable",
@@ -231,6 +235,27 @@ def test_parts_of_it() -> None:
     assert {case.cell.mode for case in only} == {"inference"}
 
 
+# What others have
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    ],
+)
+def test_what_others_have_says_nothing_of_a_kernel(sentence, monkeypatch) -> None:
+    def judge(subject):
+        raise RuntimeError(f"{sentence}\nmore lines")
+
+    monkeypatch.setattr(command, "judge", judge)
+    case = Case(Cell("cpu", "atrous_pyramid", "float32", "inference"), "right")
+    result = command.solve((case, "cpu"), print)
+    assert (result["result"], result["why"]) == ("unavailable", sentence)
+    assert not command.is_final(result)
+
+
 # Failures
 
 
@@ -287,4 +312,3 @@ def test_the_digest_of_the_engine_follows_its_sources(monkeypatch, tmp_path) -> 
     empty = command.digest_of_engine()
     (tmp_path / "verify" / "cases.py").write_text("# another")
     assert len({before, empty, command.digest_of_engine()}) == 3
-    assert HERE.key == HERE.key

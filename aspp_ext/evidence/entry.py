@@ -15,7 +15,9 @@ FORMAT = 1
 RESULTS = ("right", "wrong", "crashed", "hung", "unavailable")
 MODES = ("inference", "training")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float64")
+SIZES = ("small", "medium", "large")
 SAYS = ("faster", "even", "slower")
+IMPLEMENTATIONS = ("cpu", "cuda", "triton")
 MOST_VERDICTS = 1000
 MOST_CHARACTERS = 1000
 """Of a string in an entry."""
@@ -44,7 +46,7 @@ class Speed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """On a cell; ``speeds`` by class of size, where it was timed."""
+    """On a cell; ``speeds`` by SIZES, where it was timed."""
 
     result: str  # of RESULTS
     error: float | None = None  # the largest, as a multiple of PyTorch's own
@@ -96,6 +98,12 @@ class _Fields:
             raise ValueError(f"{name} must be one of {', '.join(among)}, got {found!r}")
         return found
 
+    def names(self, among: tuple[str, ...]) -> list[str]:
+        """Of all fields, of which there may be no others."""
+        if others := set(self.value) - set(among):
+            raise ValueError(f"expected some of {', '.join(among)}, got {min(others)!r}")
+        return list(self.value)
+
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -111,13 +119,14 @@ def _environment(fields: _Fields) -> Environment:
     return Environment(
         **{name: fields.text(name) for name in strings},
         processors=int(_number(fields.get("processors", int))),
-        kernels={name: kernels.text(name) for name in sorted(kernels.value)[:10]},
+        kernels={name: kernels.text(name) for name in kernels.names(IMPLEMENTATIONS)},
     )
 
 
 def _verdict(fields: _Fields) -> Verdict:
-    speeds = {}
-    for name, pair in list(fields.get("speeds", dict).items())[:10]:
+    speeds, listed = {}, fields.get("speeds", dict)
+    for name in _Fields(listed).names(SIZES):
+        pair = listed[name]
         if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in SAYS):
             raise ValueError(f"a speed must be [ratio, one of {', '.join(SAYS)}]")
         speeds[name] = Speed(_number(pair[0]), pair[1])

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -74,26 +75,52 @@ def _driver() -> str:
 
 @functools.cache
 def kernel_digests() -> dict[str, str]:
-    """Of the sources that the library was built from, and of Triton's kernels as they lie here.
-
-    Empty where the build has left no digests.
-    """
+    """Of the sources that the library was built from, and of the Python around the kernels as it
+    lies here. Empty where the build has left no digests."""
     built = _native.read_build_info().get("sources", {})
     if not {"cpu", "cuda", "plan"} <= set(built):
         return {}
-    digest = hashlib.sha256(built["plan"].encode())
-    for path in sorted((PACKAGE / "triton").glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return {"cpu": built["cpu"], "cuda": built["cuda"], "triton": digest.hexdigest()[:16]}
+    folders = {"cpu": ("ops",), "cuda": ("ops",), "triton": ("ops", "triton")}
+    digests = {}
+    for name, places in folders.items():
+        digest = hashlib.sha256(built.get(name, built["plan"]).encode())
+        for path in sorted(path for place in places for path in (PACKAGE / place).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def runs_natively(architecture: str, built: Iterable[str]) -> bool:
+    """Whether a device like "sm_90" finds machine code in what was built for ("9.0a", "8.0+PTX"),
+    and no PTX has to be compiled for it: that of its major version, and of its own where the name
+    ends in "a"."""
+    major, minor = int(architecture[3:-1]), int(architecture[-1])
+    for each in built:
+        name = each.removesuffix("+PTX")
+        own_major, own_minor = map(int, name.rstrip("af").split("."))
+        fits = own_minor == minor if name.endswith("a") else own_minor <= minor
+        if own_major == major and fits:
+            return True
+    return False
+
+
+def _kernels(architecture: str) -> dict[str, str]:
+    """The digests; what PTX is compiled to is another kernel."""
+    digests = dict(kernel_digests())
+    built = _native.read_build_info().get("architectures", ())
+    if "cuda" in digests and architecture.startswith("sm_"):
+        digests["cuda"] += "" if runs_natively(architecture, built) else "-ptx"
+    return digests
 
 
 def environment_of(device: torch.device) -> Environment:
     """That of a CUDA device, which this touches, or of the CPU."""
     on_cpu = device.type == "cpu"
     gpu = None if on_cpu else torch.cuda.get_device_properties(device)
+    architecture = _cpu_architecture() if gpu is None else _gpu.architecture(device)
     return Environment(
         device=_cpu_name() if gpu is None else gpu.name,
-        architecture=_cpu_architecture() if gpu is None else _gpu.architecture(device),
+        architecture=architecture,
         processors=os.cpu_count() or 1 if gpu is None else gpu.multi_processor_count,
         driver="" if on_cpu else _driver(),
         torch=torch.__version__,
@@ -101,7 +128,7 @@ def environment_of(device: torch.device) -> Environment:
         cudnn="" if on_cpu else str(torch.backends.cudnn.version() or ""),
         triton=_triton.version or "",
         compiler=_compiler(),
-        kernels=kernel_digests(),
+        kernels=_kernels(architecture),
     )
 
 

@@ -2,27 +2,28 @@
 """What follows from the evidence for a call: whether an implementation runs unasked, and why.
 
 CUDA's and Triton's kernels run where they were seen right and faster than PyTorch. The CPU's, which
-every build's tests prove, run but where they were seen wrong or slower. A process reads what there
-is once for each device and never measures anything.
+every build's tests prove, run except where they were seen wrong or slower. A process reads what
+there is once for each device and never measures anything.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import store
-from .entry import Cell, Entry, Speed, Verdict
+from .entry import SIZES, Cell, Entry, Speed, Verdict
 from .environment import Environment, environment_of, kernel_digests
 
 COMMAND = "python -m aspp_ext verify"
-CLASSES = {"small": 2**30, "medium": 2**32, "large": None}
+CLASSES = dict(zip(SIZES, (2**30, 2**32, None), strict=True))
 """Problems by their size, the pixels of the batch x input x output channels: up to where."""
+BAD = ("wrong", "crashed", "hung")
 
 TITLES = {"cuda": "CUDA", "triton": "Triton", "cpu": "CPU"}
 
@@ -70,30 +71,41 @@ def _read(device: str) -> dict[Cell, Known]:
         for cell, verdict in entry.verdicts.items():
             if not (is_own or _applies(entry, here, cell.implementation.split()[0])):
                 continue
-            speeds = dict(found[cell].speeds) if cell in found else {}
+            known_so_far = found.get(cell)
+            speeds = {} if known_so_far is None else dict(known_so_far.speeds)
             if is_own or entry.environment.device == here.device:
                 speeds.update({name: (speed, source) for name, speed in verdict.speeds.items()})
+            if known_so_far is not None and not is_own and known_so_far.verdict.result in BAD:
+                continue  # of two that are committed, the one that found a fault
             found[cell] = Known(verdict, source, speeds)
     return found
 
 
-def runs(implementation: str, verdict: Verdict | None, size: str) -> bool:
-    """Whether it runs unasked for a class of problems, by what one entry says of a cell."""
-    result = None if verdict is None else verdict.result
-    speed = None if verdict is None else verdict.speeds.get(size)
+def stands_against(
+    implementation: str, result: str | None, speeds: Mapping[str, Speed], size: str
+) -> str | None:
+    """What keeps an implementation from running unasked: "unknown", one of ``entry.RESULTS``, or a
+    class of problems, which was not timed or for which it was too slow.
+
+    Args:
+        result: None where nothing is known.
+        speeds: by class, where it was timed.
+        size: one of CLASSES, or "" for what holds whatever the size.
+    """
+    sizes = [size] if size else [*CLASSES]
     if implementation == "cpu":
-        return result in (None, "right") and (speed is None or speed.says != "slower")
-    return result == "right" and speed is not None and speed.says == "faster"
-
-
-def environment_name(device: str) -> str:
-    """Of the entry that ``python -m aspp_ext verify`` would write."""
-    return environment_of(torch.device(device)).name
+        if result in BAD:
+            return result
+        slower = [s for s in sizes if s in speeds and speeds[s].says == "slower"]
+        return slower[0] if len(slower) == len(sizes) else None
+    if result != "right":
+        return result or "unknown"
+    return next((s for s in sizes if s not in speeds or speeds[s].says != "faster"), None)
 
 
 def forget() -> None:
     """The next question reads the store anew."""
-    for cached in (known, kernel_digests, _told):
+    for cached in (known, against, kernel_digests, _told):
         cached.cache_clear()
 
 
@@ -105,7 +117,7 @@ def once_about_the_command(device: str) -> str | None:
     told.append(True)
     return (
         f"nothing says yet that aspp_ext's kernels are right and fast on {device}, so PyTorch "
-        f"computes there; `{COMMAND} --device {device}` finds out in about a minute"
+        f"computes there; `{COMMAND} --device {device}` finds out"
     )
 
 
@@ -134,6 +146,7 @@ def _named(implementation: str) -> str:
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def against(device: str, cell: Cell, size: str) -> str | None:
     """The reason not to run a cell's implementation unasked, or None.
 
@@ -141,49 +154,31 @@ def against(device: str, cell: Cell, size: str) -> str | None:
         device: like "cuda:0" or "cpu".
         size: one of CLASSES, or "" where sizes are symbolic: what holds for every size.
     """
-    name = cell.implementation
-    if name == "cpu":
-        return _against_the_cpu(device, cell, size)
-    if store.is_off():
+    name, found = cell.implementation, known(device).get(cell)
+    if name != "cpu" and store.is_off():
         return f"{store.VARIABLE}=off leaves out what was not proven everywhere; {_named(name)}"
-    found = known(device).get(cell)
+    if name != "cpu" and (cell.operator, cell.mode) == ("aspp_inference", "training"):
+        return f"the head is for inference, with gradients PyTorch computes it; {_named(name)}"
+    speeds = {} if found is None else {each: speed for each, (speed, _) in found.speeds.items()}
+    result = None if found is None else found.verdict.result
+    reason = stands_against(name, result, speeds, size)
+    if reason is None:
+        return None
     if found is None:
         return (
             f"nothing says yet that the {TITLES[name]} kernels are right for {_what(cell)} on this "
             f"device; `{COMMAND}` finds out; {_named(name)}"
         )
-    if found.verdict.result != "right":
-        return _not_right(cell, found)
-    for each in [size] if size else CLASSES:
-        if each not in found.speeds:
-            return (
-                f"right, but not timed for {each} problems of {_what(cell)} ({found.source}); "
-                f"`{COMMAND}` does that; {_named(name)}"
-            )
-        speed, source = found.speeds[each]
-        if speed.says != "faster":
-            return f"{_times(speed)} for {each} problems of {_what(cell)} ({source})"
-    return None
-
-
-def _against_the_cpu(device: str, cell: Cell, size: str) -> str | None:
-    found = known(device).get(cell)
-    if found is None:
-        return None
-    if found.verdict.result in ("wrong", "crashed", "hung"):
-        return _not_right(cell, found)
-    of_size = {size: found.speeds[size]} if size in found.speeds else found.speeds
-    if size and size not in found.speeds:
-        return None
-    if of_size and all(speed.says == "slower" for speed, _ in of_size.values()):
-        name, (speed, source) = next(iter(of_size.items()))
-        return f"{_times(speed)} for {name} problems of {_what(cell)} ({source})"
-    return None
-
-
-def _not_right(cell: Cell, found: Known) -> str:
-    why = f": {found.verdict.why}" if found.verdict.why else ""
-    return f"{found.verdict.result} for {_what(cell)} ({found.source}){why}"
+    if reason == found.verdict.result:
+        why = f": {found.verdict.why}" if found.verdict.why else ""
+        return f"{reason} for {_what(cell)} ({found.source}){why}"
+    if reason not in found.speeds:
+        return (
+            f"right, but not timed for {reason} problems of {_what(cell)} ({found.source}); "
+            f"`{COMMAND}` does that; {_named(name)}"
+        )
+    speed, source = found.speeds[reason]
+    return f"{_times(speed)} for {reason} problems of {_what(cell)} ({source})"
 
 
 def _times(speed: Speed) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -153,14 +154,16 @@ def write(entry: Entry) -> Path | None:
 
 
 def _forget_the_oldest(place: Path) -> None:
+    """Of entries and journals by their names; what else lies there is not ours."""
+
     def age(path: Path) -> float:
         try:
             return path.lstat().st_mtime
         except OSError:
             return 0.0
 
-    for ending in (".json", ".jsonl"):
-        files = sorted((p for p in place.iterdir() if p.suffix == ending), key=age, reverse=True)
-        for path in files[MOST_FILES:]:
+    for pattern in (r".*-[0-9a-f]{16}\.json", r".*-[0-9a-f]{16}\.jsonl"):
+        ours = [path for path in place.iterdir() if re.fullmatch(pattern, path.name)]
+        for path in sorted(ours, key=age, reverse=True)[MOST_FILES:]:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -96,7 +96,8 @@ def atrous_separable_pyramid(
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
     checks.check_activation(_OP, "activation", activation)
-    problem = Problem(_OP, x, tuple(pointwise), tuple(d for d in depthwise if d.numel()))
+    given = tuple(d for d in depthwise if d.numel())
+    problem = Problem(_OP, x, tuple(pointwise), given, (*between_scale, *between_shift))
     implementation = select(problem, backend)
     if any(s.numel() for s in between_scale) and between_activation is None:
         pointwise, constant = _fold_affine(pointwise, between_scale, between_shift)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def _summary(error: Tensor, oracle: Tensor) -> dict[str, float]:
@@ -80,6 +82,17 @@ def assert_no_worse_than_torch(
     __tracebackhide__ = True
     if (why := why_worse_than_torch(actual, baseline, reference64, factor)) is not None:
         raise AssertionError(why)
+
+
+def of_eleven_bits(arguments: Any) -> Any:
+    """float32 tensors with the 13 last bits rounded away, ties away from zero: as TF32 has them."""
+
+    def rounded(t: Tensor) -> Tensor:
+        if t.dtype != torch.float32:
+            return t
+        return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    return tree_map_only(Tensor, rounded, arguments)
 
 
 @contextlib.contextmanager

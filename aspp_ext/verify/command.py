@@ -38,6 +38,11 @@ MOST_AT_ONCE = 6
 """Children that compute on a GPU, of which Triton's compiler takes a processor each."""
 BAD = ("wrong", "crashed", "hung")
 
+TAKEN = ("out of memory", "busy or unavailable")
+"""In what CUDA says where others have the device, or one process may have it at a time."""
+KEPT = ("ASPP_EXT_VERIFIED", "ASPP_EXT_LIBRARY_DIR")
+"""Of our variables in the environment those that choose no kernel. What is found out is about calls
+without the others."""
 ENGINE = ("verify", "testing", "reference.py")
 """By whose sources results are known again, beside the environment."""
 
@@ -48,12 +53,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "verify", help="which kernels are right and fast on this machine"
     )
     command.add_argument("--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one")
-    command.add_argument("--quick", action="store_true", help="what most calls need alone")
+    command.add_argument(
+        "--quick", action="store_true", help="fewer precisions, and medium problems alone"
+    )
     command.add_argument("--only", choices=OPERATORS, help="one operator", metavar="OPERATOR")
-    command.add_argument("--budget", type=_seconds, default=BUDGET_S, metavar="SECONDS")
+    command.add_argument(
+        "--budget",
+        type=_seconds,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help="of work, by default 60",
+    )
     command.add_argument("--again", action="store_true", help="also what is known already")
-    command.add_argument("--export", type=Path, metavar="FILE", help="writes the entry, as JSON")
-    command.add_argument("--json", type=Path, metavar="FILE", help="writes the table, as JSON")
+    command.add_argument("--export", type=_file, metavar="FILE", help="writes the entry there")
+    command.add_argument("--json", type=_file, metavar="FILE", help="writes the table there")
     return parser.parse_args(arguments)
 
 
@@ -62,6 +75,13 @@ def _seconds(text: str) -> float:
         if 0 < (seconds := float(text)) < float("inf"):
             return seconds
     raise argparse.ArgumentTypeError(f"must be above 0 seconds, got {text}")
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that is there, got {text}")
+    return path
 
 
 def describe(device: str | None, beat: Beat) -> dict[str, Any]:
@@ -86,14 +106,9 @@ def describe(device: str | None, beat: Beat) -> dict[str, Any]:
     return {
         "device": str(there),
         "environment": dataclasses.asdict(environment_of(there)),
-        "picked": "" if _native.cpu_missing else picked(),
+        "picked": "" if _native.cpu_missing else _native.picked_isa(),
         "missing": {name: reason for name, reason in missing.items() if reason},
     }
-
-
-def picked() -> str:
-    """The instruction set of the CPU's kernels in this process."""
-    return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")
 
 
 def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
@@ -101,10 +116,9 @@ def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
     case, device = given
     if wanted := case.instruction_set:
         os.environ["ASPP_EXT_ISA"] = wanted
-        if picked() != wanted:
+        if _native.picked_isa() != wanted:
             why = f"this processor has no {wanted}"
             return {"result": "unavailable", "why": why, FINAL: True}
-    os.environ.pop("ASPP_EXT_BACKEND", None)
     subject = Subject(case.cell, device, beat)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -113,11 +127,12 @@ def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
             return {"result": "right", "error": round(judge(subject), 3)}
         return contest(subject, case.what)
     except Failure as failure:
-        return {"result": "wrong", "why": str(failure), "page": failure.page}
+        wrong = {"result": "wrong", "why": str(failure), "page": failure.page}
+        return {**wrong, BROKEN: device != "cpu"}
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            return {"result": "unavailable", "why": _first_line(error)}
-        # After an error on a GPU nothing is sure there; a new process begins anew.
+        # After an error nothing is sure on a GPU, nor after wrong results: a new process goes on.
+        if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in TAKEN):
+            return {"result": "unavailable", "why": _first_line(error), BROKEN: True}
         why = f"{type(error).__name__}: {_first_line(error)}"
         page = traceback.format_exc()
         return {"result": "crashed", "why": why, "page": page, BROKEN: True}
@@ -138,8 +153,10 @@ def digest_of_engine() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    for name in [n for n in os.environ if n.startswith("ASPP_EXT_") and n not in KEPT]:
+        del os.environ[name]
     found = isolation.ask(describe, options.device, QUIET_S)
-    if found.get("result") in BAD:
+    if "result" in found:
         found = {"error": f"the device cannot be asked: {found['why']}\n{found['output']}"}
     if "error" in found:
         print(f"aspp_ext verify: {found['error']}", file=sys.stderr)
@@ -162,6 +179,7 @@ class Run:
         path = None if self.folder is None else self.folder / f"{self.environment.name}.jsonl"
         self.journal = Journal(path, digest_of_engine())
         self.fresh: set[str] = set()
+        self.pages_at = self.folder
         self.complaints: list[str] = []
 
     def main(self) -> int:
@@ -176,9 +194,13 @@ class Run:
         facts = {"device": self.device, "environment": dataclasses.asdict(self.environment)}
         rows = report.rows(self.kind, table)
         report.show(facts, rows, self.pages(), path, self.complaints, time.monotonic() - began)
-        if self.options.json:
-            text = json.dumps({**facts, "date": today(), "verdicts": rows}, indent=1)
-            self.options.json.write_text(text + "\n")
+        data = json.dumps({**facts, "date": today(), "verdicts": rows}, indent=1)
+        for path, text in ((self.options.json, data), (self.options.export, self.entry().text())):
+            try:
+                _ = path and path.write_text(text.rstrip() + "\n")
+            except OSError as error:
+                print(f"{path} cannot be written: {error}", file=sys.stderr)
+                return 2
         if stopped:
             return 130
         return 1 if any(row["result"] in BAD for row in rows) else 0
@@ -228,8 +250,8 @@ class Run:
 
     def write_page(self, case: Case, text: str) -> str:
         """Where it was written; empty where that cannot be done."""
-        place = self.folder or Path(tempfile.gettempdir(), "aspp_ext")
-        place = place / "failures" / self.environment.name
+        self.pages_at = self.pages_at or Path(tempfile.mkdtemp(prefix="aspp_ext-"))
+        place = self.pages_at / "failures" / self.environment.name
         path = place / f"{hyphenated(case.name)}.txt"
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -256,14 +278,16 @@ class Run:
                 found[case.cell] = with_speed(verdict, case.what, result)
         return found
 
-    def keep(self) -> Path | None:
-        """Writes the entry for dispatch, of all that is known by now; returns where."""
+    def entry(self) -> Entry:
+        """Of all that is known by now."""
         table = self.verdicts(self.every)
         known = {cell: verdict for cell, verdict in table.items() if verdict is not None}
-        entry = Entry(self.environment, today(), known)
-        if self.options.export:
-            self.options.export.write_text(entry.text())
-        if not self.keeps or not known:
+        return Entry(self.environment, today(), known)
+
+    def keep(self) -> Path | None:
+        """Writes the entry for dispatch; returns where."""
+        entry = self.entry()
+        if not self.keeps or not entry.verdicts:
             return None
         try:
             return store.write(entry)

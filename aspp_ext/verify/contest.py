@@ -18,6 +18,7 @@ import aspp_ext
 
 from ..testing import timing
 from ..testing.timing import Timing
+from .isolation import COMPILING, FINAL, PYTORCH
 from .rightness import Subject, precision_of
 
 LEAST = 1.05
@@ -142,19 +143,17 @@ def contest(subject: Subject, size: str) -> dict[str, Any]:
             calls[f"PyTorch {name}"] = tensors.call("reference")
         seconds = 0.0
         for name, call in calls.items():
-            subject.beat(f"{name}, {size}", ours=name.startswith("ours"))
+            subject.beat(f"{name}, {size}", COMPILING if name.startswith("ours") else PYTORCH)
             call()  # searches, compiles
             seconds += stopwatch(call)[0]
         if seconds > MOST_S:
-            return {
-                "result": "unavailable",
-                "why": f"a round of {size} calls takes {seconds:.0f} s",
-            }
+            why = f"a round of {size} calls takes {seconds:.0f} s"
+            return {"result": "unavailable", "why": why, FINAL: True}
         timed = timing.interleave(
             calls,
             budget_s=BUDGET_S,
             stopwatch=stopwatch,
-            on_round=lambda done, _: subject.beat(f"{size}, round {done}", ours=False),
+            on_round=lambda done, _: subject.beat(f"{size}, round {done}", PYTORCH),
         )
     ours, torchs = (
         {name: timed[f"{who} {name}"] for name in FORMATS} for who in ("ours", "PyTorch")

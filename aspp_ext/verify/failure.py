@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..testing import OPS, Op, Problem, checks, oracle_of, outputs
 from ..testing.checks import Wrong
+from .isolation import PYTORCH
 
 if TYPE_CHECKING:
     from .rightness import Subject
@@ -46,7 +47,7 @@ def examine(
     Raises:
         Failure: for Wrong.
     """
-    subject.beat(f"{name}, {problem.name}", ours=False)
+    subject.beat(f"{name}, {problem.name}", patience=PYTORCH)
     try:
         return check(problem)
     except Wrong as wrong:
@@ -77,7 +78,7 @@ def _described(
         str(wrong),
     ]
     for part in (_mismatches, _blocks_of_k, _repeats, _plan):
-        subject.beat(f"describing {problem.name}", ours=False)
+        subject.beat(f"describing {problem.name}", patience=PYTORCH)
         try:
             lines += part(subject, name, problem, wrong)
         except Exception as error:
@@ -118,7 +119,7 @@ def _shrunk(
         for smaller in _smaller(problem):
             if time.monotonic() > until:
                 return problem, wrong
-            subject.beat(f"a smaller problem than {problem.name}", ours=False)
+            subject.beat(f"a smaller problem than {problem.name}", patience=PYTORCH)
             try:
                 check(smaller)
             except Wrong as found:

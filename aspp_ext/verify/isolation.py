@@ -23,16 +23,17 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Beat = Callable[..., None]
-"""``beat(doing="", ours=True)``, to be called with what is done next, if it is not the same, and
-whether it is ours: our kernels hang when they are quiet, others may be slow."""
+"""``beat(doing="", patience=1)``, to be called with what is done next, if that is not the same, and
+how many times as long it may be quiet as a kernel of ours, which hangs then."""
 Work = Callable[[T, Beat], dict[str, Any]]
 BROKEN, FINAL = "broken", "final"
 """Keys of a result: the child that gave it can compute nothing any more; and it would be the same
 another time."""
 MOST_S = 10.0
 """That a process may take to end."""
-PATIENCE = 6
-"""How many times as long others may be quiet."""
+COMPILING, PYTORCH = 3, 6
+"""Patience with a call that may compile its kernel first; and with what is not ours, also the start
+of a process."""
 _FORK = multiprocessing.get_context("fork")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
@@ -49,7 +50,7 @@ class Child:
     """Computes ``work`` of what it is given; what it prints is in ``output``."""
 
     def __init__(self, work: Work[Any]) -> None:
-        self.doing, self.ours, self.heard = "", True, time.monotonic()
+        self.doing, self.patience, self.heard = "", PYTORCH, time.monotonic()
         self.output = tempfile.TemporaryFile()  # noqa: SIM115
         self.connection, far = _FORK.Pipe()
         sys.stdout.flush()
@@ -76,14 +77,14 @@ class Child:
             except EOFError:
                 os._exit(0)
 
-            def beat(doing: str = "", ours: bool = True) -> None:
-                connection.send_bytes(json.dumps([doing, ours]).encode())
+            def beat(doing: str = "", patience: int = 1) -> None:
+                connection.send_bytes(json.dumps([doing, patience]).encode())
 
             connection.send_bytes(json.dumps(work(given, beat)).encode())
 
     def give(self, given: Any) -> None:
         """Begins with the next; one that has ended is found out by :meth:`hear`."""
-        self.doing, self.ours, self.heard = "", True, time.monotonic()
+        self.doing, self.patience, self.heard = "", PYTORCH, time.monotonic()
         with contextlib.suppress(OSError):
             self.connection.send(given)
 
@@ -100,7 +101,7 @@ class Child:
         self.heard = time.monotonic()
         if isinstance(said, dict):
             return said
-        self.doing, self.ours = said[0] or self.doing, said[1]
+        self.doing, self.patience = said[0] or self.doing, said[1]
         return None
 
     def result(self, quiet: float) -> dict[str, Any] | None:
@@ -109,18 +110,16 @@ class Child:
             if self.connection.poll(0):
                 return self.hear()
         except (EOFError, OSError):
+            self.process.join(MOST_S)  # it has closed its end, of which it is about to end
             return self._bad("crashed", self.end())
-        seconds = self.most_quiet(quiet)
+        seconds = self.patience * quiet
         if time.monotonic() - self.heard < seconds:
             return None
         self.tell_where()
         self.end()
-        if self.ours:
+        if self.patience < PYTORCH:
             return self._bad("hung", f"quiet for {seconds:.0f} s")
         return {**self._bad("unavailable", f"PyTorch takes {seconds:.0f} s"), FINAL: True}
-
-    def most_quiet(self, quiet: float) -> float:
-        return quiet if self.ours else PATIENCE * quiet
 
     def _bad(self, result: str, how: str) -> dict[str, Any]:
         where = f", at {self.doing}" if self.doing else ""
@@ -132,15 +131,17 @@ class Child:
             os.kill(self.pid, signal.SIGUSR1)
             time.sleep(0.2)
 
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()  # which may not have a group of its own yet
+
     def end(self) -> str:
         """Kills it, if it is there; returns how it had ended, or an empty string."""
         if self.connection.closed:
             return ""
-        self.process.join(MOST_S if self._has_closed() else 0)
         code = self.process.exitcode
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.process.kill()  # which may not have a group of its own yet
+        self.kill()
         self.process.join(MOST_S)  # a driver may hold it for ever
         self.connection.close()
         if code is None:
@@ -148,12 +149,6 @@ class Child:
         with contextlib.suppress(ValueError):
             return f"signal {signal.Signals(-code).name}"
         return f"exit status {code}"
-
-    def _has_closed(self) -> bool:
-        try:
-            return self.connection.poll(0)
-        except OSError:
-            return True
 
     def last_words(self, most: int = 4000) -> str:
         """The end of what it has printed."""
@@ -201,7 +196,7 @@ def run(
                 busy[child] = (case, kind, time.monotonic())
             if not busy:
                 return
-            ends = min(deadline, *(child.heard + child.most_quiet(quiet) for child in busy))
+            ends = min(deadline, *(child.heard + child.patience * quiet for child in busy))
             connections = [child.connection for child in busy]
             multiprocessing.connection.wait(connections, max(0.0, ends - time.monotonic()))
             for child in list(busy):
@@ -214,5 +209,8 @@ def run(
                     free.append((kind, child))
                 yield case, {**result, "seconds": round(time.monotonic() - began, 3)}
     finally:
-        for child in (*busy, *(child for _, child in free)):
+        children = [*busy, *(child for _, child in free)]
+        for child in children:
+            child.kill()
+        for child in children:
             child.end()

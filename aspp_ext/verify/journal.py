@@ -1,16 +1,41 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Results, each a line that is on the disk before the next case begins, so that a run can go on."""
+"""Results, each a line that is on the disk when it is known, so that another run can go on."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..evidence import store
+
+FIELDS = {
+    **dict.fromkeys(("case", "engine", "result", "why", "page", "says"), str),
+    **dict.fromkeys(("error", "ratio"), float),
+    "final": bool,
+}
+"""Those that are read of a line."""
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A line of a journal.
+
+    Raises:
+        ValueError: it is none; RecursionError: it is nested without end.
+    """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"expected JSON, got {constant}")
+
+    read = json.loads(text, parse_constant=refuse)
+    if not isinstance(read, dict) or not {"case", "result"} <= set(read):
+        raise ValueError("expected a case and its result")
+    for name, kind in FIELDS.items():
+        if name in read and not isinstance(read[name], kind):
+            raise ValueError(f"{name} must be {kind.__name__}, got {read[name]!r}")
+    return read
 
 
 class Journal:
@@ -24,17 +49,12 @@ class Journal:
     def __init__(self, path: Path | None, engine: str) -> None:
         self.path, self.engine = path, engine
         self.results: dict[str, dict[str, Any]] = {}
-        for line in self._lines():
-            if line.get("engine") == engine:
-                self.results[line["case"]] = line
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        text = None if self.path is None else store.read_text(self.path)
-        for line in (text or "").splitlines():
+        text = None if path is None else store.read_text(path)
+        for each in (text or "").splitlines():
             with contextlib.suppress(ValueError, RecursionError):  # the last one may be cut off
-                read = json.loads(line)
-                if isinstance(read, dict) and isinstance(read.get("case"), str):
-                    yield read
+                line = parse(each)
+                if line.get("engine") == engine:
+                    self.results[line["case"]] = line
 
     def add(self, case: str, result: dict[str, Any]) -> None:
         """Keeps a result, in place of an earlier one.
@@ -49,9 +69,11 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with open(os.open(self.path, flags, 0o644), "ab") as file:
-            if file.tell() > store.MOST_BYTES // 2:
-                file.truncate(0)  # nobody's results take that much
-            data = (json.dumps(line) + "\n").encode()
+            lines = [line]
+            if file.tell() > store.MOST_BYTES // 2:  # most of it are earlier ones
+                file.truncate(0)
+                lines = [*self.results.values()]
+            data = "".join(json.dumps(each) + "\n" for each in lines).encode()
             file.write(data if self._ends_well(file.fileno()) else b"\n" + data)
             file.flush()
             os.fsync(file.fileno())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..evidence.entry import Cell, Verdict
-from ..evidence.rulings import CLASSES, runs
+from ..evidence.rulings import CLASSES, stands_against
 
 T = TypeVar("T")
 NOT_REACHED = "not reached"
@@ -51,16 +51,17 @@ def rows(device: str, table: dict[Cell, Verdict | None]) -> list[dict[str, Any]]
     found = []
     for cell, verdict in table.items():
         row: dict[str, Any] = {**cell._asdict(), "result": NOT_REACHED, "error": None, "why": ""}
-        speeds = {}
+        speeds = {} if verdict is None else verdict.speeds
         if verdict is not None:
             row |= {"result": verdict.result, "error": verdict.error, "why": verdict.why}
-            speeds = {name: speed._asdict() for name, speed in verdict.speeds.items()}
-        row["speeds"] = speeds
-        row["runs"] = (
-            {}
-            if " " in cell.implementation
-            else {name: runs(cell.implementation, verdict, name) for name in CLASSES}
-        )
+        result = None if verdict is None else verdict.result
+        row["speeds"] = {name: speed._asdict() for name, speed in speeds.items()}
+        row["runs"] = {}
+        if " " not in cell.implementation:  # else this machine picks another instruction set
+            name = cell.implementation
+            row["runs"] = {
+                size: stands_against(name, result, speeds, size) is None for size in CLASSES
+            }
         found.append(row)
     return found
 
@@ -68,7 +69,7 @@ def rows(device: str, table: dict[Cell, Verdict | None]) -> list[dict[str, Any]]
 def decision(row: dict[str, Any]) -> str:
     used = [name for name, is_so in row["runs"].items() if is_so]
     if not row["runs"]:
-        return "-"  # this machine picks another instruction set
+        return "-"
     if len(used) == len(row["runs"]):
         return "used"
     return f"used where {' or '.join(used)}" if used else "PyTorch"
@@ -119,5 +120,6 @@ def show(
         print(complaint)
     reached = sum(row["result"] != NOT_REACHED for row in listed)
     known = f"{reached} of {len(listed)} known, {seconds:.0f} s"
+    known += "; run it again to go on" * (reached < len(listed))
     where = f"; kept in {entry}" if entry else ""
     print(f"{environment['device']} ({environment['architecture']}), {known}{where}")

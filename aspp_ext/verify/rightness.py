@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from ..ops.family import NATIVE, TRITON
 from ..ops.precision import switches
 from ..testing import OPS, PROBLEMS, Branch, Op, Problem, checks
 from ..testing.batch_norm import check_gradients
+from ..testing.law import of_eleven_bits
 from .failure import examine
-from .isolation import Beat
+from .isolation import COMPILING, PYTORCH, Beat
 
 NAMES = {
     ("atrous_pyramid", "inference"): ("pyramid", "pyramid_epilogue"),
@@ -73,7 +74,10 @@ class Subject:
 
     cell: Cell
     device: str
-    beat: Beat = lambda doing="", ours=True: None
+    beat: Beat = lambda doing="", patience=1: None
+    called: set[str] = field(
+        default_factory=set, compare=False
+    )  # operators, whose kernels are compiled by now
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,19 +114,26 @@ class Subject:
         """An operator of the table as the implementation computes it, done when it returns."""
         kind = torch.device(self.device).type
         operator = op.operator(TRITON if self.implementation == "triton" else NATIVE)
+        jit = self.implementation == "triton"  # whose kernels are made for dtypes and alignments
 
         def call(*arguments: Any) -> Any:
-            self.beat()
+            self.beat(patience=1 if op.name in self.called and not jit else COMPILING)
+            self.called.add(op.name)
             if op.name == "aspp_inference":
                 result = op.implementations(kind)[self.implementation](*arguments)
             else:
                 result = operator(*arguments, self.tf32)
             if kind == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.beat(ours=False)
+            self.beat(patience=PYTORCH)
             return result
 
         return call
+
+    def rounded(self, arguments: Any) -> Any:
+        """What PyTorch gets as a yardstick: cuDNN may choose not to multiply in TF32 where it may,
+        but operands of eleven bits are as inexact either way."""
+        return of_eleven_bits(arguments) if self.tf32 else arguments
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -157,11 +168,6 @@ def separable_way(way: str) -> Iterator[None]:
             del os.environ[WAY]
         else:
             os.environ[WAY] = before
-
-
-def _cannot_go(error: RuntimeError) -> bool:
-    """Whether a way that is asked for has no kernel for the shape, as they say."""
-    return "the fused kernel cannot run" in str(error)
 
 
 def judge(subject: Subject) -> float:
@@ -270,7 +276,7 @@ def _check_errors(subject: Subject, name: str) -> float:
             return 0.0
         draws = 5 if problem is small and checks.is_gradient(op) else 1
         there = (subject.dtype, subject.device)
-        return checks.check_error_law(call, op, problem, *there, draws)
+        return checks.check_error_law(call, op, problem, *there, draws, subject.rounded)
 
     return max(examine(subject, name, problem, check) for problem in (small, *subject.real))
 
@@ -282,7 +288,7 @@ def _check_training(subject: Subject) -> float:
 
         def check_norm(problem: Problem) -> float:
             there = (subject.dtype, subject.device, subject.implementation)
-            return check_gradients(problem, *there)
+            return check_gradients(problem, *there, rounded=subject.rounded)
 
         return examine(subject, "separable_batch_norm", NORMED, check_norm)
     if on_cpu:
