@@ -72,19 +72,20 @@ def test_training_is_where_a_gradient_may_be_asked_for(device) -> None:
 def test_a_gradient_of_what_is_between_is_training_too(device) -> None:
     x, d, p = on_cuda(1, 8, 9, 9, **LAST), on_cuda(8, 1, 3, 3), on_cuda(4, 8, 1, 1, **LAST)
     scale, shift = on_cuda(8, requires_grad=True), on_cuda(8)
-    modes = []
-
-    def seen(problem: Problem, backend: str | None) -> Any:
-        modes.append(problem.mode)
-        return select(problem, "cuda")
-
-    device.setattr(separable, "select", seen)
     between = {"between": [(scale, shift)], "between_activation": "relu"}
-    aspp_ext.atrous_separable_pyramid(x, [d], [p], [2])
-    aspp_ext.atrous_separable_pyramid(x, [d], [p], [2], **between)
+
+    def mode(**keywords: Any) -> str:
+        with pytest.raises(InterruptedError) as asked:
+            aspp_ext.atrous_separable_pyramid(x, [d], [p], [2], **keywords)
+        return str(asked.value)
+
+    def ask(problem: Problem, backend: str | None) -> Any:
+        raise InterruptedError(problem.mode)
+
+    device.setattr(separable, "select", ask)
+    assert (mode(), mode(**between)) == ("inference", "training")
     with torch.no_grad():
-        aspp_ext.atrous_separable_pyramid(x, [d], [p], [2], **between)
-    assert modes == ["inference", "training", "inference"]
+        assert mode(**between) == "inference"
 
 
 def test_the_head_is_for_inference(device) -> None:
