@@ -37,15 +37,21 @@ describe() {
   [[ $device == cpu ]] || nvcc --version | tail -n 2 || :
 }
 
-loads() {
-  "$PYTHON" -c 'import sys; from aspp_ext import _native, _plan; sys.exit(_native.cuda_missing)'
+# A library that loads but was built from other sources would be taken for these.
+is_built() {
+  "$PYTHON" -c 'import sys; sys.path.insert(0, "csrc")
+import build_graph
+from aspp_ext import _native, _plan
+if _native.read_build_info().get("sources") != build_graph.digests_of_sources():
+    sys.exit("the libraries were built from other sources")
+sys.exit(_native.cuda_missing)'
 }
 
 main() {
   local status=0 code pages
   describe || return 2
-  if [[ $device != cpu ]] && ! loads; then
-    "$PYTHON" scripts/build_for_gpu.py && loads || status=1
+  if [[ $device != cpu ]] && ! is_built; then
+    "$PYTHON" scripts/build_for_gpu.py && is_built || status=1
   fi
   ((!instructions)) || scripts/check_instructions.sh --device "$device" || status=1
   "$PYTHON" -m aspp_ext verify --device "$device" --budget 300 "${options[@]}" \

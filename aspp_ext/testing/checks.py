@@ -130,7 +130,8 @@ def check_error_law(
     draws: int = 1,
     rounded: Callable[[Any], Any] = lambda arguments: arguments,
 ) -> float:
-    """At most twice as far from the oracle as PyTorch on the same device, plus one rounding.
+    """At most so many times (:func:`factor_for`) as far from the oracle as PyTorch on the same
+    device, plus one rounding.
 
     Args:
         draws: the gradients of small weights are few numbers, so that several are judged together.
