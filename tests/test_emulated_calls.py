@@ -53,6 +53,7 @@ def emulation() -> Iterator[Emulation]:
     found = Emulation()
     yield found
     found.set("architecture", 90)
+    found.set("fail_allocations", 0)
     found.set("stream", 0)
     found.set("seed", 0)
 
