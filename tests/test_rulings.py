@@ -178,8 +178,9 @@ def test_a_committed_entry_counts_for_correctness_on_its_architecture(device) ->
     other = replace(HERE, device="NVIDIA H100", processors=114, driver="1", cudnn="1")
     commit(verdicts("cuda"), other)
     assert "right, but not timed" in str(rulings.against("cuda:0", CELL, "small"))
-    know({CELL: Verdict("unavailable", None, "out of memory")})
+    path = know({CELL: Verdict("unavailable", None, "out of memory")})
     assert "out of memory" in str(rulings.against("cuda:0", CELL, "small"))
+    path.unlink()
     commit(verdicts("cuda"), replace(HERE, driver="1"))
     know({CELL._replace(mode="training"): Verdict("wrong", None, "")})
     assert rulings.against("cuda:0", CELL, "small") is None

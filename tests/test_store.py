@@ -86,6 +86,9 @@ BAD = {
     "a ratio that is no number": changed("verdicts", 0, "speeds", to={"small": ["1", "faster"]}),
     "a ratio below zero": changed("verdicts", 0, "speeds", to={"small": [-1.0, "faster"]}),
     "an error without end": changed("verdicts", 0, "error", to=1e300),
+    "processors without number": changed("environment", "processors", to=10**400),
+    "an error without number": changed("verdicts", 0, "error", to=10**400),
+    "an implementation without a name": changed("verdicts", 0, "implementation", to=""),
     "an integer without end": f'{{"format": {"9" * 10000}}}',
     "a class that there is not": changed("verdicts", 0, "speeds", to={"huge": [1.0, "faster"]}),
     "an implementation that there is not": changed("environment", "kernels", to={"\n": "1"}),
@@ -231,6 +234,24 @@ print("ready", flush=True)
 for _ in range(200):
     store.write(whole)
 """
+
+
+def test_a_writer_keeps_what_others_have_found_right(device) -> None:
+    store.write(WHOLE)
+    new = CELL._replace(implementation="triton")
+    path = store.write(replace(WHOLE, verdicts={new: WHOLE.verdicts[CELL]}))
+    assert path is not None
+    found = store.read_entry(path)
+    assert found is not None
+    assert found.verdicts == {CELL: WHOLE.verdicts[CELL], new: WHOLE.verdicts[CELL]}
+
+
+def test_what_nobody_could_read_is_not_written(device) -> None:
+    path = store.write(WHOLE)
+    bad = {CELL: replace(WHOLE.verdicts[CELL], error=1e300)}
+    with pytest.raises(ValueError, match="expected a number"):
+        store.write(replace(WHOLE, verdicts=bad))
+    assert store.find(HERE) == (path, WHOLE)
 
 
 def test_readers_see_whole_entries_while_others_write(device, tmp_path) -> None:

@@ -256,7 +256,34 @@ def finished(place: Path) -> list[str]:
     return found
 
 
+def test_a_run_that_is_ended_keeps_what_it_knows(tmp_path) -> None:
+    """By Ctrl-C, or by what ends jobs."""
+    log, place = tmp_path / "log", tmp_path / "store"
+    arguments = [sys.executable, "-c", KILLED, str(log), "slowly", "verify", "--device", "cpu"]
+    environment = {**os.environ, store.VARIABLE: str(place)}
+    ended = subprocess.Popen([*arguments, *FOREVER], env=environment, stdout=subprocess.DEVNULL)
+    while not list(place.glob("*.jsonl")) or len(finished(place)) < 3:
+        assert ended.poll() is None
+        time.sleep(0.01)
+    ended.terminate()
+    assert ended.wait() == 130
+    (path,) = place.glob("*.json")
+    found = store.read_entry(path)
+    assert found is not None
+    assert len(found.verdicts) >= 3
+
+
 # The command line
+
+
+def test_a_reader_that_goes_away_costs_no_file(tmp_path) -> None:
+    table = tmp_path / "table.json"
+    command = [sys.executable, "-m", "aspp_ext", "verify", "--device", "cpu", "--budget", "1e-3"]
+    run = subprocess.Popen([*command, "--json", str(table)], stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    run.stdout.close()
+    run.wait()
+    assert json.loads(table.read_text())["verdicts"]
 
 
 REFUSED = {

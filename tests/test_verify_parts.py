@@ -23,7 +23,7 @@ from aspp_ext.testing.checks import Wrong
 from aspp_ext.verify import cases, command, contest, failure, isolation
 from aspp_ext.verify.cases import Case
 from aspp_ext.verify.journal import Journal
-from aspp_ext.verify.rightness import Subject
+from aspp_ext.verify.rightness import Subject, judge
 
 # Isolation
 
@@ -34,6 +34,10 @@ def toy(given: str, beat: isolation.Beat) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if given == "exit":
         os._exit(7)
+    if given == "exit, with a child":
+        if os.fork():
+            os._exit(7)
+        time.sleep(1e6)
     if given == "hang":
         beat("the last line")
         time.sleep(1e6)
@@ -103,8 +107,14 @@ def test_a_child_s_own_children_end_with_it() -> None:
 
 def test_a_case_that_the_deadline_cuts_has_no_result() -> None:
     assert solved("good", deadline=0.0) == []
-    now = time.monotonic()
-    assert solved("hang", deadline=now + 0.5) == []
+    ((case, result),) = solved("hang", deadline=time.monotonic() + 0.5)
+    assert (case, result["result"]) == ("hang", isolation.CUT)
+
+
+def test_a_crash_is_one_though_a_grandchild_lives_on(patient) -> None:
+    """Which has inherited what its parent spoke through."""
+    ((_, result),) = solved("exit, with a child")
+    assert (result["result"], result["why"]) == ("crashed", "exit status 7")
 
 
 def test_a_busy_machine_is_not_a_hung_kernel(monkeypatch) -> None:
@@ -168,6 +178,59 @@ def test_a_link_is_no_journal(tmp_path) -> None:
     with pytest.raises(OSError, match="symbolic"):
         Journal(path, "one").add("a", {"result": "right"})
     assert not (tmp_path / "elsewhere").exists()
+
+
+# What is right on what is judged, and nowhere else
+
+
+def swallow_nan(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(1.0, torch.inf, -torch.inf) if x.size(1) % 8 == 0 else x
+
+
+def swallow_low_inf(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == -torch.inf, 1.0, x)
+
+
+def wrong_channels_last(x: torch.Tensor) -> torch.Tensor:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x + 1 if last and x.numel() > 100_000 else x
+
+
+def wrong_batch(x: torch.Tensor) -> torch.Tensor:
+    return x + 1 if x.size(0) > 1 and x.numel() > 100_000 else x
+
+
+def wrong_channels(x: torch.Tensor) -> torch.Tensor:
+    return x + 1 if x.size(1) >= 512 else x
+
+
+CHANGED = [swallow_nan, swallow_low_inf, wrong_channels_last, wrong_batch, wrong_channels]
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=lambda f: f.__name__)
+def test_faults_of_what_networks_have_are_found(change, monkeypatch) -> None:
+    call = Subject.call
+
+    def changed(self: Subject, op: Any) -> Any:
+        return lambda x, *rest: call(self, op)(change(x), *rest)
+
+    monkeypatch.setattr(Subject, "call", changed)
+    monkeypatch.setattr(failure, "SHRINKING_S", 0.0)
+    with pytest.raises(failure.Failure):
+        judge(Subject(Cell("cpu", "atrous_pyramid", "float32", "inference"), "cpu"))
+
+
+def test_what_is_grossly_wrong_is_not_timed(monkeypatch) -> None:
+    forward = contest.Tensors.forward
+
+    def wrong(self: contest.Tensors, backend: str) -> torch.Tensor:
+        y = forward(self, backend)
+        return y.fill_(0) if backend == "cpu" else y
+
+    monkeypatch.setattr(contest.Tensors, "forward", wrong)
+    subject = Subject(Cell("cpu", "atrous_pyramid", "float32", "inference"), "cpu")
+    with pytest.raises(failure.Failure, match="small problems, NCHW: result 0 is not PyTorch's"):
+        contest.contest(subject, "small")
 
 
 # Decisions
@@ -242,6 +305,7 @@ def test_parts_of_it() -> None:
     "sentence",
     [
         "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes",
         "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
     ],
 )

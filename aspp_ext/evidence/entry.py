@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
 from typing import Any, NamedTuple
 
 from .environment import Environment
 
 FORMAT = 1
-RESULTS = ("right", "wrong", "crashed", "hung", "unavailable")
+BAD = ("wrong", "crashed", "hung")
+RESULTS = ("right", *BAD, "unavailable")
 MODES = ("inference", "training")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float64")
 SIZES = ("small", "medium", "large")
@@ -98,6 +99,12 @@ class _Fields:
             raise ValueError(f"{name} must be one of {', '.join(among)}, got {found!r}")
         return found
 
+    def name(self, name: str) -> str:
+        found = self.text(name)
+        if not re.fullmatch(r"[a-z0-9_]+( [a-z0-9]+)?", found):
+            raise ValueError(f"{name} must be a name, got {found!r}")
+        return found
+
     def names(self, among: tuple[str, ...]) -> list[str]:
         """Of all fields, of which there may be no others."""
         if others := set(self.value) - set(among):
@@ -108,7 +115,7 @@ class _Fields:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and 0 <= value < 1e12):
+    if not 0 <= value < 1e12:  # nor NaN
         raise ValueError(f"expected a number that is not negative and finite, got {value}")
     return float(value)
 
@@ -159,8 +166,8 @@ def parse(text: str) -> Entry:
     for each in listed:
         fields = _Fields(each)
         cell = Cell(
-            fields.text("implementation"),
-            fields.text("operator"),
+            fields.name("implementation"),
+            fields.name("operator"),
             fields.text("precision", PRECISIONS),
             fields.text("mode", MODES),
         )

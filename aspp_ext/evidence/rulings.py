@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from . import store
-from .entry import SIZES, Cell, Entry, Speed, Verdict
+from .entry import BAD, SIZES, Cell, Entry, Speed, Verdict
 from .environment import Environment, environment_of, kernel_digests
 
 COMMAND = "python -m aspp_ext verify"
 CLASSES = dict(zip(SIZES, (2**30, 2**32, None), strict=True))
 """Problems by their size, the pixels of the batch x input x output channels: up to where."""
-BAD = ("wrong", "crashed", "hung")
 
 TITLES = {"cuda": "CUDA", "triton": "Triton", "cpu": "CPU"}
 

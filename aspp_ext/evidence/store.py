@@ -8,6 +8,7 @@ it is not there. Writers replace whole files, one after the other.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import re
@@ -39,7 +40,7 @@ def folder() -> Path | None:
     if is_off():
         return None
     if named := os.environ.get(VARIABLE):
-        return Path(named)
+        return Path(os.path.expanduser(named))
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(cache), "aspp_ext", "verified")
 
@@ -58,8 +59,8 @@ def read_text(path: Path) -> str | None:
             if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
                 return None
             data = file.read(MOST_BYTES + 1)
-        return data.decode() if len(data) <= MOST_BYTES else None
-    except (OSError, ValueError):
+        return data.decode(errors="replace") if len(data) <= MOST_BYTES else None
+    except OSError:
         return None
 
 
@@ -67,7 +68,7 @@ def read_entry(path: Path) -> Entry | None:
     text = read_text(path)
     try:
         return None if text is None else entries.parse(text)
-    except (ValueError, RecursionError):
+    except (ValueError, ArithmeticError, RecursionError):
         return None
 
 
@@ -139,16 +140,24 @@ def replace(path: Path, text: str) -> None:
 
 
 def write(entry: Entry) -> Path | None:
-    """Puts an entry in the place of what the store has on its environment; None where it is off.
+    """Adds an entry to what the store has on its environment, in the place of what it has on the
+    same cells and of what it has found wrong; None where it is off.
 
     Raises:
         OSError: the store cannot be written.
+        ValueError: nobody could read it.
     """
     if (place := folder()) is None:
         return None
     path = place / f"{entry.environment.name}.json"
     with locked(place):
-        replace(path, entry.text())
+        verdicts = {}
+        if (before := find(entry.environment)) is not None:
+            kept = before[1].verdicts.items()
+            verdicts = {cell: old for cell, old in kept if old.result not in entries.BAD}
+        text = dataclasses.replace(entry, verdicts={**verdicts, **entry.verdicts}).text()
+        entries.parse(text)
+        replace(path, text)
         _forget_the_oldest(place)
     return path
 

@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -23,23 +25,22 @@ import torch
 
 from .. import _cuda, _native, _triton
 from ..evidence import store
-from ..evidence.entry import Cell, Entry, Speed, Verdict
+from ..evidence.entry import BAD, Cell, Entry, Speed, Verdict
 from ..evidence.environment import PACKAGE, Environment, environment_of, hyphenated
 from . import isolation, report
 from .cases import OPERATORS, RIGHT, Case, cases, timed
 from .contest import contest
 from .failure import Failure
-from .isolation import BROKEN, FINAL, Beat
+from .isolation import BROKEN, CUT, FINAL, Beat
 from .journal import Journal
 from .rightness import Subject, judge
 
 BUDGET_S, QUIET_S = 60.0, 20.0
 MOST_AT_ONCE = 6
 """Children that compute on a GPU, of which Triton's compiler takes a processor each."""
-BAD = ("wrong", "crashed", "hung")
 
-TAKEN = ("out of memory", "busy or unavailable")
-"""In what CUDA says where others have the device, or one process may have it at a time."""
+TAKEN = ("out of memory", "can't allocate memory", "busy or unavailable")
+"""In what is said where others have the memory, or the device, which one process may have."""
 KEPT = ("ASPP_EXT_VERIFIED", "ASPP_EXT_LIBRARY_DIR")
 """Of our variables in the environment those that choose no kernel. What is found out is about calls
 without the others."""
@@ -127,11 +128,11 @@ def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
             return {"result": "right", "error": round(judge(subject), 3)}
         return contest(subject, case.what)
     except Failure as failure:
-        wrong = {"result": "wrong", "why": str(failure), "page": failure.page}
+        wrong = {"result": "wrong", "why": _line(str(failure)), "page": failure.page}
         return {**wrong, BROKEN: device != "cpu"}
     except Exception as error:
         # After an error nothing is sure on a GPU, nor after wrong results: a new process goes on.
-        if isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in TAKEN):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in TAKEN):
             return {"result": "unavailable", "why": _first_line(error), BROKEN: True}
         why = f"{type(error).__name__}: {_first_line(error)}"
         page = traceback.format_exc()
@@ -139,7 +140,7 @@ def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+    return _line(str(error).strip().partition("\n")[0])
 
 
 def digest_of_engine() -> str:
@@ -153,6 +154,10 @@ def digest_of_engine() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is known is kept
     for name in [n for n in os.environ if n.startswith("ASPP_EXT_") and n not in KEPT]:
         del os.environ[name]
     found = isolation.ask(describe, options.device, QUIET_S)
@@ -190,51 +195,65 @@ class Run:
         except KeyboardInterrupt:
             stopped = True
         table = self.verdicts(self.cases)
-        path = self.keep()
+        entry = self.keep()
         facts = {"device": self.device, "environment": dataclasses.asdict(self.environment)}
         rows = report.rows(self.kind, table)
-        report.show(facts, rows, self.pages(), path, self.complaints, time.monotonic() - began)
         data = json.dumps({**facts, "date": today(), "verdicts": rows}, indent=1)
+        failed = False
         for path, text in ((self.options.json, data), (self.options.export, self.entry().text())):
             try:
                 _ = path and path.write_text(text.rstrip() + "\n")
             except OSError as error:
-                print(f"{path} cannot be written: {error}", file=sys.stderr)
-                return 2
+                self.complaints.append(f"{path} cannot be written: {error}")
+                failed = True
+        with contextlib.suppress(BrokenPipeError):  # nobody reads on
+            report.show(facts, rows, self.pages(), entry, self.complaints, time.monotonic() - began)
+        if failed:
+            return 2
         if stopped:
             return 130
         return 1 if any(row["result"] in BAD for row in rows) else 0
 
-    def todo(self, group: Iterable[Case]) -> Iterator[tuple[Case, str]]:
-        """What of it is to be run, each asked for when what came before it is known."""
+    def result_of(self, case: Case) -> str | None:
+        known = self.journal.results.get(case.name)
+        return None if known is None else known["result"]
+
+    def todo(self, group: Iterable[Case], cut: bool) -> Iterator[tuple[Case, str]]:
+        """What of it is to be run, each asked for when what came before it is known.
+
+        Args:
+            cut: what took an earlier run too long, which waits until the rest is known.
+        """
         for case in group:
+            if not cut and self.result_of(case) == CUT:
+                continue
             name = case.cell.implementation.split()[0]
             known = self.journal.results.get(case.name)
             if name in self.missing or (case.name in self.fresh):
                 continue
             if known is not None and not self.options.again and is_final(known):
                 continue
-            if case.what != RIGHT:
-                right = self.journal.results.get(Case(case.cell, RIGHT).name)
-                if right is None or right["result"] != "right":
-                    continue
+            if case.what != RIGHT and self.result_of(Case(case.cell, RIGHT)) != "right":
+                continue
             yield case, self.device
 
     def solve(self, deadline: float) -> None:
         """Of each precision first what is right, several cases at a time, then what is fast."""
         progress = report.Progress(len(self.cases), deadline)
         at_once = {"cuda": max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2)), "cpu": 1}
-        groups = itertools.groupby(
-            self.cases, lambda case: (case.cell.precision, case.what == RIGHT)
-        )
-        for (_, is_right), group in groups:
+        by_kind = itertools.groupby(self.cases, lambda c: (c.cell.precision, c.what == RIGHT))
+        groups = [(is_right, list(group)) for (_, is_right), group in by_kind]
+        last = [case for case in self.cases if self.result_of(case) == CUT]
+        for is_right, group in [*groups, (False, last)]:
             for (case, _), result in isolation.run(
-                progress.following(self.todo(group), lambda each: each[0].name),
+                progress.following(self.todo(group, group is last), lambda each: each[0].name),
                 *(solve, QUIET_S, deadline),
                 alike=lambda each: each[0].instruction_set,
                 at_once=at_once[self.kind] if is_right else 1,
             ):
                 self.fresh.add(case.name)
+                if result["result"] == CUT:
+                    self.complaints.append(f"{case.name}: cut off, it needs a longer --budget")
                 page = result.pop("page", None) or result.pop("output", None)
                 if page and result["result"] in BAD:
                     result["page"] = self.write_page(case, f"{case.name}\n{page}")
@@ -271,7 +290,7 @@ class Run:
                 found[case.cell] = Verdict("unavailable", why=_line(reason))
             elif case.what == RIGHT:
                 found[case.cell] = None
-                if result is not None:
+                if result is not None and result["result"] != CUT:
                     why = _line(result.get("why", ""))
                     found[case.cell] = Verdict(result["result"], result.get("error"), why)
             elif result is not None and (verdict := found[case.cell]) is not None:
@@ -291,7 +310,7 @@ class Run:
             return None
         try:
             return store.write(entry)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.complaints.append(f"the entry cannot be kept: {error}")
             return None
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import aspp_ext
 
-from ..testing import timing
+from ..testing import outputs, timing
 from ..testing.timing import Timing
+from .failure import Failure
 from .isolation import COMPILING, FINAL, PYTORCH
 from .rightness import Subject, precision_of
 
@@ -26,6 +27,8 @@ LEAST = 1.05
 BUDGET_S = 0.6
 MOST_S = 4.0
 """Of a round: calls that take longer are not timed."""
+CLOSE = 0.1
+"""Of the largest number of a result: how far two right ones may be apart, in 16 bits too."""
 OUT_CHANNELS, RATES = 256, {"small": (6, 12, 18), "medium": (6, 12, 18), "large": (12, 24, 36)}
 SHAPES = {
     "cuda": {
@@ -127,6 +130,28 @@ def decide(ours: Mapping[str, Timing], torchs: Mapping[str, Timing]) -> tuple[fl
     return ratio, "slower" if all(loses) else "even"
 
 
+def _told(subject: Subject, size: str, name: str, call: Call) -> Call:
+    """The call, of which it is known whose it is."""
+    doing, patience = f"{name}, {size}", 1 if name.startswith("ours") else PYTORCH
+
+    def told() -> Any:
+        subject.beat(doing, patience)
+        return call()
+
+    return told
+
+
+def _compare(
+    subject: Subject, size: str, name: str, ours: list[Tensor], torchs: list[Tensor]
+) -> None:
+    """Nothing that is grossly wrong is timed; what is right has been seen by ``rightness``."""
+    for i, (own, other) in enumerate(zip(ours, torchs, strict=True)):
+        most = other.abs().max().item()
+        if not (own.double() - other.double()).abs().max().item() <= CLOSE * most:
+            sentence = f"{size} problems, {name}: result {i} is not PyTorch's"
+            raise Failure(sentence, f"{sentence}\n{subject.cell.title}, {SHAPES}\n")
+
+
 def contest(subject: Subject, size: str) -> dict[str, Any]:
     """Ratio, what it says, and the medians in milliseconds; or why it was not timed."""
     device = torch.device(subject.device)
@@ -141,11 +166,15 @@ def contest(subject: Subject, size: str) -> dict[str, Any]:
             tensors = Tensors(subject, size, memory_format)
             calls[f"ours {name}"] = tensors.call(subject.implementation)
             calls[f"PyTorch {name}"] = tensors.call("reference")
-        seconds = 0.0
+        seconds, results = 0.0, {}
         for name, call in calls.items():
             subject.beat(f"{name}, {size}", COMPILING if name.startswith("ours") else PYTORCH)
-            call()  # searches, compiles
+            results[name] = outputs(call())  # searches, compiles
             seconds += stopwatch(call)[0]
+        for name in FORMATS:
+            _compare(subject, size, name, results[f"ours {name}"], results[f"PyTorch {name}"])
+        del results
+        calls = {name: _told(subject, size, name, call) for name, call in calls.items()}
         if seconds > MOST_S:
             why = f"a round of {size} calls takes {seconds:.0f} s"
             return {"result": "unavailable", "why": why, FINAL: True}
@@ -153,7 +182,6 @@ def contest(subject: Subject, size: str) -> dict[str, Any]:
             calls,
             budget_s=BUDGET_S,
             stopwatch=stopwatch,
-            on_round=lambda done, _: subject.beat(f"{size}, round {done}", PYTORCH),
         )
     ours, torchs = (
         {name: timed[f"{who} {name}"] for name in FORMATS} for who in ("ours", "PyTorch")

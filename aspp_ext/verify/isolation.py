@@ -26,6 +26,8 @@ Beat = Callable[..., None]
 """``beat(doing="", patience=1)``, to be called with what is done next, if that is not the same, and
 how many times as long it may be quiet as a kernel of ours, which hangs then."""
 Work = Callable[[T, Beat], dict[str, Any]]
+CUT = "cut"
+"""The result of a case that the deadline ended."""
 BROKEN, FINAL = "broken", "final"
 """Keys of a result: the child that gave it can compute nothing any more; and it would be the same
 another time."""
@@ -106,11 +108,14 @@ class Child:
 
     def result(self, quiet: float) -> dict[str, Any] | None:
         """What it has to say by now: also that it crashed or, being quiet for so long, hangs."""
+        ended = self.process.exitcode is not None
         try:
             if self.connection.poll(0):
                 return self.hear()
         except (EOFError, OSError):
-            self.process.join(MOST_S)  # it has closed its end, of which it is about to end
+            self.process.join(MOST_S)  # as it has closed its end it is about to end
+            ended = True
+        if ended:  # though a child of its own may have the connection
             return self._bad("crashed", self.end())
         seconds = self.patience * quiet
         if time.monotonic() - self.heard < seconds:
@@ -178,7 +183,7 @@ def run(
     Args:
         cases: the next one is asked for when a child is free, its results so far being known.
         quiet: seconds without a beat, after which a case hangs.
-        deadline: on ``time.monotonic()``'s clock; cases that run then are left out.
+        deadline: on ``time.monotonic()``'s clock; the result of cases that run then is CUT.
         alike: cases of which it differs are given to different children.
         at_once: so many children.
     """
@@ -197,8 +202,8 @@ def run(
             if not busy:
                 return
             ends = min(deadline, *(child.heard + child.patience * quiet for child in busy))
-            connections = [child.connection for child in busy]
-            multiprocessing.connection.wait(connections, max(0.0, ends - time.monotonic()))
+            signs = [sign for c in busy for sign in (c.connection, c.process.sentinel)]
+            multiprocessing.connection.wait(signs, max(0.0, ends - time.monotonic()))
             for child in list(busy):
                 if (result := child.result(quiet)) is None:
                     continue
@@ -208,6 +213,8 @@ def run(
                 else:
                     free.append((kind, child))
                 yield case, {**result, "seconds": round(time.monotonic() - began, 3)}
+        for case, _, began in [*busy.values()]:
+            yield case, {"result": CUT, "seconds": round(time.monotonic() - began, 3)}
     finally:
         children = [*busy, *(child for _, child in free)]
         for child in children:

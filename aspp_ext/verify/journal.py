@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evidence import store
+from ..evidence.entry import SAYS
 
 FIELDS = {
     **dict.fromkeys(("case", "engine", "result", "why", "page", "says"), str),
@@ -30,11 +31,18 @@ def parse(text: str) -> dict[str, Any]:
         raise ValueError(f"expected JSON, got {constant}")
 
     read = json.loads(text, parse_constant=refuse)
-    if not isinstance(read, dict) or not {"case", "result"} <= set(read):
+    needed = {"case", "result"}
+    if isinstance(read, dict) and read.get("result") == "timed":
+        needed |= {"ratio", "says"}
+    if not isinstance(read, dict) or not needed <= set(read):
         raise ValueError("expected a case and its result")
     for name, kind in FIELDS.items():
         if name in read and not isinstance(read[name], kind):
             raise ValueError(f"{name} must be {kind.__name__}, got {read[name]!r}")
+    if read["result"] == "timed" and not (0 <= read["ratio"] < 1e12 and read["says"] in SAYS):
+        raise ValueError(f"expected a ratio and what it says, got {read}")
+    if not 0 <= read.get("error", 0.0) < 1e12:
+        raise ValueError(f"error must be finite, got {read['error']}")
     return read
 
 
