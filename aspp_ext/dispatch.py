@@ -63,6 +63,8 @@ class Problem:
         """One of :data:`aspp_ext.evidence.rulings.CLASSES`, or "" where sizes are symbolic."""
         n, c, h, w = self.x.shape
         size = n * h * w * c * sum(weight.size(0) for weight in self.weights)
+        if torch.jit.is_tracing():  # for which sizes are tensors
+            return ""
         if not torch.compiler.is_compiling() and isinstance(size, int):
             return rulings.size_class(size)
         from torch.fx.experimental.symbolic_shapes import statically_known_true

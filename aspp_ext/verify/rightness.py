@@ -68,9 +68,9 @@ REAL = {
         _aspp("real channels_last, 65x65", (2, 2048, 65, 65), 256, 12, 24, 36, last=True),
     ),
     "cpu": (
-        _aspp("real 320 channels, 33x33", (1, 320, 33, 33), 256, 6, 12, 18),
-        _aspp("real channels_last, 17x65", (2, 512, 17, 65), 64, 6, 12, last=True),
-        _aspp("real 2048 channels, 17x17", (1, 2048, 17, 17), 128, 6, 12),
+        _aspp("real 320 channels, 33x33", (1, 320, 33, 33), 48, 6, 12, 18),
+        _aspp("real channels_last, 17x65", (2, 128, 17, 65), 32, 6, 12, last=True),
+        _aspp("real 2048 channels, 9x13", (1, 2048, 9, 13), 40, 6),
     ),
 }
 SLOW = (_aspp("40 channels, 11x11", (1, 40, 11, 11), 24, 3, 6),)
