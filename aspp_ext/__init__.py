@@ -4,7 +4,7 @@
 >>> model = aspp_ext.fuse(model)        # same parameters, same state dict, same numbers, sooner
 """
 
-from . import autograd, reference
+from . import autograd, compat, reference
 from .dispatch import explain
 from .fuse import fuse, fuse_report, unfuse
 from .modules import ASPP
@@ -24,6 +24,7 @@ __all__ = [
     "atrous_separable_conv2d",
     "atrous_separable_pyramid",
     "autograd",
+    "compat",
     "explain",
     "fuse",
     "fuse_report",

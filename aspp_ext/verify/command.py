@@ -49,11 +49,16 @@ ENGINE = ("verify", "testing", "reference.py")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m aspp_ext", description=__doc__)
+    about = "Without a command: what was built, what was seen here, and which implementation runs."
+    parser = argparse.ArgumentParser(prog="python -m aspp_ext", description=about)
     command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "verify", help="which kernels are right and fast on this machine"
+        "verify",
+        help="finds out which kernels are right and fast on this machine",
+        description="Finds out which kernels are right and fast on this machine, goes on where an "
+        "earlier run ended, and keeps what it sees for aspp_ext to choose by. The exit status is 1 "
+        "where something is wrong.",
     )
-    command.add_argument("--device", help="cuda, cuda:1 or cpu; by default a GPU if there is one")
+    command.add_argument("--device", help="cuda, cuda:N or cpu; by default a GPU if there is one")
     command.add_argument(
         "--quick", action="store_true", help="fewer precisions, and medium problems alone"
     )
@@ -65,9 +70,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="of work, by default 60",
     )
-    command.add_argument("--again", action="store_true", help="also what is known already")
-    command.add_argument("--export", type=_file, metavar="FILE", help="writes the entry there")
-    command.add_argument("--json", type=_file, metavar="FILE", help="writes the table there")
+    command.add_argument(
+        "--again", action="store_true", help="finds out anew what is known already"
+    )
+    command.add_argument(
+        "--export", type=_file, metavar="FILE", help="writes what is known, to be shipped"
+    )
+    command.add_argument("--json", type=_file, metavar="FILE", help="writes the table as data")
     return parser.parse_args(arguments)
 
 
@@ -91,7 +100,7 @@ def describe(device: str | None, beat: Beat) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")
     if kind not in ("cuda", "cpu") or not (number or "0").isdecimal():
-        return {"error": f"--device must be cuda, cuda:1 or cpu, got {device}"}
+        return {"error": f"--device must be cuda, cuda:N or cpu, got {device}"}
     if kind == "cuda" and not torch.cuda.is_available():
         return {"error": "--device cuda needs a GPU, and PyTorch sees none"}
     there = torch.device(f"cuda:{number or 0}" if kind == "cuda" else "cpu")
@@ -183,6 +192,7 @@ class Run:
         self.folder = store.folder() if self.keeps else None
         path = None if self.folder is None else self.folder / f"{self.environment.name}.jsonl"
         self.journal = Journal(path, digest_of_engine())
+        self.long = [case for case in self.cases if self.took_most_of_a_run(case)]
         self.fresh: set[str] = set()
         self.pages_at = self.folder
         self.complaints: list[str] = []
@@ -218,14 +228,18 @@ class Run:
         known = self.journal.results.get(case.name)
         return None if known is None else known["result"]
 
+    def took_most_of_a_run(self, case: Case) -> bool:
+        known = self.journal.results.get(case.name, {})
+        return known.get("result") == CUT and known["seconds"] > self.options.budget / 2
+
     def todo(self, group: Iterable[Case], cut: bool) -> Iterator[tuple[Case, str]]:
         """What of it is to be run, each asked for when what came before it is known.
 
         Args:
-            cut: what took an earlier run too long, which waits until the rest is known.
+            cut: what took most of an earlier run and was cut off waits until the rest is known.
         """
         for case in group:
-            if not cut and self.result_of(case) == CUT:
+            if not cut and case in self.long:
                 continue
             name = case.cell.implementation.split()[0]
             known = self.journal.results.get(case.name)
@@ -243,17 +257,18 @@ class Run:
         at_once = {"cuda": max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2)), "cpu": 1}
         by_kind = itertools.groupby(self.cases, lambda c: (c.cell.precision, c.what == RIGHT))
         groups = [(is_right, list(group)) for (_, is_right), group in by_kind]
-        last = [case for case in self.cases if self.result_of(case) == CUT]
-        for is_right, group in [*groups, (False, last)]:
+        for is_right, group in [*groups, (False, self.long)]:
             for (case, _), result in isolation.run(
-                progress.following(self.todo(group, group is last), lambda each: each[0].name),
+                progress.following(self.todo(group, group is self.long), lambda each: each[0].name),
                 *(solve, QUIET_S, deadline),
                 alike=lambda each: each[0].instruction_set,
                 at_once=at_once[self.kind] if is_right else 1,
             ):
                 self.fresh.add(case.name)
                 if result["result"] == CUT:
-                    self.complaints.append(f"{case.name}: cut off, it needs a longer --budget")
+                    seconds = result["seconds"]
+                    why = f"not finished in the {seconds:.0f} s that were left of the budget"
+                    self.complaints.append(f"{case.cell.title} ({case.what}): {why}")
                 page = result.pop("page", None) or result.pop("output", None)
                 if page and result["result"] in BAD:
                     result["page"] = self.write_page(case, f"{case.name}\n{page}")

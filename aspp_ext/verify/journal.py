@@ -11,10 +11,11 @@ from typing import Any
 
 from ..evidence import store
 from ..evidence.entry import SAYS
+from .isolation import CUT
 
 FIELDS = {
     **dict.fromkeys(("case", "engine", "result", "why", "page", "says"), str),
-    **dict.fromkeys(("error", "ratio"), float),
+    **dict.fromkeys(("error", "ratio", "seconds"), float),
     "final": bool,
 }
 """Those that are read of a line."""
@@ -32,6 +33,8 @@ def parse(text: str) -> dict[str, Any]:
 
     read = json.loads(text, parse_constant=refuse)
     needed = {"case", "result"}
+    if isinstance(read, dict) and read.get("result") == CUT:
+        needed |= {"seconds"}
     if isinstance(read, dict) and read.get("result") == "timed":
         needed |= {"ratio", "says"}
     if not isinstance(read, dict) or not needed <= set(read):

@@ -120,6 +120,6 @@ def show(
         print(complaint)
     reached = sum(row["result"] != NOT_REACHED for row in listed)
     known = f"{reached} of {len(listed)} known, {seconds:.0f} s"
-    known += "; run it again to go on" * (reached < len(listed))
-    where = f"; kept in {entry}" if entry else ""
+    known += "; run it again to go on" * (entry is not None and reached < len(listed))
+    where = f"; kept in {entry}" if entry else "; nothing was kept"
     print(f"{environment['device']} ({environment['architecture']}), {known}{where}")
