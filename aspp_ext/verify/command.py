@@ -212,7 +212,8 @@ class Run:
         failed = False
         for path, text in ((self.options.json, data), (self.options.export, self.entry().text())):
             try:
-                _ = path and path.write_text(text.rstrip() + "\n")
+                if path is not None:
+                    path.write_text(text.rstrip() + "\n")
             except OSError as error:
                 self.complaints.append(f"{path} cannot be written: {error}")
                 failed = True
