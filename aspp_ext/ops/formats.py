@@ -42,9 +42,30 @@ def like(x: Tensor, y: Tensor) -> Tensor:
     return y.contiguous(memory_format=last)
 
 
+def in_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``weight`` in its strides, if those are of dense memory, else in their order.
+
+    ``AccumulateGrad`` copies a gradient into them, but for axes of size 1, at which DDP looks, too;
+    what has to be copied here is not copied there. In views, so that it can be differentiated.
+    """
+    if grad.stride() == weight.stride():
+        return grad
+    # Of two axes with one stride, that of size 1 is the inner one.
+    strides, sizes = weight.stride(), weight.shape
+    order = sorted(range(grad.dim()), key=lambda d: (-strides[d], -sizes[d]))
+    flat = grad.permute(order).reshape(-1)
+    outer = flat.view([grad.size(d) for d in order])
+    return outer.permute([order.index(d) for d in range(grad.dim())])
+
+
+def in_strides_of_image(x: Tensor, grad: Tensor) -> Tensor:
+    """The same of an image, if it is a parameter; for others the copy would be for nothing."""
+    return in_strides_of(x, grad) if isinstance(x, torch.nn.Parameter) else grad
+
+
 def pointwise_as_channels_last(weight: Tensor) -> Tensor:
     """A 1x1 weight seen in channels_last, which is the same memory; others as they are."""
     out_channels, in_channels, *kernel = weight.shape
-    if tuple(kernel) != (1, 1) or not weight.is_contiguous():
+    if tuple(kernel) != (1, 1) or is_channels_last(weight) or not weight.is_contiguous():
         return weight
     return weight.view(out_channels, 1, 1, in_channels).permute(0, 3, 1, 2)

@@ -20,7 +20,7 @@ from ..dispatch import Problem, pairs, select
 from . import checks
 from .checks import Rate
 from .family import FAMILIES, NATIVE, Family, family_of
-from .formats import empty_image
+from .formats import empty_image, in_strides_of, in_strides_of_image
 from .precision import allows_tf32
 from .registration import (
     fold_image,
@@ -140,6 +140,11 @@ def _grad_weight(ctx: Any, grad: Tensor, x: Tensor, kernels: list[int], outs: li
     return op(grad, x, kernels, outs, ctx.rates, ctx.tf32, ctx.polyphase)
 
 
+def _grad_weights(ctx: Any, grad: Tensor, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    grads = _grad_weight(ctx, grad, x, *_sizes(weights))
+    return [in_strides_of(w, g) for w, g in zip(weights, grads, strict=True)]
+
+
 class AtrousPyramid(torch.autograd.Function):
     """``apply(rates, tf32, polyphase, x, *weights)``, ``rates`` flat: (rate_h, rate_w) per branch.
 
@@ -180,10 +185,10 @@ class AtrousPyramid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, *weights = ctx.saved_tensors
         of_x, *of_weights = ctx.needs_input_grad[-len(weights) - 1 :]
-        grad_x = _grad_input(ctx, grad, weights) if of_x else None
+        grad_x = in_strides_of_image(x, _grad_input(ctx, grad, weights)) if of_x else None
         grads: Sequence[Any] = [None] * len(weights)
         if any(of_weights):
-            grads = _grad_weight(ctx, grad, x, *_sizes(weights))
+            grads = _grad_weights(ctx, grad, x, weights)
         return (None, None, None, grad_x, *grads)
 
     @staticmethod
@@ -225,7 +230,7 @@ class AtrousPyramidGradInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
         grad, *weights = ctx.saved_tensors
-        by_weights = _grad_weight(ctx, grad, v, *_sizes(weights))
+        by_weights = _grad_weights(ctx, grad, v, weights)
         return (None, None, None, _forward(ctx, v, weights), *by_weights)
 
     @staticmethod

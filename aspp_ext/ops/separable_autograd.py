@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .family import NATIVE, family_of
+from .formats import in_strides_of, in_strides_of_image
 from .pyramid import add, zeros_for
 
 _OP, _BACKWARD = "atrous_separable_pyramid", "atrous_separable_pyramid_backward"
@@ -75,7 +76,8 @@ class AtrousSeparablePyramid(torch.autograd.Function):
         op = family_of(ctx).op(_BACKWARD)
         grad_x, *grads = op(grad, x, d, p, ctx.rates, s, t, ctx.relu, *needs, ctx.tf32)
         filled = [_gradients(g, kind) for g, kind in zip(grads, (d, p, s, t), strict=True)]
-        return (*[None] * 4, grad_x if of_x else None, *[g for kind in filled for g in kind])
+        grad_x = in_strides_of_image(x, grad_x) if of_x else None
+        return (*[None] * 4, grad_x, *[g for kind in filled for g in kind])
 
     @staticmethod
     def jvp(ctx: Any, _b: Any, _r: Any, _relu: Any, _tf32: Any, t_x: Any, *t_rest: Any) -> Any:
@@ -93,7 +95,7 @@ def _gradients(grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
     """An operator's list of gradients, which is empty when none was asked for."""
     if not grads:
         return [None] * len(inputs)
-    return [g if t.numel() else None for g, t in zip(grads, inputs, strict=True)]
+    return [in_strides_of(t, g) if t.numel() else None for g, t in zip(grads, inputs, strict=True)]
 
 
 def _only_separable(d: Sequence[Tensor], p: Sequence[Tensor]) -> list[Tensor]:
@@ -186,7 +188,7 @@ class AtrousSeparablePyramidBackward(torch.autograd.Function):
             return operator(grad, x, d, p, ctx.rates, [], [], False, *needs, False, ctx.tf32)
 
         def merge(old: Any, grads: Any, like: Any) -> list[Any]:
-            return [add(o, g) for o, g in zip(old, _gradients(grads, like), strict=True)]
+            return _gradients([add(o, g) for o, g in zip(old, grads, strict=True)], like)
 
         if v_x is not None:
             _, gd, gp, _, _ = op(v_x, d, p, False, True, True)

@@ -24,7 +24,7 @@ from ..dispatch import Problem, select
 from . import checks
 from .checks import Rate
 from .family import NATIVE
-from .formats import is_channels_last
+from .formats import in_strides_of, in_strides_of_image, is_channels_last
 from .precision import allows_tf32
 from .registration import under_autocast
 from .separable_choice import fused_choice
@@ -319,7 +319,8 @@ def _gradients(
     scale, shift = _affine(weight, bias, mean, invstd)
     convolutions_of = (list(convolutions[:branches]), list(convolutions[branches:]))
     arguments = (grad, x, *convolutions_of, rates, scale, shift, relu)
-    grad_x = grad_weight = grad_bias = None
+    grad_x: Any = None
+    grad_weight = grad_bias = None
     a = b = torch.zeros_like(scale)
     if of_x or of_depthwise or of_weight or of_bias:
         products, grad_bias = NATIVE.op("atrous_separable_norm_sums")(*arguments, tf32)
@@ -327,7 +328,7 @@ def _gradients(
         n = x.size(0) * x.size(2) * x.size(3)
         b = -scale * invstd * grad_weight / n
         a = -scale * grad_bias / n - b * mean
-    grads: list[Tensor | None] = [None] * len(convolutions)
+    grads: list[Any] = [None] * len(convolutions)
     if of_x or of_depthwise or of_pointwise:
         backward = NATIVE.op("atrous_separable_norm_backward")
         grad_x, d, p = backward(*arguments, a, b, of_x, of_depthwise, of_pointwise, tf32)
@@ -335,8 +336,8 @@ def _gradients(
         grads[branches:] = p or grads[branches:]
     wanted = zip(grads, convolutions, of_convolutions, strict=True)
     return (
-        grad_x if of_x else None,
+        in_strides_of_image(x, grad_x) if of_x else None,
         grad_weight if of_weight else None,
         grad_bias if of_bias else None,
-        *(g if needed and t.numel() else None for g, t, needed in wanted),
+        *(in_strides_of(t, g) if needed and t.numel() else None for g, t, needed in wanted),
     )
