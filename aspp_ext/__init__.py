@@ -7,7 +7,7 @@
 from . import autograd, compat, reference
 from .dispatch import explain
 from .fuse import fuse, fuse_report, unfuse
-from .modules import ASPP
+from .modules import ASPP, freeze, unfreeze
 from .ops import (
     aspp_inference,
     atrous_pyramid,
@@ -26,8 +26,10 @@ __all__ = [
     "autograd",
     "compat",
     "explain",
+    "freeze",
     "fuse",
     "fuse_report",
     "reference",
+    "unfreeze",
     "unfuse",
 ]

@@ -117,15 +117,24 @@ def _install(library: torch.library.Library, op: Any, kernel: Callable[..., Any]
     library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 
 
-def refuse_gradient(library: torch.library.Library, op: Any, sentence: str) -> None:
-    """An operator without gradients says so instead of returning a constant."""
+def compose_gradient(library: torch.library.Library, op: Any, composed: Callable[..., Any]) -> None:
+    """``composed(*op_arguments)``, of differentiable operators, runs where a gradient is needed."""
     if unavailable is not None:
         return
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if needs_gradient(tensors_in(arguments)):
-            raise NotImplementedError(sentence)
+            return composed(*arguments)
         with _below_autograd():
             return op.redispatch(keyset & _after_autograd, *arguments)
 
     _install(library, op, kernel)
+
+
+def refuse_gradient(library: torch.library.Library, op: Any, sentence: str) -> None:
+    """An operator without gradients says so instead of returning a constant."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotImplementedError(sentence)
+
+    compose_gradient(library, op, refuse)

@@ -74,5 +74,8 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
       "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
       "bool polyphase=True, Tensor[]? prepared=None) -> Tensor");
+  // CPU. Of each tensor 64 bits that change with any of its bytes, its sizes, strides or dtype:
+  // int64 [tensors]
+  m.def("checksums(Tensor[] tensors) -> Tensor");
   m.def("cpu_isa() -> str");
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -24,7 +25,7 @@ from aspp_pairs import (
 from marks import on_native, proven_emulated, quick_emulated, varied
 from torch import nn
 
-from aspp_ext.modules import ASPP, fold, fused
+from aspp_ext.modules import ASPP, fold_cache, fused
 
 pytestmark = [proven_emulated, on_native, varied]
 
@@ -75,17 +76,31 @@ def test_eval(pair: Pair, layout: torch.memory_format, inferences: list) -> None
     assert len(inferences) == 2
 
 
+def formats(t: torch.Tensor) -> list[bool]:
+    known = (torch.contiguous_format, torch.channels_last)
+    return [t.is_contiguous(memory_format=f) for f in known]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [False, True])
-def test_memory_format_follows_the_input_and_the_weights(pair: Pair, training: bool) -> None:
-    _, ours = pair.build()
-    ours.float().train(training)
-    x = features().float()
-    last = torch.channels_last
-    with torch.no_grad():
-        assert ours(x).is_contiguous()
-        assert ours(x.contiguous(memory_format=last)).is_contiguous(memory_format=last)
-        ours.to(memory_format=last)
-        assert ours(x).is_contiguous(memory_format=last)
+def test_results_lie_in_memory_as_the_layers_leave_them(pair: Pair, training: bool, dtype) -> None:
+    """A dropout draws in that order: the same seed drops the same."""
+    original, ours = (m.to(dtype).train(training) for m in pair.build())
+    for x_last, last in itertools.product([False, True], ["none", "project", "branches", "all"]):
+        x = features().to(dtype)
+        if x_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        results = []
+        for module in (original, ours):
+            module.to(memory_format=torch.contiguous_format)
+            part = {"project": module.project, "branches": module.convs, "all": module}.get(last)
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
+            with torch.set_grad_enabled(training):
+                torch.manual_seed(0)
+                results.append(module(x))
+        assert formats(results[0]) == formats(results[1]), (x_last, last)
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -271,7 +286,7 @@ def test_cache_holds_across_grad_and_inference_modes(pair: Pair, inferences: lis
     assert inferences[-1][2] is not inferences[0][2]
 
 
-def test_inference_tensors_are_not_cached(pair: Pair) -> None:
+def test_changes_of_inference_tensors_are_noticed(pair: Pair) -> None:
     with torch.inference_mode():
         original, ours = (m.eval() for m in pair.build())
         for module in (original, ours):
@@ -306,8 +321,8 @@ def test_folding_is_done_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> No
     _, ours = pair.build()
     ours.eval()
     folds = []
-    real = fold.fold
-    monkeypatch.setattr(fold, "fold", lambda *args: folds.append(args) or real(*args))
+    real = fold_cache.fold
+    monkeypatch.setattr(fold_cache, "fold", lambda *args: folds.append(args) or real(*args))
     with torch.no_grad():
         for _ in range(3):
             ours(features())

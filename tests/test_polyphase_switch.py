@@ -19,7 +19,7 @@ from test_precision import CALLS, PYRAMIDS, Settings, argument, dense, loss
 from torch.library import opcheck
 
 import aspp_ext
-from aspp_ext.modules import ASPP, fold, fused
+from aspp_ext.modules import ASPP, fused, prepared
 from aspp_ext.ops import head_composed, polyphase_weights
 from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, oracle_of
 
@@ -170,18 +170,19 @@ class Spy:
         self.sizes: list[tuple[int, int]] = []
         self.made: list[list[torch.Tensor]] = []
         self.given: list[list[torch.Tensor] | None] = []
+        self.bytes = 0  # of a size's weights
         real = fused.aspp_inference
 
         def prepare(weights, rates, *size):
             self.sizes.append(size)
-            self.made.append([w.new_zeros(0) for w in weights])
+            self.made.append([w.new_empty(self.bytes // w.itemsize) for w in weights[:1]])
             return self.made[-1]
 
         def infer(*arguments, prepared, **keywords):
             self.given.append(prepared)
-            return real(*arguments, prepared=prepared, **keywords)
+            return real(*arguments, **keywords)
 
-        monkeypatch.setattr(fold, "polyphase_weights", prepare)
+        monkeypatch.setattr(prepared, "polyphase_weights", prepare)
         monkeypatch.setattr(fused, "aspp_inference", infer)
 
 
@@ -205,10 +206,42 @@ def test_weights_are_prepared_once_for_a_size(ours, spy) -> None:
         assert given is made
 
 
-def test_the_last_two_sizes_are_kept(ours, spy) -> None:
-    for height in (4, 5, 4, 6, 4, 5):
+def heights_prepared(ours, spy, heights) -> list[int]:
+    for height in heights:
         ours(features(height=height))
-    assert [height for height, _ in spy.sizes] == [4, 5, 6, 5]
+    return [height for height, _ in spy.sizes]
+
+
+def test_sizes_are_kept_within_the_budget(ours, spy, monkeypatch) -> None:
+    spy.bytes = 1024
+    monkeypatch.setattr(prepared, "BUDGET", 4 * 1024 + 1000)
+    assert heights_prepared(ours, spy, [3, 4, 5, 6, 7, 8] * 3) == [3, 4, 5, 6]
+    # The others make their weights within the call.
+    assert [given is None for given in spy.given] == [False] * 4 + [True] * 2 + (
+        [False] * 4 + [True] * 2
+    ) * 2
+
+
+def test_two_sizes_are_kept_whatever_they_take(ours, spy, monkeypatch) -> None:
+    spy.bytes = 1024
+    monkeypatch.setattr(prepared, "BUDGET", 1000)
+    assert heights_prepared(ours, spy, [3, 4, 5] * 3) == [3, 4]
+
+
+def test_a_size_that_stays_takes_the_place_of_one_that_went(ours, spy, monkeypatch) -> None:
+    spy.bytes = 1024
+    monkeypatch.setattr(prepared, "BUDGET", 1000)
+    monkeypatch.setattr(prepared, "STALE", 5)
+    assert heights_prepared(ours, spy, [3, 4] + [5, 4] * 4) == [3, 4, 5]
+    assert spy.given[-1] is spy.made[1]
+    assert spy.given[-2] is spy.made[2]
+
+
+def test_sizes_that_never_come_again_push_none_out(ours, spy, monkeypatch) -> None:
+    spy.bytes = 1024
+    monkeypatch.setattr(prepared, "BUDGET", 1000)
+    monkeypatch.setattr(prepared, "STALE", 2)
+    assert heights_prepared(ours, spy, range(3, 30)) == [3, 4]
 
 
 def test_what_is_prepared_serves_any_batch(ours, spy) -> None:
@@ -254,8 +287,6 @@ def test_nothing_is_prepared_where_it_is_of_no_use(ours, spy, fresh_compiler) ->
     torch.export.export(ours, (x,), strict=False)
     ours.polyphase = False
     ours(x)
-    with torch.inference_mode():  # whose tensors have no version counters: no copy is kept
-        aspp_ext.ASPP(CHANNELS, RATES, WIDTH).double().eval()(x)
     assert spy.sizes == []
     assert spy.given
     assert all(given is None for given in spy.given)
@@ -263,8 +294,8 @@ def test_nothing_is_prepared_where_it_is_of_no_use(ours, spy, fresh_compiler) ->
 
 def test_prepared_in_inference_mode_they_serve_outside(ours, monkeypatch) -> None:
     made = []
-    real = fold.polyphase_weights
-    monkeypatch.setattr(fold, "polyphase_weights", lambda *a: made.append(real(*a)) or made[-1])
+    real = prepared.polyphase_weights
+    monkeypatch.setattr(prepared, "polyphase_weights", lambda *a: made.append(real(*a)) or made[-1])
     with torch.inference_mode():
         expected = ours(features())
     assert torch.equal(ours(features()), expected)

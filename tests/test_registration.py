@@ -43,12 +43,13 @@ SCHEMAS = {
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
     "bool polyphase=True, Tensor[]? prepared=None) -> Tensor",
+    "checksums": "(Tensor[] tensors) -> Tensor",
     "cpu_isa": "() -> str",
 }
 TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
 FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
-WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "cpu_isa"]
+WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa"]
 WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS

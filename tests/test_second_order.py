@@ -206,12 +206,31 @@ def test_forward_over_reverse_of_the_separable_is_refused() -> None:
         func.hessian(separable_loss(aspp_ext))(*values(*SEPARABLE))
 
 
-def test_head_refuses_gradients() -> None:
-    x, w, v, p = values((1, 3, 4, 5), (2, 3, 3, 3), (2,), (2, 2))
-    with pytest.raises(NotImplementedError, match="computes no gradients"):
-        aspp_ext.aspp_inference(x.requires_grad_(), [None], [w], [1], v, None, None, p, v)
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("separable", [False, True])
+def test_gradients_of_the_head(separable, pooled) -> None:
+    kernel, q = (1, 1) if separable else (3, 3), 2 if pooled else 0
+    x, w, d, shift, project, last = (
+        t.requires_grad_()
+        for t in values((2, 3, 4, 5), (2, 3, *kernel), (3, 1, 3, 3), (2,), (2, 2 + q), (2,))
+    )
+    pool = [t.requires_grad_() for t in values((2, 3), (2,))] if pooled else [None, None]
+    tensors = [t for t in (x, w, shift, *pool, project, last) if t is not None]
+    tensors += [d] if separable else []
+
+    def head(module):
+        return module.aspp_inference(
+            x, [d if separable else None], [w], [2], shift, *pool, project, last
+        )
+
+    by_module = []
+    for module in MODULES.values():
+        first = torch.autograd.grad(head(module).square().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+        by_module.append([*first, *second])
+    torch.testing.assert_close(*by_module)
     with torch.no_grad():
-        aspp_ext.aspp_inference(x, [None], [w], [1], v, None, None, p, v)
+        torch.testing.assert_close(*(head(module) for module in MODULES.values()))
 
 
 def test_batched_gradients_are_right_or_refused() -> None:

@@ -16,10 +16,12 @@ from torch import nn
 from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
-from aspp_ext.modules.fused import SETTINGS, FusedForward
+from aspp_ext.modules.fused import FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable
 from aspp_ext.ops.checks import check_flag
+
+from .restore import restore
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,9 +77,11 @@ def fuse(
     not compute (another convolution class, another norm, a stride, hooks on an inner layer, ...)
     is left alone with a warning. Fusing twice is the same as fusing once.
 
-    On the CPU, changes of parameters are noticed however they are made, short of a write of
-    single elements through ``.data``. On a GPU no write through ``.data`` is noticed in eval
-    mode: call ``model.eval()`` after it.
+    Changes of parameters are noticed however they are made. In eval mode that takes time in each
+    call, on the CPU to read the parameters once, elsewhere to fold the norms anew:
+    :func:`aspp_ext.freeze` is the way without. A layer whose methods are replaced, hooked or
+    wrapped, on the instance or on its class, before or after, makes the module run its own layers,
+    and :func:`fuse_report` says so.
 
     Args:
         model: any module; may itself be an ASPP.
@@ -108,7 +112,7 @@ def fuse(
             continue
         entries.append(entry)
         if not entry.fused and entry.reason is None:
-            _switch(module, _adapter(module).fused_class())  # type: ignore[union-attr]
+            module.__class__ = _adapter(module).fused_class()  # type: ignore[union-attr]
         if settings and isinstance(module, FusedForward):
             module.drop_folded()
             vars(module).update(settings)
@@ -140,19 +144,23 @@ def _tell_of_verify(model: nn.Module) -> None:
 def unfuse(model: Model) -> Model:
     """Give every module that :func:`fuse` changed its original class back, in place.
 
+    Wrappers that have made another class of it since, such as FSDP2's, stay around it. A module of
+    a class that somebody has derived from a fused one is left alone with a warning.
+
     Args:
         model: any module.
 
     Returns:
         ``model``, with the same parameters, buffers and keys.
     """
-    fused = {adapter.fused for adapter in ADAPTERS}
-    for module in model.modules():
-        if isinstance(module, FusedForward) and _path(type(module)) in fused:
-            module.drop_folded()
-            for setting in SETTINGS:
-                vars(module).pop(setting, None)
-            _switch(module, module.original)
+    left = []
+    for name, module in model.named_modules():
+        if not isinstance(module, FusedForward) or isinstance(module, ASPP):
+            continue
+        if (reason := restore(module)) is not None:
+            left.append(f"{name or 'the model'}: {reason}")
+    if left:
+        warnings.warn(f"aspp_ext.unfuse left these modules fused: {'; '.join(left)}", stacklevel=2)
     return model
 
 
@@ -189,7 +197,7 @@ def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is replaced"
     try:
-        fused.describe(module)
+        fused.read(module)
     except Unfusable as reason:
         return str(reason)
     return None
@@ -202,10 +210,6 @@ def _adapter(module: nn.Module) -> Adapter | None:
 
 def _path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _switch(module: nn.Module, kind: type[nn.Module]) -> None:
-    module.__class__ = kind
 
 
 __all__ = ["ADAPTERS", "Adapter", "FuseEntry", "fuse", "fuse_report", "unfuse"]

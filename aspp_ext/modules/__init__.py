@@ -2,5 +2,6 @@
 """Modules built on the operators."""
 
 from .aspp import ASPP
+from .freezing import freeze, unfreeze
 
-__all__ = ["ASPP"]
+__all__ = ["ASPP", "freeze", "unfreeze"]

@@ -8,24 +8,28 @@ same parameters, buffers, keys and hooks; nothing is added to its state.
 
 from __future__ import annotations
 
-import copy
+import functools
+import types
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
-from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.ops.registration import is_autocast_on
 
-from .fold import FoldCache, Folded, cacheable, fold, sources
-from .head import Head, forward_layers
-from .parts import Unfusable
+from .fold_cache import FoldCache, can_keep, sources
+from .folded import fold
+from .head import Head, as_plain, forward_layers
+from .parts import Unfusable, check_class
+from .untouched import changed_methods
 
 _CACHE = "_aspp_ext_folded"
-SETTINGS = ("pool_batch_of_one", "polyphase")
+SETTINGS = ("pool_batch_of_one", "polyphase", "frozen")
 
 
 class FusedForward(nn.Module):
@@ -38,11 +42,13 @@ class FusedForward(nn.Module):
             statistics, which stay as they are).
         polyphase: whether the CPU may compute dense branches by minimal filtering, for which the
             folded copy keeps prepared weights, several times the memory of the branches' own.
+        frozen: the promise of :func:`aspp_ext.freeze`.
     """
 
     original: ClassVar[type[nn.Module]]
-    pool_batch_of_one: str = "error"
-    polyphase: bool = True
+    pool_batch_of_one = "error"
+    polyphase = True
+    frozen = False
 
     @classmethod
     def describe(cls, module: nn.Module) -> Head:
@@ -53,57 +59,80 @@ class FusedForward(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
+    @classmethod
+    def read(cls, module: nn.Module) -> Head:
+        """:func:`describe`, of a module that computes what its class was written to.
+
+        Its own ``forward`` may be wrapped, as accelerate's hooks do: then the wrapper calls.
+
+        Raises:
+            Unfusable: in words.
+        """
+        check_class(cls.original, "it")
+        if names := [name for name in changed_methods(module) if name != "forward"]:
+            raise Unfusable(f"its {names[0]} is replaced")
+        return cls.describe(module)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "original" in vars(cls):
+            cls.forward = _forward_like(cls.original)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
         if not isinstance(x, Tensor) or _needs_plain_operators():
             return super().forward(x)
+        traced = _is_traced()
+        if not traced and (frozen := self._frozen_copy(x)) is not None:
+            return self._infer(*frozen, x)
         try:
-            head = self.describe(self)
+            head = self.read(self)
         except Unfusable:
             return super().forward(x)
-        channels = head.pool.weight.shape[1]
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError(
-                f"{type(self).__name__}: x must be [N, {channels}, H, W], got {list(x.shape)}"
-            )
-        if _wants_gradient(head, x) or any(
-            norm.training or norm.running_mean is None for norm in head.norms()
-        ):
+        _check_features(self, head, x)
+        # A trace serves calls with and without gradients.
+        differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
+        if differentiable or _trains(head):
             return forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
-        weight = head.project.weight  # [P, K, 1, 1]
-        dtype = weight.dtype
-        if dtype != torch.float64 and is_autocast_on(x):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
-        folded, prepared = self._folded(head, x, dtype)
-        y = aspp_inference(x, *folded, polyphase=self.polyphase, prepared=prepared)
-        if is_channels_last(weight):
-            y = y.contiguous(memory_format=torch.channels_last)
-        return head.dropout(y)
+        return self._infer(head, None if traced else self._cache(head, _dtype(head, x)), x)
 
-    def _folded(
-        self, head: Head, x: Tensor, dtype: torch.dtype
-    ) -> tuple[Folded, list[Tensor] | None]:
-        """The folded head and its weights prepared for x, None where no copy is kept."""
-        cache = None if _is_traced() else self._cache(head, dtype)
+    def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Tensor:
+        dtype, prepared = _dtype(head, x), None
+        if dtype != head.project.weight.dtype:
+            x = x.to(dtype)  # autocast
         if cache is None:
-            with torch.no_grad():
-                return fold(head, dtype), None
-        by_cpu = self.polyphase and x.device.type == "cpu" and x.dim() == 4
-        return cache.folded, cache.prepared(*x.shape[-2:]) if by_cpu else None
+            folded = fold(head, dtype)
+        else:
+            folded = cache.folded
+            if self.polyphase and x.device.type == "cpu":
+                prepared = cache.prepared.of(*x.shape[-2:])
+        y = aspp_inference(x, *folded, polyphase=self.polyphase, prepared=prepared)
+        return head.dropout(as_plain(head, y))
+
+    def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
+        """What is used without a look at what it was made of."""
+        cache = self.__dict__.get(_CACHE)
+        if not self.frozen or cache is None or cache.head is None or self.training:
+            return None
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return None
+        if cache.dtype != _dtype(cache.head, x):
+            return None
+        _check_features(self, cache.head, x)
+        return cache.head, cache
 
     def _cache(self, head: Head, dtype: torch.dtype) -> FoldCache | None:
         cache = self.__dict__.get(_CACHE)
         if cache is not None and cache.holds(head, dtype):
             return cache
-        if not cacheable(head):
+        if not can_keep(head, frozen=self.frozen):
             return None
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
-            cache = FoldCache(head, dtype)
-        if cache.sources[0].is_cuda:
+            cache = FoldCache(head, dtype, frozen=self.frozen)
+        if head.project.weight.is_cuda:
             # Another thread may read the copy on another stream.
-            torch.cuda.current_stream(cache.sources[0].device).synchronize()
+            torch.cuda.current_stream(head.project.weight.device).synchronize()
         self.__dict__[_CACHE] = cache
         return cache
 
@@ -123,18 +152,34 @@ class FusedForward(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != _CACHE}
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the original forward over the same parameters."""
-        plain: nn.Module = copy.copy(self)
-        plain.__class__ = self.original
-        return plain
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_folded()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _forward_like(original: type[nn.Module]) -> Any:
+    """``forward`` of a fused class, for TorchScript the original's.
+
+    TorchScript compiles the source that ``__wrapped__`` leads to, with the names that the function
+    sees.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.compute(*args, **kwargs)
+
+    plain = original.forward
+    ours = types.FunctionType(forward.__code__, plain.__globals__, "forward")
+    return functools.wraps(plain)(ours)
 
 
 def _needs_plain_operators() -> bool:
     """Whether something looks at the graph that knows only PyTorch's own operators."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    # A mode may give the functions that the layers call another meaning.
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _is_traced() -> bool:
@@ -142,6 +187,30 @@ def _is_traced() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
     return _get_current_dispatch_mode() is not None
+
+
+def _trains(head: Head) -> bool:
+    """Whether a norm has to see the batch, or has nothing to be folded."""
+    return any(
+        norm.training or norm.running_mean is None or norm.running_var is None
+        for norm in head.norms()
+    )
+
+
+def _dtype(head: Head, x: Tensor) -> torch.dtype:
+    """What is computed in, which autocast may change."""
+    dtype = head.project.weight.dtype
+    if dtype != torch.float64 and is_autocast_on(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
+
+
+def _check_features(module: nn.Module, head: Head, x: Tensor) -> None:
+    channels = head.pool.weight.shape[1]
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(
+            f"{type(module).__name__}: x must be [N, {channels}, H, W], got {list(x.shape)}"
+        )
 
 
 def _wants_gradient(head: Head, x: Tensor) -> bool:

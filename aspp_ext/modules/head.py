@@ -81,7 +81,6 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
     convs = [b.conv for b in head.branches]
     rates = [b.rate for b in head.branches]
     weights = [c.weight for c in convs]
-    last = any(map(is_channels_last, (x, head.project.weight, *weights)))
     # Batch norm and projection are several times faster in channels_last, so that is what the
     # pyramid is asked for, by the one means there is: the memory format of a weight.
     weights[0] = pointwise_as_channels_last(weights[0])
@@ -109,8 +108,18 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
     shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
     y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
     y = head.project_norm(y).relu_()
-    outer = torch.channels_last if last else torch.contiguous_format
-    return head.dropout(y.contiguous(memory_format=outer))
+    return head.dropout(as_plain(head, y))
+
+
+def as_plain(head: Head, y: Tensor) -> Tensor:
+    """y ``[N, P, H, W]`` in the memory format that the layers would give it.
+
+    The pooled map that is spread over the plane is contiguous, and so is its concatenation with the
+    branches in whatever format: the projection's weight alone decides. It matters to a dropout,
+    which draws in the order of the memory.
+    """
+    last = is_channels_last(head.project.weight)
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .head import Branch, Head, Norm
+from .untouched import changed_class, changed_function, changed_methods
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
@@ -49,6 +50,8 @@ def describe_standard(
     """
     if _has_any_global_hook():
         raise Unfusable("a global module hook is registered, which must see every layer")
+    if (name := changed_function()) is not None:
+        raise Unfusable(f"torch.nn.functional.{name} is replaced")
     convs, projection = children(module, "", ("convs", "project"))
     *blocks, last = part(convs, "convs", nn.ModuleList).children()
     branches = []
@@ -116,9 +119,16 @@ def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
         or module._backward_pre_hooks
     ):
         raise Unfusable(f"{at} has a hook, which must see its own inputs and outputs")
-    if "forward" in module.__dict__:
-        raise Unfusable(f"{at} has its forward replaced")
+    if replaced := changed_methods(module):
+        raise Unfusable(f"{at} has its {replaced[0]} replaced")
+    check_class(type(module), at)
     return module  # type: ignore[return-value]
+
+
+def check_class(kind: type[nn.Module], at: str) -> None:
+    """Refuses a class of which somebody replaced a method."""
+    if (name := changed_class(kind)) is not None:
+        raise Unfusable(f"{at} is a {kind.__name__}, whose {name} is replaced")
 
 
 def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
@@ -126,6 +136,7 @@ def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
     conv = part(module, at, nn.Conv2d)
     if conv.groups != 1:
         raise Unfusable(f"{at} has groups={conv.groups}")
+    _check_shape(f"{at}.weight", conv.weight, conv.out_channels, conv.in_channels)
     return _same_padded(conv, at)
 
 
@@ -144,6 +155,7 @@ def depthwise_conv(module: nn.Module, at: str) -> nn.Conv2d:
         raise Unfusable(f"{at} is not depthwise: groups={conv.groups}")
     if conv.bias is not None:
         raise Unfusable(f"{at} is depthwise with a bias")
+    _check_shape(f"{at}.weight", conv.weight, conv.out_channels, 1)
     return _same_padded(conv, at)
 
 
@@ -152,6 +164,9 @@ def batch_norm(module: nn.Module, at: str, conv: nn.Conv2d) -> Norm:
     norm: Norm = part(module, at, *NORMS)
     if norm.num_features != conv.out_channels:
         raise Unfusable(f"{at} norms {norm.num_features} channels of {conv.out_channels}")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (vector := getattr(norm, name)) is not None:
+            _check_shape(f"{at}.{name}", vector, norm.num_features)
     return norm
 
 
@@ -166,12 +181,20 @@ def check_channels(head: Head) -> None:
         raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
 
 
+def _check_shape(at: str, tensor: Tensor, *sizes: int) -> None:
+    """What a layer says of itself must be what it computes with; kernel sizes are left open."""
+    if tuple(tensor.shape[: len(sizes)]) != sizes:
+        raise Unfusable(f"{at} has the shape {list(tensor.shape)}, not {list(sizes)}")
+
+
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
     if conv.stride != (1, 1):
         raise Unfusable(f"{at} has stride={conv.stride}")
     if conv.padding_mode != "zeros":
         raise Unfusable(f"{at} has padding_mode={conv.padding_mode!r}")
     kernel, rate = conv.kernel_size, conv.dilation
+    if tuple(conv.weight.shape[2:]) != kernel:
+        raise Unfusable(f"{at}.weight is {list(conv.weight.shape)}, kernel_size={kernel}")
     if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise Unfusable(f"{at} has the even kernel_size={kernel}")
     same = (rate[0] * (kernel[0] - 1) // 2, rate[1] * (kernel[1] - 1) // 2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._autograd_key import refuse_gradient
+from .._autograd_key import compose_gradient, refuse_gradient
 from ..dispatch import Problem, select
-from . import checks
+from . import checks, head_composed
 from .checks import Rate
 from .family import NATIVE
 from .formats import empty_image
@@ -49,7 +49,8 @@ def aspp_inference(
     project_shift)``. The pooled branch is constant over the plane, so its part of the projection is
     a per-sample bias and is never spread over ``H x W``. Batch normalisation is expected to be
     folded into weights and shifts. Weights whose memory has stride 1 over the output channels (on
-    CUDA: over the input channels) are read in place; any other format is packed on each call.
+    CUDA: over the input channels) are read in place; any other format is packed on each call. Where
+    a gradient is needed, the pyramids compute it one behind the other.
 
     Args:
         x: ``[N, C, H, W]``; any memory format.
@@ -73,8 +74,6 @@ def aspp_inference(
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
             backend.
         TypeError: an argument that is no tensor, or of another dtype than x, or no bool.
-        NotImplementedError: a gradient of the CPU's kernel is needed; the differentiable operators
-            compute those.
     """
     checks.check_tensor(_OP, "x", x)
     checks.check_list(_OP, "depthwise_weights", depthwise_weights)
@@ -210,6 +209,11 @@ def polyphase_weights(
     return NATIVE.op(_WEIGHTS)(list(weights), rates, height, width)
 
 
+def _composed(*arguments: Any) -> Tensor:
+    check_head(*arguments)
+    return head_composed.aspp_inference(*arguments)
+
+
 def _fake_weights(*_: Any) -> list[Tensor]:
     raise NotImplementedError(
         f"{_WEIGHTS}: the kernel chooses the shapes, so it cannot be traced; call it before tracing"
@@ -228,11 +232,6 @@ if _native.cpu_missing is None:
         "torch.no_grad()",
     )
 
-    refuse_gradient(
-        library,
-        _op,
-        f"{_OP}: computes no gradients but an argument requires one; call it under "
-        "torch.no_grad(), or use atrous_pyramid / atrous_separable_pyramid",
-    )
+    compose_gradient(library, _op, _composed)
     register_autocast(_op, kept="prepared")
     register_vmap(_op)

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "backward.h"
+#include "checksum.h"
 #include "forward.h"
 #include "polyphase.h"
 #include "polyphase_grad_weight.h"
@@ -171,6 +172,7 @@ const Kernels table{ASPP_STRING(ASPP_ISA),
                     kGradBlock,
                     polyphase_grad_weight_scratch,
                     polyphase_grad_weight,
-                    combine_taps};
+                    combine_taps,
+                    checksum};
 
 }  // namespace aspp::ASPP_ISA

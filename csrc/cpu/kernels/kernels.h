@@ -44,6 +44,7 @@ struct Kernels {
   // channels [first, last) of a panel of all matrices, into T[matrices][panel][channels][width]
   void (*combine_taps)(const MinimalWeights&, int64_t panel, int64_t first, int64_t last, void* to,
                        bool double_precision);
+  uint64_t (*checksum)(const char* data, int64_t bytes, uint64_t seed);
 };
 
 const Kernels& kernels();  // decided once: the best instruction set this machine runs

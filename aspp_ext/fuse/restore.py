@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The way back from a fused class, also out of the wrappers that others have put around it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from typing import Any
+
+from torch import nn
+
+from aspp_ext.modules.fused import SETTINGS, FusedForward
+
+
+def restore(module: FusedForward) -> str | None:
+    """Give ``module`` its original class back, or return the reason why that cannot be done."""
+    kind: Any = type(module)
+    plain = _without_fused(kind)
+    if plain is None:
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass of the fused class"
+    original = module.original
+    module.drop_folded()
+    for setting in SETTINGS:
+        vars(module).pop(setting, None)
+    module.__class__ = plain  # type: ignore[assignment]
+    _rebind(module, kind, original)
+    return None
+
+
+@functools.cache
+def _without_fused(kind: Any) -> type[nn.Module] | None:
+    """The class made of what ``kind`` is made of, with the original for the fused one.
+
+    FSDP2's ``fully_shard`` and ``register_parametrization`` make a class at run time, and an
+    instance a member of it: ``type("FSDPFusedASPP", (FSDPModule, FusedASPP), {...})``. A class that
+    somebody wrote is left alone, since its methods may count on what it is derived from.
+    """
+    if "original" in vars(kind):
+        return kind.original
+    home = sys.modules.get(kind.__module__)
+    if getattr(home, kind.__name__, None) is kind or "forward" in vars(kind):
+        return None
+    bases = [
+        _without_fused(base) if issubclass(base, FusedForward) else base for base in kind.__bases__
+    ]
+    if None in bases:
+        return None
+    body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__.replace("Fused", ""), tuple(bases), body)  # type: ignore[arg-type]
+
+
+def _rebind(module: nn.Module, fused: type[nn.Module], original: type[nn.Module]) -> None:
+    """Methods that wrappers have put aside, as accelerate's hooks do in ``_old_forward``."""
+    for name, value in list(vars(module).items()):
+        if not isinstance(value, types.MethodType) or value.__self__ is not module:
+            continue
+        called = value.__func__.__name__
+        if value.__func__ is getattr(fused, called, None) and hasattr(original, called):
+            vars(module)[name] = types.MethodType(getattr(type(module), called), module)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One folded copy of a head, and when it is still true.
+
+A write to a parameter can be seen by nobody: through ``.data``, numpy, dlpack, a collective, or
+from another process, with the version counter and the address as they were. So on the CPU each call
+compares a checksum of every byte that went into the copy, at the speed of memory. On other devices
+the answer would make the host wait for all that is queued, and a later one come too late: there
+each call folds anew.
+
+:func:`aspp_ext.freeze` is the promise that nothing is written, and the way without either.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from aspp_ext import _native
+from aspp_ext.ops.checksums import checksums
+
+from .folded import fold
+from .head import Head
+from .prepared import PreparedWeights
+
+
+class FoldCache:
+    """The folded copy in one dtype, and the evidence.
+
+    Attributes:
+        head: whose copy it is.
+        folded: the copy.
+        prepared: its weights as minimal filtering takes them, several times their memory.
+    """
+
+    def __init__(self, head: Head, dtype: torch.dtype, *, frozen: bool) -> None:
+        self.dtype = dtype
+        # Before folding: what is written meanwhile must show. The parameters themselves are not
+        # kept, which would keep the memory of those that are replaced.
+        self._evidence = None if frozen else _evidence(head)
+        self.head = head if frozen else None
+        self.folded = fold(head, dtype)
+        self.prepared = PreparedWeights(self.folded)
+
+    def holds(self, head: Head, dtype: torch.dtype) -> bool:
+        """Whether the folded copy still is what :func:`fold` would return."""
+        if self.dtype != dtype or self._evidence is None:
+            return self.dtype == dtype
+        settings, sums = self._evidence
+        return settings == _settings(head) and torch.equal(sums, checksums(sources(head)))
+
+
+def sources(head: Head) -> list[Tensor]:
+    """Every parameter and buffer that goes into the folded weights."""
+    return [t for t in _slots(head) if t is not None]
+
+
+def _slots(head: Head) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for conv in head.convs():
+        found += (conv.weight, conv.bias)
+    for norm in head.norms():
+        found += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return found
+
+
+def can_keep(head: Head, *, frozen: bool) -> bool:
+    """Whether a copy can be kept for later calls."""
+    for tensor in sources(head):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return False  # may hold its values anywhere
+        if tensor.device.type != ("cpu" if not frozen else head.project.weight.device.type):
+            return False
+    device = head.project.weight.device.type
+    if device == "cuda":
+        # A copy made during capture would live in the graph's private pool.
+        return not torch.cuda.is_current_stream_capturing()
+    return device == "cpu" and _native.cpu_missing is None
+
+
+def _evidence(head: Head) -> tuple[list[object], Tensor]:
+    return _settings(head), checksums(sources(head))
+
+
+def _settings(head: Head) -> list[object]:
+    eps = [norm.eps for norm in head.norms()]
+    return [*(b.rate for b in head.branches), *eps, *(t is None for t in _slots(head))]

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Batch norms folded into the weights before them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aspp_ext.ops.formats import pointwise_as_channels_last
+
+from .head import Head, Norm
+
+
+class Folded(NamedTuple):
+    """The arguments of ``aspp_inference`` after x."""
+
+    depthwise_weights: list[Tensor | None]
+    weights: list[Tensor]
+    atrous_rates: list[tuple[int, int]]
+    shift: Tensor
+    pool_weight: Tensor
+    pool_shift: Tensor
+    project_weight: Tensor
+    project_shift: Tensor
+
+
+def fold(head: Head, dtype: torch.dtype) -> Folded:
+    """Fold every norm: ``norm(conv(x)) = (scale * W) x + shift``, ``scale = g / sqrt(var + eps)``.
+
+    Computed in float32 (float64 for double) and rounded to ``dtype`` once. The norms must have
+    running statistics.
+    """
+    depthwise = [
+        None if b.depthwise is None else b.depthwise.weight.to(dtype) for b in head.branches
+    ]
+    folded = [_fold_one(b.conv, b.norm) for b in head.branches]
+    weights = [_as_read(w.to(dtype)) for w, _ in folded]
+    shift = torch.cat([s for _, s in folded]).to(dtype)
+    pool_weight, pool_shift = _fold_one(head.pool, head.pool_norm)
+    project_weight, project_shift = _fold_one(head.project, head.project_norm)
+    return Folded(
+        depthwise,
+        weights,
+        [b.rate for b in head.branches],
+        shift,
+        _as_read(pool_weight.flatten(1).to(dtype)),
+        pool_shift.to(dtype),
+        _as_read(project_weight.flatten(1).to(dtype)),
+        project_shift.to(dtype),
+    )
+
+
+def _fold_one(conv: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
+    weight = conv.weight
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    scale = (var.to(wide) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(wide)
+    shift = -mean.to(wide)
+    if conv.bias is not None:
+        shift = shift + conv.bias.to(wide)
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(wide)
+    return weight.to(wide) * scale[:, None, None, None], shift
+
+
+def _as_read(weight: Tensor) -> Tensor:
+    """[O, K] or [O, C, kh, kw] as the device's kernels read it in place.
+
+    The CPU's want stride 1 over O; the CUDA kernels, and cuDNN's, stride 1 over C.
+    """
+    if weight.device.type == "cuda":
+        last = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        return pointwise_as_channels_last(weight.contiguous(memory_format=last))
+    inner = (*range(2, weight.dim()), 1, 0)
+    order = [inner.index(d) for d in range(weight.dim())]
+    return weight.permute(inner).contiguous().permute(order)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Folded weights as minimal filtering takes them, kept for the sizes of image that come again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aspp_ext.ops import polyphase_weights
+
+from .folded import Folded
+
+BUDGET = 2**30  # bytes of one module
+ALWAYS = 2  # sizes, whatever they take: images upright and across
+STALE = 16  # calls that did not ask for a size, after which another may take its place
+REMEMBERED = 128  # sizes
+
+Size = tuple[int, int]
+
+
+class PreparedWeights:
+    """What :func:`polyphase_weights` makes of a folded copy, by the size of x.
+
+    A size is prepared when it first comes, as long as there is room. Then those that are kept stay:
+    were each newcomer to push another out, sizes that alternate would all be prepared in every
+    call, which costs more than minimal filtering saves. A newcomer takes the place of a size that
+    has not been asked for in a while, and not before its second call.
+
+    Without locks: a process forked while one is held would wait for ever. Threads that meet here
+    may prepare the same size twice.
+    """
+
+    def __init__(self, folded: Folded) -> None:
+        self._folded = folded
+        self._kept: dict[Size, list[Tensor]] = {}
+        self._last: dict[Size, int] = {}  # the call in which a size, kept or not, last came
+        self._calls = 0
+
+    def of(self, height: int, width: int) -> list[Tensor] | None:
+        """The weights for x ``[N, C, height, width]``, or None: to be made within the call."""
+        size = (height, width)
+        self._calls += 1
+        again = size in self._last
+        self._last.pop(size, None)
+        self._last[size] = self._calls
+        while len(self._last) > REMEMBERED:
+            self._forget(next(iter(self._last)))
+        kept = self._kept.get(size)
+        if kept is not None:
+            return kept
+        if not self._has_room() and not (again and self._make_room()):
+            return None
+        # Outside inference mode, as the folded copy.
+        with torch.inference_mode(False), torch.no_grad():
+            made = polyphase_weights(self._folded.weights, self._folded.atrous_rates, height, width)
+        self._kept[size] = made
+        return made
+
+    def _has_room(self) -> bool:
+        """Whether there is room for one more as large as the largest."""
+        taken = [sum(t.nbytes for t in tensors) for tensors in list(self._kept.values())]
+        return len(taken) < ALWAYS or sum(taken) + max(taken) <= BUDGET
+
+    def _make_room(self) -> bool:
+        oldest = next(size for size in self._last if size in self._kept)
+        if self._calls - self._last[oldest] <= STALE:
+            return False
+        self._forget(oldest)
+        return self._has_room()
+
+    def _forget(self, size: Size) -> None:
+        self._last.pop(size, None)
+        self._kept.pop(size, None)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whether a layer still computes what its class was written to compute.
+
+People replace methods, of one instance or of a class, before or after ``fuse``: wrap-around padding
+of a Conv2d's ``_conv_forward``, a BatchNorm2d.forward that logs, a counting ``F.conv2d``. The fused
+path would pass them by without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Methods on the way from calling a module to its result.
+_ON_THE_WAY = (
+    "__call__",
+    "_wrapped_call_impl",
+    "_call_impl",
+    "forward",
+    "_conv_forward",
+    "_check_input_dim",
+    "__getattr__",
+    "__iter__",
+)
+# What the layers call in turn, in torch.nn.functional.
+_FUNCTIONS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
+
+# (class, name) or name -> the function that was found to be the author's own
+_known: dict[Any, Any] = {}
+
+
+def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result``, which would import the compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def changed_methods(module: nn.Module) -> list[str]:
+    """The names of the methods that are replaced on the instance."""
+    return _methods_among(type(module), *module.__dict__)
+
+
+@_known_when_compiling
+def _methods_among(kind: type, *names: str) -> list[str]:
+    methods = _methods(kind)
+    return [] if methods.isdisjoint(names) else sorted(methods.intersection(names))
+
+
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+
+
+@_known_when_compiling
+def changed_class(kind: type[nn.Module]) -> str | None:
+    """The name of a method of the class, or of a class above it, that is not its author's."""
+    for name in _ON_THE_WAY:
+        method = getattr(kind, name, None)
+        if method is _known.get((kind, name)):
+            continue
+        if not _is_of_its_class(kind, name, method):
+            return name
+        _known[kind, name] = method
+    return None
+
+
+@_known_when_compiling
+def changed_function() -> str | None:
+    """The name of a function in ``torch.nn.functional`` that is not PyTorch's."""
+    for name in _FUNCTIONS:
+        function = getattr(F, name)
+        if function is _known.get(name):
+            continue
+        if not (function is getattr(torch, name, None) or _is_written_in(function, F)):
+            return name
+        _known[name] = function
+    return None
+
+
+def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
+    owner = next((base for base in kind.__mro__ if name in vars(base)), None)
+    if owner is None:
+        return True
+    home = sys.modules.get(owner.__module__)
+    if home is None or not _is_written_in(method, home):
+        return False
+    # An alias, as Module.__call__ is of _wrapped_call_impl, has the other's name.
+    return method.__qualname__.rpartition(".")[0] in ("", owner.__qualname__)
+
+
+def _is_written_in(function: Callable[..., Any], home: types.ModuleType) -> bool:
+    """Not by its name, which functools.wraps passes on."""
+    return isinstance(function, types.FunctionType) and function.__globals__ is vars(home)

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// 64 bits that change when any byte changes, at the speed of memory.
+//
+// Lane by lane state = mix(state + word), mix being Marsaglia's xorshift (Xorshift RNGs, 2003; 13,
+// 7, 17), which is a bijection: a change of one word never gets lost, a change of several with a
+// chance of 2^-64, wherever and whatever they are, since each is stirred in by all that follow.
+#pragma once
+
+#include "vector.h"
+
+namespace aspp::ASPP_ISA {
+
+template <typename V>
+inline V stir(V state, V words) {
+  state += words;
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return state;
+}
+
+inline uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {
+  constexpr int kChains = 4;  // hide the latency of a chain's six operations
+  constexpr ptrdiff_t kStep = kChains * kVectorBytes;
+  using Words64 = Vec<uint64_t>;
+  Words64 chain[kChains];
+  for (int i = 0; i < kChains; ++i) chain[i] = broadcast(seed + uint64_t(i));
+  const auto add = [&](const char* from) {
+    for (int i = 0; i < kChains; ++i) {
+      Words64 words;
+      std::memcpy(&words, from + i * kVectorBytes, kVectorBytes);
+      chain[i] = stir(chain[i], words);
+    }
+  };
+  ptrdiff_t at = 0;
+  for (; at + kStep <= bytes; at += kStep) add(data + at);
+  if (at < bytes) {
+    char rest[kStep] = {};
+    std::memcpy(rest, data + at, size_t(bytes - at));
+    add(rest);
+  }
+  uint64_t all = stir(seed, uint64_t(bytes));
+  for (const Words64& words : chain) {
+    for (int lane = 0; lane < kLanes<uint64_t>; ++lane) all = stir(all, uint64_t(words[lane]));
+  }
+  return all;
+}
+
+}  // namespace aspp::ASPP_ISA

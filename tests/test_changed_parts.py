@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whoever replaces a method of a layer, of one instance or of a class, gets what they wrote."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, Pair, features, randomise, smp, torchvision
+from torch import Tensor, nn
+
+from aspp_ext.fuse import fuse, fuse_report
+from aspp_ext.modules import ASPP
+from aspp_ext.modules.aspp import ASPPConv, ASPPPooling, ASPPSeparableConv, LayeredASPP
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+@pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())
+def pair(request: pytest.FixtureRequest) -> Pair:
+    return request.param
+
+
+def doubled(method: Callable) -> Callable:
+    """As careful as a wrapper can be."""
+
+    @functools.wraps(method)
+    def twice(*args, **kwargs):
+        return 2 * method(*args, **kwargs)
+
+    return twice
+
+
+def wrap_around(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For panoramas, whose left and right edge meet."""
+    across = conv.padding[1]
+    x = F.pad(x, (across, across, 0, 0), mode="circular")
+    padding = (conv.padding[0], 0)
+    return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def on_instance(name: str) -> Callable[[nn.Module], None]:
+    def change(part: nn.Module) -> None:
+        setattr(part, name, doubled(getattr(part, name)))
+
+    return change
+
+
+def panorama(conv: nn.Module) -> None:
+    conv._conv_forward = types.MethodType(wrap_around, conv)
+
+
+def last_conv(aspp: nn.Module) -> nn.Module:
+    *_, conv = (m for m in aspp.convs[1].modules() if isinstance(m, nn.Conv2d))
+    return conv
+
+
+PARTS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], None]]] = {
+    "_conv_forward of an atrous convolution": (last_conv, panorama),
+    "_conv_forward of the projection": (lambda m: m.project[0], on_instance("_conv_forward")),
+    "forward of a convolution": (lambda m: m.convs[0][0], on_instance("forward")),
+    "forward of a norm": (lambda m: m.convs[0][1], on_instance("forward")),
+    "_check_input_dim of a norm": (
+        lambda m: m.convs[0][1],
+        lambda norm: setattr(norm, "_check_input_dim", lambda x: x.mul_(2)),
+    ),
+    "forward of a ReLU": (lambda m: m.convs[1][-1], on_instance("forward")),
+    "forward of a branch": (lambda m: m.convs[1], on_instance("forward")),
+    "forward of the pooled branch": (lambda m: m.convs[-1], on_instance("forward")),
+    "forward of the projection": (lambda m: m.project, on_instance("forward")),
+    "_call_impl of a ReLU": (lambda m: m.convs[1][-1], on_instance("_call_impl")),
+}
+
+
+def agree(original: nn.Module, ours: nn.Module) -> Tensor:
+    """In training, in eval, and in eval with gradients; returns the result in eval."""
+    original.project[3].p = ours.project[3].p = 0
+    for training, grad in ((True, True), (False, True), (False, False)):
+        with torch.set_grad_enabled(grad):
+            expected, got = (m.train(training)(features()) for m in (original, ours))
+        torch.testing.assert_close(got, expected, **TIGHT)
+    return got
+
+
+def reasons(model: nn.Module) -> list[str | None]:
+    return [entry.reason for entry in fuse_report(model)]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_method_replaced_on_an_instance(pair: Pair, name: str) -> None:
+    find, change = PARTS[name]
+    original, ours = pair.build()
+    before = agree(original, ours)
+    for module in (original, ours):
+        change(find(module))
+    assert not torch.allclose(agree(original, ours), before)
+    (reason,) = reasons(ours)
+    assert reason is not None
+    assert reason.endswith("replaced")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_method_replaced_before_fusing(name: str) -> None:
+    find, change = PARTS[name]
+    original = randomise(torchvision.ASPP(CHANNELS, RATES, WIDTH)).double()
+    ours = copy.deepcopy(original)
+    for module in (original, ours):
+        change(find(module))
+    with pytest.warns(UserWarning, match="left these modules as they were: the model: .* replaced"):
+        assert type(fuse(ours)) is torchvision.ASPP
+    agree(original, ours)
+
+
+CLASSES = [
+    (nn.Conv2d, "forward"),
+    (nn.Conv2d, "_conv_forward"),
+    (nn.Conv2d, "__call__"),
+    (nn.BatchNorm2d, "forward"),
+    (nn.modules.batchnorm._BatchNorm, "forward"),
+    (nn.ReLU, "forward"),
+    (nn.Sequential, "forward"),
+    (nn.AdaptiveAvgPool2d, "forward"),
+    (nn.Module, "_call_impl"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CLASSES, ids=lambda x: getattr(x, "__name__", x))
+def test_a_method_replaced_on_a_class(pair: Pair, kind: type, name: str, monkeypatch) -> None:
+    original, ours = pair.build()
+    before = agree(original, ours)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, doubled(getattr(kind, name)))
+        assert not torch.allclose(agree(original, ours), before)
+        assert f"whose {name} is replaced" in reasons(ours)[0]
+    assert reasons(ours) == [None]
+    agree(original, ours)
+
+
+BY_CLASS = {
+    "ours dense": (LayeredASPP, ASPPConv, ASPPPooling),
+    "ours separable": (LayeredASPP, ASPPSeparableConv, ASPPPooling),
+    "fused torchvision": (torchvision.ASPP, torchvision.ASPPConv, torchvision.ASPPPooling),
+}
+if smp is not None:
+    BY_CLASS["fused smp dense"] = (smp.ASPP, smp.ASPPConv, smp.ASPPPooling)
+    BY_CLASS["fused smp separable"] = (smp.ASPP, smp.ASPPSeparableConv, smp.SeparableConv2d)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kinds in BY_CLASS.items() for kind in kinds]
+)
+def test_a_forward_replaced_on_a_class_of_the_pyramid(name, kind, monkeypatch) -> None:
+    ours = randomise(PAIRS[name].ours()).double().eval()
+    with torch.no_grad():
+        before = ours(features())
+        monkeypatch.setattr(kind, "forward", doubled(kind.forward))
+        plain = LayeredASPP if isinstance(ours, ASPP) else type(ours).original
+        expected = plain.forward(ours, features())
+        torch.testing.assert_close(ours(features()), expected, **TIGHT)
+    assert not torch.allclose(expected, before)
+    assert "forward is replaced" in reasons(ours)[0]
+
+
+@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu", "adaptive_avg_pool2d"])
+def test_a_replaced_function(pair: Pair, name: str, monkeypatch) -> None:
+    """As counters of operations do."""
+    original, ours = pair.build()
+    before = agree(original, ours)
+    monkeypatch.setattr(F, name, doubled(getattr(F, name)))
+    assert not torch.allclose(agree(original, ours), before)
+    assert reasons(ours) == [f"torch.nn.functional.{name} is replaced"]
+
+
+class Padded(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.conv2d else result
+
+
+def test_a_mode_that_sees_functions(pair: Pair) -> None:
+    original, ours = pair.build()
+    before = agree(original, ours)
+    with Padded():
+        assert not torch.allclose(agree(original, ours), before)
+    with torch.device("cpu"):
+        assert reasons(ours) == [None]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m.convs[0][0], "weight", nn.Parameter(m.convs[0][0].weight[:, :1])),
+        lambda m: setattr(m.convs[1][0], "weight", nn.Parameter(torch.ones(WIDTH, CHANNELS, 1, 1))),
+        lambda m: setattr(m.convs[0][1], "running_var", torch.ones(1)),
+        lambda m: setattr(m.convs[0][1], "weight", nn.Parameter(torch.ones(1))),
+    ],
+    ids=["channels", "kernel", "variance", "scale"],
+)
+def test_tensors_of_other_shapes_than_a_layer_says(change) -> None:
+    """PyTorch reads the tensors, not what the layer says of itself."""
+    ours = ASPP(CHANNELS, RATES, WIDTH).eval().requires_grad_(False)
+    change(ours)
+    errors = []
+    for run in (ours, functools.partial(LayeredASPP.forward, ours)):
+        with pytest.raises(RuntimeError) as error:
+            run(features().float())
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+    assert reasons(ours)[0] is not None
+
+
+def test_what_was_replaced_is_compiled_too(fresh_compiler) -> None:
+    ours = ASPP(CHANNELS, RATES, WIDTH).double().eval()
+    panorama(ours.convs[1][0])
+    with torch.no_grad():
+        got = torch.compile(ours, backend="aot_eager", fullgraph=True)(features())
+        torch.testing.assert_close(got, LayeredASPP.forward(ours, features()), **TIGHT)
