@@ -136,7 +136,7 @@ def test_a_method_replaced_on_a_class(pair: Pair, kind: type, name: str, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(kind, name, doubled(getattr(kind, name)))
         assert not torch.allclose(agree(original, ours), before)
-        assert f"whose {name} is replaced" in reasons(ours)[0]
+        assert f"{name} is replaced" in reasons(ours)[0]
     assert reasons(ours) == [None]
     agree(original, ours)
 

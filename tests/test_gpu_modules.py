@@ -162,7 +162,7 @@ def test_the_cache_follows_changes_and_streams(pair) -> None:
 
 
 def test_inference_in_a_graph(pair) -> None:
-    """The fold is made before; within a capture nothing may be kept."""
+    """Within a capture nothing may be kept: each replay folds what the parameters are then."""
     original, ours = (m.eval() for m in on_device(pair))
     x = features().to(DEVICE)
     with torch.no_grad():

@@ -114,6 +114,25 @@ def test_writes_that_no_counter_counts(pair: Pair, write: Callable, layout) -> N
             assert not torch.equal(ours(x), before)
 
 
+def rows(conv: nn.Conv2d) -> tuple[slice, ...]:
+    return (slice(None), slice(100, 200))
+
+
+def columns(conv: nn.Conv2d) -> tuple[slice, ...]:
+    return (slice(None), slice(-256, None))
+
+
+@pytest.mark.parametrize("part", [rows, columns, block], ids=lambda part: part.__name__)
+@pytest.mark.parametrize("separable", [False, True])
+def test_blocks_of_large_weights(separable: bool, part: Callable) -> None:
+    ours = ASPP(256, [2, 3], separable=separable).eval()
+    x = torch.randn(1, 256, 5, 5)
+    for conv in convs(ours):
+        ours(x)
+        conv.weight.data[part(conv)] *= 0
+        assert torch.equal(ours(x), copy.deepcopy(ours)(x))
+
+
 def test_every_byte_of_every_source_counts() -> None:
     ours = ASPP(5, [2], 3, separable=True).eval()
     tensors = sources(ours.read(ours))
@@ -164,8 +183,8 @@ def test_checksums_do_not_depend_on_the_threads(monkeypatch) -> None:
 
 def test_depthwise_filters_under_autocast() -> None:
     """Filters that no diagonal meets, in another dtype than the parameters'."""
-    ours = ASPP(64, [2], 8, separable=True).eval()
-    x = torch.randn(1, 64, 6, 6)
+    ours = ASPP(1024, [2], 8, separable=True).eval()
+    x = torch.randn(1, 1024, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
         ours(x)
         ours.convs[1][0][0].weight.data[[9, 19]] = 0

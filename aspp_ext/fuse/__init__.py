@@ -18,7 +18,7 @@ from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.fused import FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
-from aspp_ext.modules.parts import Unfusable
+from aspp_ext.modules.parts import Unfusable, check_shapes
 from aspp_ext.ops.checks import check_flag
 
 from .restore import restore
@@ -197,7 +197,7 @@ def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is replaced"
     try:
-        fused.read(module)
+        check_shapes(fused.read(module))
     except Unfusable as reason:
         return str(reason)
     return None

@@ -25,7 +25,7 @@ from aspp_ext.ops.registration import is_autocast_on
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
 from .head import Head, as_plain, forward_layers
-from .parts import Unfusable, check_class
+from .parts import Unfusable, check_classes, check_shapes
 from .untouched import changed_methods
 
 _CACHE = "_aspp_ext_folded"
@@ -68,7 +68,7 @@ class FusedForward(nn.Module):
         Raises:
             Unfusable: in words.
         """
-        check_class(cls.original, "it")
+        check_classes(cls.original)
         if names := [name for name in changed_methods(module) if name != "forward"]:
             raise Unfusable(f"its {names[0]} is replaced")
         return cls.describe(module)
@@ -87,14 +87,18 @@ class FusedForward(nn.Module):
             return self._infer(*frozen, x)
         try:
             head = self.read(self)
+            # A trace serves calls with and without gradients.
+            differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
+            layers = differentiable or _trains(head)
+            cache = None if traced or layers else self._cache(head, _dtype(head, x))
+            if cache is None:
+                check_shapes(head)
         except Unfusable:
             return super().forward(x)
         _check_features(self, head, x)
-        # A trace serves calls with and without gradients.
-        differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
-        if differentiable or _trains(head):
+        if layers:
             return forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
-        return self._infer(head, None if traced else self._cache(head, _dtype(head, x)), x)
+        return self._infer(head, cache, x)
 
     def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Tensor:
         dtype, prepared = _dtype(head, x), None
@@ -127,6 +131,7 @@ class FusedForward(nn.Module):
             return cache
         if not can_keep(head, frozen=self.frozen):
             return None
+        check_shapes(head)
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             cache = FoldCache(head, dtype, frozen=self.frozen)

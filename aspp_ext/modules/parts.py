@@ -19,6 +19,7 @@ from .untouched import changed_class, changed_function, changed_methods
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Identity)
+LAYERS = (nn.Sequential, nn.ModuleList, nn.Conv2d, *NORMS, nn.ReLU, nn.AdaptiveAvgPool2d)
 
 
 class Unfusable(Exception):
@@ -52,6 +53,7 @@ def describe_standard(
         raise Unfusable("a global module hook is registered, which must see every layer")
     if (name := changed_function()) is not None:
         raise Unfusable(f"torch.nn.functional.{name} is replaced")
+    check_classes(*LAYERS, conv, pooling, separable_conv, separable_pair)
     convs, projection = children(module, "", ("convs", "project"))
     *blocks, last = part(convs, "convs", nn.ModuleList).children()
     branches = []
@@ -121,14 +123,14 @@ def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
         raise Unfusable(f"{at} has a hook, which must see its own inputs and outputs")
     if replaced := changed_methods(module):
         raise Unfusable(f"{at} has its {replaced[0]} replaced")
-    check_class(type(module), at)
     return module  # type: ignore[return-value]
 
 
-def check_class(kind: type[nn.Module], at: str) -> None:
-    """Refuses a class of which somebody replaced a method."""
-    if (name := changed_class(kind)) is not None:
-        raise Unfusable(f"{at} is a {kind.__name__}, whose {name} is replaced")
+def check_classes(*kinds: type[nn.Module] | None) -> None:
+    """Refuses classes of which somebody replaced a method."""
+    for kind in kinds:
+        if kind is not None and (name := changed_class(kind)) is not None:
+            raise Unfusable(f"{kind.__name__}.{name} is replaced")
 
 
 def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
@@ -136,7 +138,6 @@ def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
     conv = part(module, at, nn.Conv2d)
     if conv.groups != 1:
         raise Unfusable(f"{at} has groups={conv.groups}")
-    _check_shape(f"{at}.weight", conv.weight, conv.out_channels, conv.in_channels)
     return _same_padded(conv, at)
 
 
@@ -155,7 +156,6 @@ def depthwise_conv(module: nn.Module, at: str) -> nn.Conv2d:
         raise Unfusable(f"{at} is not depthwise: groups={conv.groups}")
     if conv.bias is not None:
         raise Unfusable(f"{at} is depthwise with a bias")
-    _check_shape(f"{at}.weight", conv.weight, conv.out_channels, 1)
     return _same_padded(conv, at)
 
 
@@ -164,9 +164,6 @@ def batch_norm(module: nn.Module, at: str, conv: nn.Conv2d) -> Norm:
     norm: Norm = part(module, at, *NORMS)
     if norm.num_features != conv.out_channels:
         raise Unfusable(f"{at} norms {norm.num_features} channels of {conv.out_channels}")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        if (vector := getattr(norm, name)) is not None:
-            _check_shape(f"{at}.{name}", vector, norm.num_features)
     return norm
 
 
@@ -181,10 +178,22 @@ def check_channels(head: Head) -> None:
         raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
 
 
-def _check_shape(at: str, tensor: Tensor, *sizes: int) -> None:
-    """What a layer says of itself must be what it computes with; kernel sizes are left open."""
-    if tuple(tensor.shape[: len(sizes)]) != sizes:
-        raise Unfusable(f"{at} has the shape {list(tensor.shape)}, not {list(sizes)}")
+def check_shapes(head: Head) -> None:
+    """Refuses a layer that computes with other shapes than it says of itself."""
+    for conv in head.convs():
+        inputs = conv.in_channels // conv.groups
+        _check_shape(
+            "a convolution's weight", conv.weight, conv.out_channels, inputs, *conv.kernel_size
+        )
+    for norm in head.norms():
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if (vector := getattr(norm, name)) is not None:
+                _check_shape(f"a norm's {name}", vector, norm.num_features)
+
+
+def _check_shape(name: str, tensor: Tensor, *sizes: int) -> None:
+    if tuple(tensor.shape) != sizes:
+        raise Unfusable(f"{name} has the shape {list(tensor.shape)}, not {list(sizes)}")
 
 
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
@@ -193,8 +202,6 @@ def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
     if conv.padding_mode != "zeros":
         raise Unfusable(f"{at} has padding_mode={conv.padding_mode!r}")
     kernel, rate = conv.kernel_size, conv.dilation
-    if tuple(conv.weight.shape[2:]) != kernel:
-        raise Unfusable(f"{at}.weight is {list(conv.weight.shape)}, kernel_size={kernel}")
     if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise Unfusable(f"{at} has the even kernel_size={kernel}")
     same = (rate[0] * (kernel[0] - 1) // 2, rate[1] * (kernel[1] - 1) // 2)

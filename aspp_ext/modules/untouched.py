@@ -32,8 +32,8 @@ _ON_THE_WAY = (
 # What the layers call in turn, in torch.nn.functional.
 _FUNCTIONS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
 
-# (class, name) or name -> the function that was found to be the author's own
-_known: dict[Any, Any] = {}
+# class or module -> what was found to be the author's own
+_known: dict[Any, list[Any]] = {}
 
 
 def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,26 +61,26 @@ def _methods(kind: Any) -> frozenset[str]:
 @_known_when_compiling
 def changed_class(kind: type[nn.Module]) -> str | None:
     """The name of a method of the class, or of a class above it, that is not its author's."""
-    for name in _ON_THE_WAY:
-        method = getattr(kind, name, None)
-        if method is _known.get((kind, name)):
-            continue
+    methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
+    if methods == _known.get(kind):
+        return None
+    for name, method in zip(_ON_THE_WAY, methods, strict=True):
         if not _is_of_its_class(kind, name, method):
             return name
-        _known[kind, name] = method
+    _known[kind] = methods
     return None
 
 
 @_known_when_compiling
 def changed_function() -> str | None:
     """The name of a function in ``torch.nn.functional`` that is not PyTorch's."""
-    for name in _FUNCTIONS:
-        function = getattr(F, name)
-        if function is _known.get(name):
-            continue
+    functions = [getattr(F, name) for name in _FUNCTIONS]
+    if functions == _known.get(F):
+        return None
+    for name, function in zip(_FUNCTIONS, functions, strict=True):
         if not (function is getattr(torch, name, None) or _is_written_in(function, F)):
             return name
-        _known[name] = function
+    _known[F] = functions
     return None
 
 
