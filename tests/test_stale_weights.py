@@ -19,7 +19,7 @@ from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, Pair, features
 from torch import Tensor, nn
 
 import aspp_ext
-from aspp_ext.modules import ASPP, fold_cache, fused
+from aspp_ext.modules import ASPP, fold_cache, freeze, fused
 from aspp_ext.modules.fold_cache import sources
 from aspp_ext.ops.checksums import checksums
 
@@ -315,6 +315,18 @@ def test_a_frozen_module_trains_and_copies_as_before(pair: Pair) -> None:
     twin.convs[0][0].weight.zero_()  # a copy of its own, as long as it has made none
     original.convs[0][0].weight.zero_()
     torch.testing.assert_close(twin(features()), original(features()), **TIGHT)
+
+
+def test_a_frozen_copy_stays_on_its_device(pair: Pair) -> None:
+    """As DataParallel copies modules: everything they hold, then other parameters."""
+    _, ours = pair.build()
+    freeze(ours.eval())
+    ours(features())
+    replica = ours._replicate_for_data_parallel()
+    replica.convs, replica.project = (
+        copy.deepcopy(m).to("meta") for m in (ours.convs, ours.project)
+    )
+    assert replica(features().to("meta")).device.type == "meta"
 
 
 def test_what_freeze_says() -> None:

@@ -90,7 +90,8 @@ def fuse(
             PyTorch) or "running_stats". None leaves the modules as they are ("error" at first).
         polyphase: whether the CPU may compute dense branches by minimal filtering, which multiplies
             less, rounds a little more and in eval mode keeps prepared weights, several times the
-            memory of the branches' own. None leaves the modules as they are (True at first).
+            memory of the branches' own for each size of image, up to 1 GiB in all or two sizes.
+            None leaves the modules as they are (True at first).
 
     Returns:
         ``model``.

@@ -121,7 +121,8 @@ class ASPP(FusedForward, LayeredASPP):
     ``torchvision.models.segmentation.deeplabv3.ASPP``; with ``separable=True`` they are those of
     the separable ASPP of segmentation_models_pytorch. In eval mode without gradients the batch
     norms are folded into the weights once and the copy is reused until a parameter or buffer
-    changes. ``torch.jit.script`` compiles the layers one by one.
+    changes, which each call looks for unless :func:`aspp_ext.freeze` has promised that none does.
+    ``torch.jit.script`` compiles the layers one by one.
 
     Args:
         in_channels: C of the input [N, C, H, W].
@@ -133,8 +134,9 @@ class ASPP(FusedForward, LayeredASPP):
             channel to train on. "error" raises as PyTorch does; "running_stats" normalises that
             branch with its running statistics, which stay as they are.
         polyphase: the CPU may compute the 3x3 branches by minimal filtering, which multiplies less
-            and rounds a little more. In eval mode the weights prepared for it, of the last two
-            sizes of x, take several times the memory of the branches' weights; False saves that.
+            and rounds a little more. In eval mode the weights prepared for it take several times
+            the memory of the branches' weights for each size of x, up to 1 GiB in all or two
+            sizes; False saves that.
 
     Raises:
         TypeError: a rate is not an int, or polyphase not a bool.

@@ -24,7 +24,7 @@ from .prepared import PreparedWeights
 
 
 class FoldCache:
-    """The folded copy in one dtype, and the evidence.
+    """The folded copy in one dtype on one device, and the evidence.
 
     Attributes:
         head: whose copy it is.
@@ -33,7 +33,8 @@ class FoldCache:
     """
 
     def __init__(self, head: Head, dtype: torch.dtype, *, frozen: bool) -> None:
-        self.dtype = dtype
+        # DataParallel's replicas share what their original has kept, on another device.
+        self.dtype, self.device = dtype, head.project.weight.device
         # Before folding: what is written meanwhile must show. The parameters themselves are not
         # kept, which would keep the memory of those that are replaced.
         self._evidence = None if frozen else _evidence(head)
@@ -43,8 +44,10 @@ class FoldCache:
 
     def holds(self, head: Head, dtype: torch.dtype) -> bool:
         """Whether the folded copy still is what :func:`fold` would return."""
-        if self.dtype != dtype or self._evidence is None:
-            return self.dtype == dtype
+        if (self.dtype, self.device) != (dtype, head.project.weight.device):
+            return False
+        if self._evidence is None:
+            return True
         settings, sums = self._evidence
         return settings == _settings(head) and torch.equal(sums, checksums(sources(head)))
 

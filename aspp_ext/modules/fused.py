@@ -120,7 +120,7 @@ class FusedForward(nn.Module):
             return None
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return None
-        if cache.dtype != _dtype(cache.head, x):
+        if cache.dtype != _dtype(cache.head, x) or cache.device != x.device:
             return None
         _check_features(self, cache.head, x)
         return cache.head, cache
