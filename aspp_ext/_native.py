@@ -56,5 +56,5 @@ cuda_missing: str | None = _load_cuda()
 
 
 def picked_isa() -> str:
-    """The instruction set of the CPU's kernels, which a process picks when it is first asked."""
+    """The instruction set of the CPU's kernels, which is picked when they are loaded."""
     return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")

@@ -174,7 +174,7 @@ def _reference_pyramid(
     shift: Any,
     relu: bool,
     tf32: bool = False,
-    polyphase: bool = True,
+    polyphase: int = 1,
 ) -> Tensor:
     return reference.atrous_pyramid(
         x, weights, pairs(rates), scale=scale, shift=shift, activation="relu" if relu else None

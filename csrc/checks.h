@@ -157,6 +157,12 @@ inline void check_kernel(const char* op, const std::string& name, const Tensor& 
   check_size(op, name, {w.size(0), w.size(1), w.size(2), w.size(3)});
 }
 
+inline void check_polyphase(const char* op, int64_t polyphase) {
+  require(polyphase >= 0 && polyphase <= 2, op,
+          ": polyphase must be 0 (never), 1 (where it costs less) or 2 (wherever it can), got ",
+          polyphase);
+}
+
 // rates: (rate_h, rate_w) of every branch.
 inline void check_rates(const char* op, const std::vector<int64_t>& rates, size_t branches) {
   require(branches >= 1, op, ": weights must hold at least one branch, got an empty list");

@@ -5,11 +5,12 @@
 STABLE_TORCH_LIBRARY(aspp_ext, m) {
   // x [N, C, H, W], weights[b] [O_b, C, kh_b, kw_b], rates (rate_h, rate_w) per branch,
   // scale [sum O], shift [sum O] or [N, sum O] -> [N, sum O, H, W]; tf32: float32 products may be
-  // rounded to TF32 where the device has it; polyphase: the CPU may compute 3-tap axes by minimal
-  // filtering, which multiplies less and rounds a little more
+  // rounded to TF32 where the device has it; polyphase: the CPU computes 3-tap axes by minimal
+  // filtering, which multiplies less and rounds a little more: 0: never, 1: where it costs less,
+  // 2: wherever it can
   m.def(
       "atrous_pyramid(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-      "Tensor? shift=None, bool relu=False, bool tf32=False, bool polyphase=True) -> Tensor");
+      "Tensor? shift=None, bool relu=False, bool tf32=False, int polyphase=1) -> Tensor");
   // CUDA. What a training batch norm wants: the result, and of each channel the mean and the sum of
   // squared differences from it [sum O], in float32, or float64 for float64
   m.def(
@@ -18,18 +19,20 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
   // grad [N, sum O, H, W] -> [N, C, H, W]
   m.def(
       "atrous_pyramid_grad_input(Tensor grad, Tensor[] weights, int[] rates, bool tf32=False, "
-      "bool polyphase=True) -> Tensor");
+      "int polyphase=1) -> Tensor");
   // kernels (kh, kw) per branch, out_channels O_b -> gradients [O_b, C, kh_b, kw_b]
   m.def(
       "atrous_pyramid_grad_weight(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-      "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]");
+      "int[] rates, bool tf32=False, int polyphase=1) -> Tensor[]");
   // Per branch the weight as minimal filtering of maps of that size takes it, or an empty tensor
   // where the branch is computed directly
-  m.def("polyphase_weights(Tensor[] weights, int[] rates, int height, int width) -> Tensor[]");
+  m.def(
+      "polyphase_weights(Tensor[] weights, int[] rates, int height, int width, int polyphase=1) "
+      "-> Tensor[]");
   // For benchmarks: runs the branches that minimal filtering computes on the CPU, their weights
   // prepared -> float64 [branches, 3], the seconds of all threads that combining inputs, products
   // and combining outputs took; NaN of the others
-  m.def("polyphase_times(Tensor x, Tensor[] weights, int[] rates) -> Tensor");
+  m.def("polyphase_times(Tensor x, Tensor[] weights, int[] rates, int polyphase=1) -> Tensor");
   // depthwise[b] [C, 1, kh_b, kw_b], or empty: branch b is a plain 1x1 convolution;
   // pointwise[b] [O_b, C, 1, 1]; between_*[b] [C], or empty: nothing between;
   // the two lists themselves may be empty; tf32 as above, of the products with pointwise
@@ -69,13 +72,16 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "-> (Tensor, Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
   // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]; prepared: polyphase_weights
-  // of weights for x's size, without which each call transforms them itself
+  // of weights for x's size and the same polyphase, without which each call transforms them itself
   m.def(
       "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
       "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-      "bool polyphase=True, Tensor[]? prepared=None) -> Tensor");
+      "int polyphase=1, Tensor[]? prepared=None) -> Tensor");
   // CPU. Of each tensor 64 bits that change with any of its bytes, its sizes, strides or dtype:
   // int64 [tensors]
   m.def("checksums(Tensor[] tensors) -> Tensor");
   m.def("cpu_isa() -> str");
+  // CUDA, for tests and measurements: the separable forward's way in this process, as
+  // ASPP_EXT_SEPARABLE was when the library was loaded, or "" -> what it was
+  m.def("separable_way(str way) -> str");
 }

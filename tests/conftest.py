@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import selection
 import torch
 
 from aspp_ext.evidence import rulings, store
+from aspp_ext.ops.separable_choice import separable_way
 from aspp_ext.testing import nan_poison
 
 os.environ[store.VARIABLE] = "off"  # what is known of a developer's machine decides nothing here
@@ -96,6 +98,13 @@ def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
     rulings.forget()
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def go() -> Iterator[Callable[[str], None]]:
+    """Makes CUDA's separable forward go a way, "fused" or "stored", from here on in the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda way: stack.enter_context(separable_way(way))
 
 
 @pytest.fixture

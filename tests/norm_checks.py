@@ -14,6 +14,7 @@ from torch.library import opcheck
 from aspp_ext import reference
 from aspp_ext.ops import separable_norm
 from aspp_ext.ops.family import NATIVE
+from aspp_ext.ops.separable_choice import separable_way
 from aspp_ext.testing import (
     OPS,
     PROBLEMS,
@@ -99,10 +100,7 @@ def check_stored_integers(problem: Problem, dtype: torch.dtype, device: str) -> 
 def forward(arguments: Any, affine: list[Tensor], path: str) -> Tensor:
     """``path``: one of PATHS; slices are of the batch, through memory."""
     x, depthwise, pointwise, rates = arguments
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("ASPP_EXT_SEPARABLE", raising=False)
-        if path == "slices":
-            patch.setenv("ASPP_EXT_SEPARABLE", "stored")
+    with separable_way("stored" if path == "slices" else ""):
         stored = operator("statistics")(x, depthwise, rates, True)[2] if path == "stored" else []
         return operator("")(x, depthwise, pointwise, rates, *affine, True, stored)
 

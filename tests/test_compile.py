@@ -234,11 +234,12 @@ def test_jit_trace(separable) -> None:
 
 def test_jit_script_of_the_operator() -> None:
     @torch.jit.script
-    def scripted(x: Tensor, w: Tensor) -> Tensor:
-        return torch.ops.aspp_ext.atrous_pyramid(x, [w], [2, 2], None, None, True)
+    def scripted(x: Tensor, w: Tensor, polyphase: int) -> Tensor:
+        pyramid = torch.ops.aspp_ext.atrous_pyramid
+        return pyramid(x, [w], [2, 2], None, None, True, False, polyphase)
 
     x, w = torch.randn(1, 5, 6, 7), torch.randn(3, 5, 3, 3)
-    assert torch.equal(scripted(x, w), aspp_ext.atrous_pyramid(x, [w], [2], activation="relu"))
+    assert torch.equal(scripted(x, w, policy()), aspp_ext.atrous_pyramid(x, [w], [2], activation="relu"))
 
 
 def test_checkpointing() -> None:

@@ -59,7 +59,6 @@ def emulation() -> Iterator[Emulation]:
 
 
 OPERATORS = (*PYRAMIDS, *SEPARABLE)
-WAYS = "ASPP_EXT_SEPARABLE"
 each_operator = pytest.mark.parametrize(
     ("name", "way"),
     [(name, "") for name in OPERATORS]
@@ -72,9 +71,9 @@ def kernels(events: list[dict]) -> Counter[str]:
 
 
 @each_operator
-def test_the_second_call_of_a_shape_only_launches(name, way, emulation, monkeypatch) -> None:
+def test_the_second_call_of_a_shape_only_launches(name, way, emulation, go) -> None:
     """No allocation but PyTorch's, no copy, no wait; and all of it on the caller's stream."""
-    monkeypatch.setenv(WAYS, way)
+    go(way)
     op = OPS[name]
     new = replace(SLICED, shape=(1, 1024, 9, 10 + len(f"{name} {way}")))
     arguments = op.make(new, torch.bfloat16, integer=True)
@@ -92,9 +91,9 @@ def test_the_second_call_of_a_shape_only_launches(name, way, emulation, monkeypa
 
 
 @each_operator
-def test_memory_is_made_room_for_once(name, way, emulation, monkeypatch) -> None:
+def test_memory_is_made_room_for_once(name, way, emulation, go) -> None:
     """Where CUDA has none left for a work list, as it may all lie in PyTorch's cache."""
-    monkeypatch.setenv(WAYS, way)
+    go(way)
     op = OPS[name]
     new = replace(SLICED, shape=(1, 1024, 11, 10 + len(f"{name} {way}")))
     arguments = op.make(new, torch.bfloat16, integer=True)
@@ -120,9 +119,9 @@ def test_channels_last_is_read_in_place(name, emulation) -> None:
 
 @pytest.mark.parametrize("way", ["", "stored"])
 @pytest.mark.parametrize("between", [False, True])
-def test_a_separable_forward_is_one_launch_or_two(between, way, emulation, monkeypatch) -> None:
+def test_a_separable_forward_is_one_launch_or_two(between, way, emulation, go) -> None:
     """And what packs depthwise weights and what is between, which are small."""
-    monkeypatch.setenv(WAYS, way)
+    go(way)
     op = OPS["separable_between_epilogue" if between else "separable"]
     _, events = emulation.calls_of(op.native, *op.make(IN_PLACE, torch.bfloat16))
     found = kernels(events)
@@ -167,8 +166,8 @@ def test_exact_with_the_tiles_of_every_architecture(name, architecture, emulatio
 
 
 @each_operator
-def test_the_order_of_blocks_and_threads_changes_no_bit(name, way, emulation, monkeypatch) -> None:
-    monkeypatch.setenv(WAYS, way)
+def test_the_order_of_blocks_and_threads_changes_no_bit(name, way, emulation, go) -> None:
+    go(way)
     arguments = OPS[name].make(SLICED, torch.float32)
     expected = outputs(OPS[name].native(*arguments))
     for seed in range(1, 6):

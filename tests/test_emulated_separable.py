@@ -35,8 +35,8 @@ def emulation():
 
 
 @pytest.fixture(autouse=True)
-def stored(monkeypatch) -> None:
-    monkeypatch.setenv("ASPP_EXT_SEPARABLE", "stored")
+def stored(go) -> None:
+    go("stored")
 
 
 @pytest.mark.parametrize("name", FORWARD)

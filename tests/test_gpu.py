@@ -125,9 +125,9 @@ FORWARD = [name for name in SEPARABLE if "backward" not in name]
     lambda run, _: run.by is BY_CUDA and run.name in FORWARD and run.dtype == torch.bfloat16,
     PROBLEMS.values(),
 )
-def test_either_way_of_a_separable_forward_is_exact(run, problem, way, monkeypatch) -> None:
+def test_either_way_of_a_separable_forward_is_exact(run, problem, way, go) -> None:
     """In one kernel and through memory, whichever it would choose."""
-    monkeypatch.setenv("ASPP_EXT_SEPARABLE", way)
+    go(way)
     arguments = OPS[run.name].make(problem, run.dtype, integer=True, device=DEVICE)
     with refused_where_it_does_not_fit():
         check_integers(run, OPS[run.name], arguments)
@@ -136,8 +136,8 @@ def test_either_way_of_a_separable_forward_is_exact(run, problem, way, monkeypat
 @each_way
 @pytest.mark.parametrize("problem", REAL)
 @pytest.mark.parametrize("name", FORWARD)
-def test_either_way_is_exact_at_real_sizes(name, problem, way, monkeypatch) -> None:
-    monkeypatch.setenv("ASPP_EXT_SEPARABLE", way)
+def test_either_way_is_exact_at_real_sizes(name, problem, way, go) -> None:
+    go(way)
     with refused_where_it_does_not_fit():
         check_real_sizes(BY_CUDA, name, problem, [(torch.bfloat16, False), (torch.float32, True)])
 

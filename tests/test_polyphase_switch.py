@@ -20,7 +20,8 @@ from torch.library import opcheck
 
 import aspp_ext
 from aspp_ext.modules import ASPP, fused, prepared
-from aspp_ext.ops import head_composed, polyphase_weights
+from aspp_ext.ops import head_composed, polyphase_choice, polyphase_weights
+from aspp_ext.ops.family import NATIVE
 from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, oracle_of
 
 each_setting = pytest.mark.parametrize("on", [True, False])
@@ -71,7 +72,10 @@ def test_it_reaches_the_layers_of_a_module(on) -> None:
 
 @pytest.mark.parametrize("name", [*PYRAMIDS, "aspp_inference"])
 def test_direct_operators_filter_unless_told(name) -> None:
-    assert argument("polyphase", getattr(torch.ops.aspp_ext, name).default, ()) is True
+    assert (
+        argument("polyphase", getattr(torch.ops.aspp_ext, name).default, ())
+        == polyphase_choice.BY_COST
+    )
 
 
 @each_setting
@@ -90,7 +94,7 @@ def test_an_exported_program_keeps_it(on, fresh_compiler, tmp_path) -> None:
         torch.export.save(torch.export.export(ours, (x,), strict=True), tmp_path / "head.pt2")
         program = torch.export.load(tmp_path / "head.pt2")
         (node,) = (n for n in program.graph.nodes if "aspp_ext" in str(n.target))
-        assert argument("polyphase", node.target, node.args) is on
+        assert argument("polyphase", node.target, node.args) == on
         assert argument("prepared", node.target, node.args) is None
         torch.testing.assert_close(program.module()(x), ours(x))
 
@@ -112,7 +116,8 @@ def test_what_is_prepared_changes_no_more_than_the_form(name, policy, problem, m
         assert all(
             p.numel() == 0 for p, w in zip(prepared, weights, strict=True) if w[0, 0].numel() == 1
         )
-        got, made = op.native(*arguments, True, prepared), op.native(*arguments)
+        operator, wish = op.operator(NATIVE), polyphase_choice.policy()
+        got, made = operator(*arguments, wish, prepared), operator(*arguments, wish)
         filtered = any(p.numel() for p in prepared)
         bfloat16_products = dtype == torch.bfloat16 and not filtered  # direct either way
         if bfloat16_products or same_forms(problem, policy):
@@ -123,7 +128,7 @@ def test_what_is_prepared_changes_no_more_than_the_form(name, policy, problem, m
             (exact,) = oracle_of(op, arguments)
             assert_no_worse_than_torch(got, op.expected(*arguments), exact)
         tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
-        opcheck(op.native.default, (*arguments, False, prepared), test_utils=tests)
+        opcheck(operator.default, (*arguments, wish, prepared), test_utils=tests)
 
 
 def same_forms(problem: Problem, policy: str) -> bool:

@@ -13,15 +13,16 @@ from aspp_ext import _native
 # A released schema may grow at its end, with defaults; it may not change otherwise.
 SCHEMAS = {
     "atrous_pyramid": "(Tensor x, Tensor[] weights, int[] rates, Tensor? scale=None, "
-    "Tensor? shift=None, bool relu=False, bool tf32=False, bool polyphase=True) -> Tensor",
+    "Tensor? shift=None, bool relu=False, bool tf32=False, int polyphase=1) -> Tensor",
     "atrous_pyramid_statistics": "(Tensor x, Tensor[] weights, int[] rates, bool tf32=False) "
     "-> (Tensor, Tensor, Tensor)",
     "atrous_pyramid_grad_input": "(Tensor grad, Tensor[] weights, int[] rates, "
-    "bool tf32=False, bool polyphase=True) -> Tensor",
+    "bool tf32=False, int polyphase=1) -> Tensor",
     "atrous_pyramid_grad_weight": "(Tensor grad, Tensor x, int[] kernels, int[] out_channels, "
-    "int[] rates, bool tf32=False, bool polyphase=True) -> Tensor[]",
-    "polyphase_times": "(Tensor x, Tensor[] weights, int[] rates) -> Tensor",
-    "polyphase_weights": "(Tensor[] weights, int[] rates, int height, int width) -> Tensor[]",
+    "int[] rates, bool tf32=False, int polyphase=1) -> Tensor[]",
+    "polyphase_times": "(Tensor x, Tensor[] weights, int[] rates, int polyphase=1) -> Tensor",
+    "polyphase_weights": "(Tensor[] weights, int[] rates, int height, int width, "
+    "int polyphase=1) -> Tensor[]",
     "atrous_separable_pyramid": "(Tensor x, Tensor[] depthwise, Tensor[] pointwise, int[] rates, "
     "Tensor[] between_scale, Tensor[] between_shift, bool between_relu=False, "
     "Tensor? scale=None, Tensor? shift=None, bool relu=False, bool tf32=False) -> Tensor",
@@ -42,14 +43,15 @@ SCHEMAS = {
     "-> (Tensor, Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-    "bool polyphase=True, Tensor[]? prepared=None) -> Tensor",
+    "int polyphase=1, Tensor[]? prepared=None) -> Tensor",
     "checksums": "(Tensor[] tensors) -> Tensor",
     "cpu_isa": "() -> str",
+    "separable_way": "(str way) -> str",
 }
 TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
 FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
-WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa"]
+WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa", "separable_way"]
 WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS

@@ -244,10 +244,10 @@ def test_batching() -> None:
 
 @on_emulated
 @pytest.mark.parametrize("wish", ["fused", "stored"])
-def test_the_environment_decides(wish, monkeypatch) -> None:
+def test_the_environment_decides(wish, go) -> None:
     """Computed again the fused kernel runs behind the statistics; stored, a pass per branch."""
     emulation = Emulation()
-    monkeypatch.setenv("ASPP_EXT_SEPARABLE", wish)
+    go(wish)
     call = made(MANY, torch.bfloat16, "cpu")
     _, events = emulation.calls_of(call)
     found = kernels(events)

@@ -74,6 +74,14 @@ def check_kernel(op: str, name: str, w: Tensor) -> None:
         raise ValueError(f"{op}: {name} needs at least one output channel, got shape {_shape(w)}")
 
 
+def check_polyphase(op: str, polyphase: int) -> None:
+    if polyphase not in (0, 1, 2):
+        raise ValueError(
+            f"{op}: polyphase must be 0 (never), 1 (where it costs less) or 2 (wherever it can), "
+            f"got {polyphase}"
+        )
+
+
 def check_rates(op: str, rates: Sequence[int], branches: int) -> None:
     """``rates``: (rate_h, rate_w) of every branch, flat."""
     if branches < 1:

@@ -16,6 +16,7 @@ from . import checks, head_composed
 from .checks import Rate
 from .family import NATIVE
 from .formats import empty_image
+from .polyphase_choice import BY_COST, policy
 from .registration import (
     library,
     register_autocast,
@@ -64,8 +65,9 @@ def aspp_inference(
         backend: force an implementation; None takes the first that can.
         polyphase: the CPU may compute 3-tap axes by minimal filtering, which multiplies less and
             rounds a little more.
-        prepared: :func:`aspp_ext.ops.polyphase_weights` of the same weights and rates for x's size;
-            without it each call transforms the weights anew.
+        prepared: :func:`aspp_ext.ops.polyphase_weights` of the same weights, rates and
+            ``polyphase`` for x's size, under the same ``ASPP_EXT_POLYPHASE``; without it each call
+            transforms the weights anew.
 
     Returns:
         ``[N, P, H, W]`` in x's memory format.
@@ -109,7 +111,7 @@ def aspp_inference(
         project_shift,
     )
     # What is prepared is in the dtype that the kernel has chosen.
-    arguments = (*arguments, polyphase, None if prepared is None else list(prepared))
+    arguments = (*arguments, policy(polyphase), None if prepared is None else list(prepared))
     x, depthwise, weights = arguments[:3]
     check_head(*arguments)
     problem = Problem(_OP, x, tuple(weights), tuple(d for d in depthwise if d.numel()))
@@ -126,7 +128,7 @@ def check_head(
     pool_shift: Tensor | None,
     project_weight: Tensor,
     project_shift: Tensor,
-    polyphase: bool = True,
+    polyphase: int = BY_COST,
     prepared: Sequence[Tensor] | None = None,
 ) -> int:
     """Checks the head; returns its number of output channels."""
@@ -173,11 +175,17 @@ def check_head(
             f"{_OP}: prepared must be None or have one entry per branch, got {len(prepared)} for "
             f"{len(weights)} branches"
         )
+    checks.check_polyphase(_OP, polyphase)
     return project_weight.size(0)
 
 
 def polyphase_weights(
-    weights: Sequence[Tensor], atrous_rates: Sequence[Rate], height: int, width: int
+    weights: Sequence[Tensor],
+    atrous_rates: Sequence[Rate],
+    height: int,
+    width: int,
+    *,
+    polyphase: bool = True,
 ) -> list[Tensor]:
     """The weights of a pyramid as minimal filtering takes them: ``prepared`` of a head.
 
@@ -185,7 +193,7 @@ def polyphase_weights(
     traced: their shapes are the kernel's choice.
 
     Args:
-        weights, atrous_rates: as in :func:`aspp_inference`.
+        weights, atrous_rates, polyphase: as in :func:`aspp_inference`.
         height, width: H and W of x, at any N.
 
     Returns:
@@ -193,7 +201,8 @@ def polyphase_weights(
 
     Raises:
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit.
-        TypeError: an argument that is no tensor, or of another dtype than the first weight.
+        TypeError: an argument that is no tensor, or of another dtype than the first weight, or no
+            bool.
         NotImplementedError: a weight requires a gradient, or the call is traced.
     """
     checks.check_list(_WEIGHTS, "weights", weights)
@@ -204,9 +213,11 @@ def polyphase_weights(
     checks.check_rates(_WEIGHTS, rates, len(weights))
     x = weights[0].new_empty(1).expand(1, weights[0].size(1), height, width)
     checks.check_dense(_WEIGHTS, x, weights, rates)
+    checks.check_flag(_WEIGHTS, "polyphase", polyphase)
+    wish = policy(polyphase)
     if _native.cpu_missing is not None:
         return [w.new_empty(0) for w in weights]
-    return NATIVE.op(_WEIGHTS)(list(weights), rates, height, width)
+    return NATIVE.op(_WEIGHTS)(list(weights), rates, height, width, wish)
 
 
 def _composed(*arguments: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .family import NATIVE, Family
 from .formats import like, pointwise_as_channels_last
+from .polyphase_choice import BY_COST
 from .precision import allows_tf32
 
 
@@ -24,7 +25,7 @@ def aspp_inference(
     pool_shift: Tensor | None,
     project_weight: Tensor,
     project_shift: Tensor,
-    polyphase: bool = True,
+    polyphase: int = BY_COST,
     prepared: Sequence[Tensor] | None = None,
     *,
     family: Family = NATIVE,
@@ -49,7 +50,7 @@ def _branches(
     weights: Sequence[Tensor],
     rates: list[int],
     shift: Tensor,
-    polyphase: bool,
+    polyphase: int,
 ) -> Tensor:
     """[N, sum O, H, W]: the branches side by side, before the projection.
 

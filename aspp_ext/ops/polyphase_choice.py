@@ -19,6 +19,26 @@ if TYPE_CHECKING:
 
 POLICY = "ASPP_EXT_POLYPHASE"
 
+NEVER, BY_COST, ALWAYS = range(3)
+"""The operators' argument ``polyphase``; True and False mean the same in its place."""
+
+_NAMES = {"": BY_COST, "0": NEVER, "1": BY_COST, "always": ALWAYS}
+
+
+def policy(polyphase: bool = True) -> int:
+    """What a call's operators are told, of its keyword and of ``ASPP_EXT_POLYPHASE``.
+
+    Read once in a call, so that its gradients keep it, as a trace does. No kernel reads the
+    environment, which another thread may be writing.
+
+    Raises:
+        ValueError: the environment has another value than 0, 1 or always.
+    """
+    name = os.environ.get(POLICY, "")
+    if name not in _NAMES:
+        raise ValueError(f"{POLICY} must be 0, 1 or always, got '{name}'")
+    return _NAMES[name] if polyphase else NEVER
+
 
 def polyphase_choices(
     x: Tensor,
@@ -51,19 +71,11 @@ def polyphase_choices(
     return [_plan.choose_polyphase(problem, b, prepared=prepared) for b in range(len(branches))]
 
 
-def _policy() -> str:
-    """The environment's; raises ValueError for one that the kernel would refuse, in its words."""
-    policy = os.environ.get(POLICY, "")
-    if policy not in ("", "0", "1", "always"):
-        raise ValueError(f"{POLICY} must be 0, 1 or always, got '{policy}'")
-    return policy
-
-
 def why_never(x: Tensor, polyphase: bool) -> str | None:
     """Why no branch of this call is filtered minimally, whatever it costs; None if one may be."""
     if not polyphase:
         return "polyphase=False"
-    if _policy() == "0":
+    if policy() == NEVER:
         return f"{POLICY}=0"
     if x.dtype == torch.bfloat16 and torch.ops.aspp_ext.cpu_isa() == "isa_avx512bf16":
         return "products are in bfloat16, in which combinations of inputs lose too many digits"
@@ -72,7 +84,7 @@ def why_never(x: Tensor, polyphase: bool) -> str | None:
 
 def is_minimal(choice: _plan.PolyphaseChoice) -> bool:
     """Whether the kernel filters a branch minimally, where nothing forbids it."""
-    return choice.is_polyphase or (choice.form is not None and _policy() == "always")
+    return choice.is_polyphase or (choice.form is not None and policy() == ALWAYS)
 
 
 def describe(choice: _plan.PolyphaseChoice, matrix_bytes: int) -> str:

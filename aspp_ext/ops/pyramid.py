@@ -21,6 +21,7 @@ from . import checks
 from .checks import Rate
 from .family import FAMILIES, NATIVE, Family, family_of
 from .formats import empty_image, in_strides_of, in_strides_of_image
+from .polyphase_choice import BY_COST, policy
 from .precision import allows_tf32
 from .registration import (
     fold_image,
@@ -96,7 +97,8 @@ def atrous_pyramid(
         moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
     relu = activation == "relu"
-    y = implementation.call(x, weights, rates, scale, shift, relu, allows_tf32(x), polyphase)
+    way = (allows_tf32(x), policy(polyphase))
+    y = implementation.call(x, weights, rates, scale, shift, relu, *way)
     return y.squeeze(2) if line else y
 
 
@@ -148,8 +150,8 @@ def _grad_weights(ctx: Any, grad: Tensor, x: Tensor, weights: list[Tensor]) -> l
 class AtrousPyramid(torch.autograd.Function):
     """``apply(rates, tf32, polyphase, x, *weights)``, ``rates`` flat: (rate_h, rate_w) per branch.
 
-    ``tf32`` allows float32 products to be rounded to TF32 on CUDA, ``polyphase`` minimal filtering
-    on the CPU, in the gradients too.
+    ``tf32`` allows float32 products to be rounded to TF32 on CUDA, ``polyphase`` is
+    :func:`aspp_ext.ops.polyphase_choice.policy`'s; both are the gradients', too.
     """
 
     @staticmethod
@@ -161,13 +163,13 @@ class AtrousPyramid(torch.autograd.Function):
         shift: None = None,
         relu: bool = False,
         tf32: bool = False,
-        polyphase: bool = True,
+        polyphase: int = BY_COST,
     ) -> tuple[Any, ...]:
         return (rates, tf32, polyphase, x, *weights)
 
     @staticmethod
     def call(
-        op: Any, rates: list[int], tf32: bool, polyphase: bool, x: Tensor, *weights: Tensor
+        op: Any, rates: list[int], tf32: bool, polyphase: int, x: Tensor, *weights: Tensor
     ) -> Tensor:
         return op(x, list(weights), rates, None, None, False, tf32, polyphase)
 
@@ -211,13 +213,13 @@ class AtrousPyramidGradInput(torch.autograd.Function):
         weights: Sequence[Tensor],
         rates: list[int],
         tf32: bool = False,
-        polyphase: bool = True,
+        polyphase: int = BY_COST,
     ) -> tuple[Any, ...]:
         return (rates, tf32, polyphase, grad, *weights)
 
     @staticmethod
     def call(
-        op: Any, rates: list[int], tf32: bool, polyphase: bool, grad: Tensor, *weights: Tensor
+        op: Any, rates: list[int], tf32: bool, polyphase: int, grad: Tensor, *weights: Tensor
     ) -> Tensor:
         return op(grad, list(weights), rates, tf32, polyphase)
 
@@ -256,13 +258,13 @@ class AtrousPyramidGradWeight(torch.autograd.Function):
         out_channels: list[int],
         rates: list[int],
         tf32: bool = False,
-        polyphase: bool = True,
+        polyphase: int = BY_COST,
     ) -> tuple[Any, ...]:
         return (rates, tf32, polyphase, kernels, out_channels, grad, x)
 
     @staticmethod
     def call(
-        op: Any, rates: Any, tf32: bool, polyphase: bool, kernels: Any, outs: Any, *tensors: Tensor
+        op: Any, rates: Any, tf32: bool, polyphase: int, kernels: Any, outs: Any, *tensors: Tensor
     ) -> Any:
         return tuple(op(*tensors, kernels, outs, rates, tf32, polyphase))
 
@@ -302,7 +304,7 @@ def _with_epilogue(
     shift: Tensor | None = None,
     relu: bool = False,
     tf32: bool = False,
-    polyphase: bool = True,
+    polyphase: int = BY_COST,
 ) -> Tensor | None:
     """With gradients, the epilogue is PyTorch's, so that its gradient is too."""
     if scale is None and shift is None and not relu:
@@ -311,24 +313,26 @@ def _with_epilogue(
     return epilogue(y, scale, shift, relu)
 
 
-def _check(x, weights, rates, scale=None, shift=None, *_):
+def _check(x, weights, rates, scale=None, shift=None, relu=False, tf32=False, polyphase=BY_COST):
     channels = checks.check_dense(_OP, x, weights, rates)
     checks.check_vector(_OP, "scale", scale, x, channels)
     checks.check_vector(_OP, "shift", shift, x, channels, per_sample=True)
+    checks.check_polyphase(_OP, polyphase)
     return channels
 
 
-def _check_grad_input(grad, weights, rates, *_):
+def _check_grad_input(grad, weights, rates, tf32=False, polyphase=BY_COST):
     op = "atrous_pyramid_grad_input"
     checks.check_image(op, "grad", grad)
     checks.check_rates(_OP, rates, len(weights))
     checks.check_kernel(_OP, "weights[0]", weights[0])
     x = grad.new_empty(1).expand(grad.size(0), weights[0].size(1), *grad.shape[2:])
     checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
+    checks.check_polyphase(_OP, polyphase)
     return x.size(1)
 
 
-def _check_grad_weight(grad, x, kernels, out_channels, rates, *_):
+def _check_grad_weight(grad, x, kernels, out_channels, rates, tf32=False, polyphase=BY_COST):
     op = "atrous_pyramid_grad_weight"
     checks.check_image(op, "x", x)
     checks.check_sizes(op, kernels, out_channels)
@@ -336,22 +340,22 @@ def _check_grad_weight(grad, x, kernels, out_channels, rates, *_):
     for b, (kh, kw) in enumerate(pairs(kernels)):
         checks.check_odd(_OP, f"weights[{b}]", kh, kw)
     checks.check_grad(_OP, grad, x, sum(out_channels))
+    checks.check_polyphase(_OP, polyphase)
     return [
         (o, x.size(1), kh, kw) for o, (kh, kw) in zip(out_channels, pairs(kernels), strict=True)
     ]
 
 
-def _fake(x, weights, rates, scale=None, shift=None, *_):
-    return empty_image(x, _check(x, weights, rates, scale, shift), [x, *weights])
+def _fake(x, weights, *rest):
+    return empty_image(x, _check(x, weights, *rest), [x, *weights])
 
 
-def _fake_grad_input(grad, weights, rates, *_):
-    return empty_image(grad, _check_grad_input(grad, weights, rates), [grad, *weights])
+def _fake_grad_input(grad, weights, *rest):
+    return empty_image(grad, _check_grad_input(grad, weights, *rest), [grad, *weights])
 
 
-def _fake_grad_weight(grad, x, kernels, out_channels, rates, *_):
-    sizes = _check_grad_weight(grad, x, kernels, out_channels, rates)
-    return [x.new_empty(size) for size in sizes]
+def _fake_grad_weight(grad, x, *rest):
+    return [x.new_empty(size) for size in _check_grad_weight(grad, x, *rest)]
 
 
 def _register(family: Family) -> None:

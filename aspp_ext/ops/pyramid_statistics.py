@@ -20,6 +20,7 @@ from . import checks
 from .checks import Rate
 from .family import FAMILIES, Family
 from .formats import empty_image
+from .polyphase_choice import BY_COST, policy
 from .precision import allows_tf32
 from .pyramid import AtrousPyramid
 from .registration import (
@@ -60,7 +61,7 @@ def atrous_pyramid_statistics(
     implementation = select(Problem(_OP, x, tuple(weights)))
     tf32 = allows_tf32(x)
     if implementation.statistics is None:
-        y = implementation.call(x, weights, rates, None, None, False, tf32, polyphase)
+        y = implementation.call(x, weights, rates, None, None, False, tf32, policy(polyphase))
         return y, None, None
     return implementation.statistics(x, weights, rates, tf32)
 
@@ -76,11 +77,11 @@ class AtrousPyramidStatistics:
     def pack(
         x: Tensor, weights: Sequence[Tensor], rates: list[int], tf32: bool = False
     ) -> tuple[Any, ...]:
-        return (rates, tf32, True, x, *weights)
+        return (rates, tf32, BY_COST, x, *weights)
 
     @staticmethod
     def call(
-        op: Any, rates: list[int], tf32: bool, _polyphase: bool, x: Tensor, *weights: Tensor
+        op: Any, rates: list[int], tf32: bool, _polyphase: int, x: Tensor, *weights: Tensor
     ) -> Any:
         return tuple(op(x, list(weights), rates, tf32))
 

@@ -7,20 +7,48 @@ The planner decides (csrc/cuda/fused_choice.h); this file tells it of the device
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from .. import _gpu
+from .. import _gpu, _native
 from .precision import allows_tf32
 
 if TYPE_CHECKING:
     from .. import _plan
 
+WAY = "ASPP_EXT_SEPARABLE"
+"""Read when the library is loaded; :func:`separable_way` changes it."""
+
 EMULATED_SHARED_BYTES = 227 << 10
 """Shared memory of a block where csrc/cuda/emulation takes the device's place."""
+
+
+@contextlib.contextmanager
+def separable_way(way: str) -> Iterator[None]:
+    """Which way CUDA's separable forward takes inside, on all threads.
+
+    Args:
+        way: "fused", "stored", or "" for its own choice.
+    """
+    kernels = _native.emulated or _native.cuda_missing is None
+    before = os.environ.get(WAY)
+    loaded = torch.ops.aspp_ext.separable_way(way) if kernels else ""
+    os.environ[WAY] = way
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WAY]
+        else:
+            os.environ[WAY] = before
+        if kernels:
+            torch.ops.aspp_ext.separable_way(loaded)
 
 
 def fused_choice(

@@ -27,7 +27,7 @@ from .family import NATIVE
 from .formats import in_strides_of, in_strides_of_image, is_channels_last
 from .precision import allows_tf32
 from .registration import under_autocast
-from .separable_choice import fused_choice
+from .separable_choice import WAY, fused_choice
 from .separable_norm_operators import OP as _OP
 from .separable_norm_operators import wide
 
@@ -180,7 +180,7 @@ def _stores(
     ASPP_EXT_SEPARABLE decides first, as in the forward: "fused" computes them again. The planner
     cannot be traced: a compiled step computes them again, too.
     """
-    wish = os.environ.get("ASPP_EXT_SEPARABLE")
+    wish = os.environ.get(WAY)
     if wish in ("fused", "stored"):
         return wish == "stored"
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):

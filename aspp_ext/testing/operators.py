@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import _triton, reference
 from ..dispatch import IMPLEMENTATIONS
 from ..ops.family import NATIVE, TRITON, Family
+from ..ops.polyphase_choice import BY_COST, policy
 from .problems import Pair, Problem, Values
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -145,8 +147,11 @@ class Op:
     exact: Callable[[Problem], bool] = _always
 
     @property
-    def native(self) -> Any:
-        return self.operator(NATIVE)
+    def native(self) -> Callable[..., Any]:
+        """The native operator, told of the environment what public functions tell it."""
+        operator, wish = self.operator(NATIVE), policy()
+        takes = any(a.name == "polyphase" for a in operator.default._schema.arguments)
+        return partial(operator, polyphase=wish) if takes and wish != BY_COST else operator
 
     def operator(self, family: Family) -> Any:
         return family.op(self.name)
@@ -158,9 +163,11 @@ class Op:
         """
         names = [device, *(["triton"] if has_triton(device) else []), "reference"]
         if self.name in IMPLEMENTATIONS:
-            return {i.name: i.call for i in IMPLEMENTATIONS[self.name] if i.name in names}
-        families = {device: NATIVE, "triton": TRITON}
-        return {n: self.operator(family) for n, family in families.items() if n in names}
+            found = {i.name: i.call for i in IMPLEMENTATIONS[self.name] if i.name in names}
+        else:
+            both = {device: self.native, "triton": self.operator(TRITON)}
+            found = {name: call for name, call in both.items() if name in names}
+        return found | ({"cpu": self.native} if device == "cpu" else {})
 
     def make(
         self,

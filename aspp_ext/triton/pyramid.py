@@ -69,7 +69,7 @@ def atrous_pyramid(
     shift: Tensor | None = None,
     relu: bool = False,
     tf32: bool = False,
-    polyphase: bool = True,
+    polyphase: int = 1,
 ) -> Tensor:
     """``[N, sum O, H, W]``."""
     return _forward(x, weights, rates, tf32, Epilogue(scale, shift, relu), False)[0]
@@ -90,7 +90,7 @@ def atrous_pyramid_grad_input(
     weights: Sequence[Tensor],
     rates: list[int],
     tf32: bool = False,
-    polyphase: bool = True,
+    polyphase: int = 1,
 ) -> Tensor:
     """``[N, C, H, W]``."""
     widths, channels = [w.size(0) for w in weights], weights[0].size(1)
@@ -122,7 +122,7 @@ def atrous_pyramid_grad_weight(
     out_channels: list[int],
     rates: list[int],
     tf32: bool = False,
-    polyphase: bool = True,
+    polyphase: int = 1,
 ) -> list[Tensor]:
     """Per branch ``[O, C, kh, kw]``."""
     channels, sizes = x.size(1), pairs(kernels)

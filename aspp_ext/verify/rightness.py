@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from .. import _native, _triton
 from ..evidence.entry import Cell
 from ..ops.family import NATIVE, TRITON
 from ..ops.precision import switches
+from ..ops.separable_choice import separable_way
 from ..testing import OPS, PROBLEMS, Branch, Op, Problem, checks
 from ..testing.batch_norm import check_gradients
 from ..testing.law import of_eleven_bits
@@ -50,7 +50,6 @@ REACHED = (
     *("aspp", "in_place_channel_slice"),  # whose channels are whole 16 bytes
 )
 """Problems on which NaN and Inf are followed."""
-WAY = "ASPP_EXT_SEPARABLE"
 
 
 def _aspp(
@@ -124,7 +123,7 @@ class Subject:
     def call(self, op: Op) -> Callable[..., Any]:
         """An operator of the table as the implementation computes it, done when it returns."""
         kind = torch.device(self.device).type
-        operator = op.operator(TRITON if self.implementation == "triton" else NATIVE)
+        operator = op.operator(TRITON) if self.implementation == "triton" else op.native
 
         def call(*arguments: Any) -> Any:
             if op.name == "aspp_inference":
@@ -168,20 +167,6 @@ def precision_of(subject: Subject) -> Iterator[None]:
         yield
     finally:
         conv.fp32_precision = before
-
-
-@contextlib.contextmanager
-def separable_way(way: str) -> Iterator[None]:
-    """Which way CUDA's separable forward takes inside: "fused", "stored", "" for its own choice."""
-    before = os.environ.get(WAY)
-    os.environ[WAY] = way
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[WAY]
-        else:
-            os.environ[WAY] = before
 
 
 def judge(subject: Subject) -> float:

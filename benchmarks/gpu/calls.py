@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.device import Host
-from benchmarks.gpu.peers import LAYOUTS, Ours, with_variable
+from benchmarks.gpu.peers import LAYOUTS, Ours
 from benchmarks.problems import Problem
 from benchmarks.roofline import ITEM_BYTES, work_of
 
@@ -67,7 +68,16 @@ def forward(call: NamedCall) -> Call:
 def forward_stored(call: NamedCall) -> Call:
     """CUDA's separable forward through memory, whatever it would choose."""
     own, way = call.what.rsplit(", ", 1)
-    return with_variable(forward(replace(call, what=own)), "ASPP_EXT_SEPARABLE", way)
+    from aspp_ext.ops.separable_choice import separable_way
+
+    run = forward(replace(call, what=own))
+
+    @functools.wraps(run)
+    def going() -> object:
+        with separable_way(way):
+            return run()
+
+    return going
 
 
 def gradient(call: NamedCall) -> Call:

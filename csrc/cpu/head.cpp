@@ -114,10 +114,11 @@ const void* project_bias(Operands& operands, const HeadShape& head, const PixelS
 Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
-                 const Tensor& project_shift, bool polyphase,
+                 const Tensor& project_shift, int64_t polyphase,
                  std::optional<std::vector<Tensor>> prepared) {
   const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
                                     project_weight, project_shift, prepared);
+  check_polyphase(kOp, polyphase);
   const PyramidShape& shape = head.pyramid;
   const Tensor out = empty_image(x, shape.batch, head.projected, shape, is_channels_last(x));
   if (shape.batch == 0) return out;
@@ -137,14 +138,14 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
         return project_bias(operands, head, sums, pool_weight, pool_shift, project_weight,
                             project_shift);
       }};
-  MinimalForms forms(branches.size());
-  if (polyphase) forms = minimal_forms(shape, branches, operands, prepared.has_value());
+  MinimalForms forms =
+      minimal_forms(shape, branches, operands, Polyphase(polyphase), prepared.has_value());
+  if (prepared.has_value()) check_prepared(kOp, forms, weights, *prepared, operands);
   // The sums of x are a by-product of a branch that is computed directly.
   if (head.pooled > 0 && all_minimal(forms)) forms.back().reset();
   if (any_minimal(forms)) {
-    const std::vector<Tensor> matrices =
-        minimal_weights(kOp, forms, weights, prepared.value_or(std::vector<Tensor>{}), operands);
-    run_stored(call, forms, matrices);
+    run_stored(call, forms,
+               prepared.has_value() ? *prepared : minimal_weights(forms, weights, operands));
   } else {
     run_fused(call, branches);
   }
@@ -154,7 +155,7 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
 // Where nothing but the CPU's kernels filters minimally.
 std::vector<Tensor> no_polyphase_weights(std::vector<Tensor> weights,
                                          std::vector<int64_t> /*rates*/, int64_t /*height*/,
-                                         int64_t /*width*/) {
+                                         int64_t /*width*/, int64_t /*polyphase*/) {
   std::vector<Tensor> direct;
   for (const Tensor& w : weights) direct.push_back(empty_of(w, {0}));
   return direct;

@@ -49,9 +49,13 @@ const Kernels& pick() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& picked = pick();
-  return picked;
-}
+namespace {
+
+// When the library is loaded: no call reads the environment, which another thread may be writing.
+const Kernels& picked = pick();
+
+}  // namespace
+
+const Kernels& kernels() { return picked; }
 
 }  // namespace aspp

@@ -5,28 +5,15 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <map>
-#include <mutex>
-#include <string_view>
+#include <optional>
 
+#include "../plan_mutex.h"
 #include "parallel.h"
 
 namespace aspp {
 
 namespace {
-
-enum class Policy { never, by_cost, always };
-
-Policy policy() {
-  const char* text = std::getenv("ASPP_EXT_POLYPHASE");
-  const std::string_view name = text == nullptr ? "" : text;
-  if (name == "0") return Policy::never;
-  if (name == "always") return Policy::always;
-  require(name.empty() || name == "1", "ASPP_EXT_POLYPHASE must be 0, 1 or always, got '", name,
-          "'");
-  return Policy::by_cost;
-}
 
 std::shared_ptr<const MinimalForm> cheapest_form(const plan::Problem& problem, bool always,
                                                  bool prepared) {
@@ -45,31 +32,40 @@ std::shared_ptr<const MinimalForm> cheapest_form(const plan::Problem& problem, b
 class FormCache {
  public:
   using Key = std::array<int64_t, 11>;
+  using Form = std::shared_ptr<const MinimalForm>;
 
+  // Made without the lock: two threads may make the same one.
   template <typename F>
-  std::shared_ptr<const MinimalForm> get(const Key& key, F&& make) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = forms_.find(key);
-    if (found != forms_.end()) return found->second;
+  Form get(const Key& key, F&& make) {
+    if (const auto found = find(key)) return *found;
+    const Form made = make();
+    const std::lock_guard lock(plan_mutex);
     if (forms_.size() >= kEntries) forms_.clear();
-    return forms_[key] = make();
+    return forms_.try_emplace(key, made).first->second;
   }
 
  private:
+  std::optional<Form> find(const Key& key) {
+    const std::lock_guard lock(plan_mutex);
+    const auto found = forms_.find(key);
+    if (found == forms_.end()) return std::nullopt;
+    return found->second;
+  }
+
   static constexpr size_t kEntries = 128;
-  std::mutex mutex_;
-  std::map<Key, std::shared_ptr<const MinimalForm>> forms_;
+  std::map<Key, Form> forms_;
 };
+
+FormCache form_cache;
 
 }  // namespace
 
 MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
-                           const Operands& operands, bool prepared) {
-  static FormCache cache;
+                           const Operands& operands, Polyphase polyphase, bool prepared) {
   MinimalForms forms(branches.size());
-  const Policy wish = policy();
-  if (wish == Policy::never || operands.product_dtype() != operands.compute_dtype()) return forms;
-  const bool always = wish == Policy::always;
+  if (polyphase == Polyphase::never || operands.product_dtype() != operands.compute_dtype())
+    return forms;
+  const bool always = polyphase == Polyphase::always;
   const int64_t batch = prepared ? 1 : shape.batch;
   for (size_t b = 0; b < branches.size(); ++b) {
     const BranchParams& branch = branches[b];
@@ -80,7 +76,7 @@ MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchPa
                              shape.width,     planned.kernel.h, planned.kernel.w,
                              planned.rate.h,  planned.rate.w,   branch.out_channels,
                              int64_t(always), int64_t(prepared)};
-    forms[b] = cache.get(key, [&] {
+    forms[b] = form_cache.get(key, [&] {
       const plan::Problem problem(batch, shape.height, shape.width, {planned}, shape.channels);
       return cheapest_form(problem, always, prepared);
     });
@@ -108,16 +104,6 @@ void ask_for_large_pages(void* memory, int64_t bytes) {
 #else
   (void)memory, (void)bytes;
 #endif
-}
-
-void check_prepared(const char* op, const MinimalForm& form, const Tensor& prepared, size_t index,
-                    const Tensor& weight, const Operands& operands) {
-  const std::vector<int64_t> expected{form.matrices(), weight.size(1), padded(weight.size(0))};
-  const bool fits = dtype_of(prepared) == operands.compute_dtype() && prepared.is_contiguous() &&
-                    shape_of(prepared) == shape_of(expected);
-  require(fits, op, ": ", entry("prepared", index),
-          " must be what polyphase_weights returns for x's size, of shape ", shape_of(expected),
-          ", got ", dtype_name(prepared.scalar_type()), " of shape ", shape_of(prepared));
 }
 
 }  // namespace
@@ -182,21 +168,31 @@ Tensor combine_taps(const MinimalForm& form, const Tensor& weight, bool transpos
   return matrices;
 }
 
-std::vector<Tensor> minimal_weights(const char* op, const MinimalForms& forms,
-                                    const std::vector<Tensor>& weights,
-                                    const std::vector<Tensor>& prepared, Operands& operands) {
+std::vector<Tensor> minimal_weights(const MinimalForms& forms, const std::vector<Tensor>& weights,
+                                    Operands& operands) {
   std::vector<Tensor> matrices;
   for (size_t b = 0; b < forms.size(); ++b) {
-    if (!forms[b]) {
-      matrices.push_back(operands.empty({0}));
-    } else if (prepared.empty()) {
-      matrices.push_back(combine_taps(*forms[b], weights[b], false, operands));
-    } else {
-      check_prepared(op, *forms[b], prepared[b], b, weights[b], operands);
-      matrices.push_back(prepared[b]);
-    }
+    matrices.push_back(forms[b] ? combine_taps(*forms[b], weights[b], false, operands)
+                                : operands.empty({0}));
   }
   return matrices;
+}
+
+void check_prepared(const char* op, const MinimalForms& forms, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& prepared, const Operands& operands) {
+  for (size_t b = 0; b < forms.size(); ++b) {
+    const Tensor& given = prepared[b];
+    std::vector<int64_t> expected{0};
+    if (forms[b]) expected = {forms[b]->matrices(), weights[b].size(1), padded(weights[b].size(0))};
+    const bool fits =
+        shape_of(given) == shape_of(expected) &&
+        (!forms[b] || (dtype_of(given) == operands.compute_dtype() && given.is_contiguous()));
+    require(
+        fits, op, ": ", entry("prepared", b),
+        " must be what polyphase_weights returns for x's size and the same polyphase, of shape ",
+        shape_of(expected), ", got ", dtype_name(given.scalar_type()), " of shape ",
+        shape_of(given));
+  }
 }
 
 }  // namespace aspp

@@ -19,22 +19,25 @@ struct MinimalForm {
 };
 using MinimalForms = std::vector<std::shared_ptr<const MinimalForm>>;  // null: directly
 
-// Of each dense branch the form in which it costs less than directly, if there is one; none where
-// products are bfloat16, in which combinations of inputs lose too many digits.
-// ASPP_EXT_POLYPHASE=0 gives none, =always the cheapest form wherever there is one. `prepared`: the
-// weights' matrices need not be made; then the form is that of one image, so that matrices serve
-// batches of any size. Forms are kept for the calls to come.
+// The operators' argument `polyphase`.
+enum class Polyphase : int64_t { never, by_cost, always };
+
+// Of each dense branch the form in which it costs less than directly, if there is one, or the
+// cheapest one always; none where products are bfloat16, in which combinations of inputs lose too
+// many digits. `prepared`: the weights' matrices need not be made; then the form is that of one
+// image, so that matrices serve batches of any size. Forms are kept for the calls to come.
 MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
-                           const Operands& operands, bool prepared);
+                           const Operands& operands, Polyphase polyphase, bool prepared);
 bool any_minimal(const MinimalForms& forms);
 bool all_minimal(const MinimalForms& forms);
 
 // Of each branch with a form its weight as the form's matrices, in x's compute type: [matrices, C,
-// padded O]; empty of the others. Those that are `prepared` (an empty list: none) are checked and
-// taken.
-std::vector<Tensor> minimal_weights(const char* op, const MinimalForms& forms,
-                                    const std::vector<Tensor>& weights,
-                                    const std::vector<Tensor>& prepared, Operands& operands);
+// padded O]; empty of the others.
+std::vector<Tensor> minimal_weights(const MinimalForms& forms, const std::vector<Tensor>& weights,
+                                    Operands& operands);
+// Refuses what minimal_weights would not have returned.
+void check_prepared(const char* op, const MinimalForms& forms, const std::vector<Tensor>& weights,
+                    const std::vector<Tensor>& prepared, const Operands& operands);
 
 // The map from a weight [O, C, kh, kw] to the form's matrices, without the weight.
 MinimalWeights taps_to_matrices(const MinimalForm& form, int64_t out_channels, int64_t channels,

@@ -16,10 +16,11 @@ constexpr const char* kOp = "atrous_pyramid";
 
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
                std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool /*tf32*/,
-               bool polyphase) {
+               int64_t polyphase) {
   const PyramidShape shape = check_dense(kOp, x, weights, rates, kCpuLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
+  check_polyphase(kOp, polyphase);
   const bool channels_last = is_channels_last(x) || any_channels_last(weights);
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
@@ -29,15 +30,14 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
   PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, scale, shift, relu);
   params.out = image_of(out);
-  MinimalForms forms(branches.size());
-  if (polyphase) forms = minimal_forms(shape, branches, operands, false);
-  const std::vector<Tensor> matrices = minimal_weights(kOp, forms, weights, {}, operands);
+  const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), false);
+  const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
   run_directly(params, run_minimal(params, forms, matrices, operands), weights, operands);
   return out;
 }
 
 std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<int64_t> rates,
-                                      int64_t height, int64_t width) {
+                                      int64_t height, int64_t width, int64_t polyphase) {
   constexpr const char* op = "polyphase_weights";
   check_rates(op, rates, weights.size());
   for (size_t b = 0; b < weights.size(); ++b) {
@@ -48,16 +48,20 @@ std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<i
             " input channels but weights[0] has ", weights[0].size(1));
   }
   check_image_size(op, "x", {1, weights[0].size(1), height, width});
+  check_polyphase(op, polyphase);
   Operands operands(weights[0]);
   const PyramidShape shape{1, weights[0].size(1), height, width};
-  const MinimalForms forms = minimal_forms(shape, dense_branches(weights, rates), operands, true);
-  return minimal_weights(op, forms, weights, {}, operands);
+  const MinimalForms forms =
+      minimal_forms(shape, dense_branches(weights, rates), operands, Polyphase(polyphase), true);
+  return minimal_weights(forms, weights, operands);
 }
 
 // [branches, 3]
-Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates) {
+Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
+                       int64_t polyphase) {
   constexpr const char* op = "polyphase_times";
   const PyramidShape shape = check_dense(op, x, weights, rates, kCpuLimits);
+  check_polyphase(op, polyphase);
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, is_channels_last(x));
   std::vector<MinimalTimes> times(weights.size(), {std::nan(""), std::nan(""), std::nan("")});
   if (shape.batch > 0) {
@@ -65,8 +69,8 @@ Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector
     std::vector<BranchParams> branches = dense_branches(weights, rates);
     PyramidParams params = params_of(image_of(x), shape, branches);
     params.out = image_of(out);
-    const MinimalForms forms = minimal_forms(shape, branches, operands, true);
-    const std::vector<Tensor> matrices = minimal_weights(op, forms, weights, {}, operands);
+    const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), true);
+    const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
     run_minimal(params, forms, matrices, operands, &times);
   }
   const int64_t size[] = {int64_t(times.size()), 3};

@@ -38,10 +38,9 @@ Tensor channels_last_copy(const Tensor& t) {
 
 // The forms of a gradient in float32 or float64; half precision is left to oneDNN.
 MinimalForms gradient_forms(const PyramidShape& shape, const std::vector<BranchParams>& branches,
-                            const Operands& operands, const Tensor& grad, bool polyphase) {
-  if (!polyphase || dtype_of(grad) != operands.compute_dtype())
-    return MinimalForms(branches.size());
-  return minimal_forms(shape, branches, operands, false);
+                            const Operands& operands, const Tensor& grad, int64_t polyphase) {
+  if (dtype_of(grad) != operands.compute_dtype()) return MinimalForms(branches.size());
+  return minimal_forms(shape, branches, operands, Polyphase(polyphase), false);
 }
 
 // Of some branches the sum of the gradients of the input, channels_last, by oneDNN.
@@ -91,8 +90,9 @@ bool add_grad_input(const Tensor& grad, const PyramidShape& shape,
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
-                  bool /*tf32*/, bool polyphase) {
+                  bool /*tf32*/, int64_t polyphase) {
   const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCpuLimits);
+  check_polyphase("atrous_pyramid", polyphase);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
   Tensor result = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
   if (shape.batch == 0) return result;
@@ -120,9 +120,10 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates,
-                                bool /*tf32*/, bool polyphase) {
+                                bool /*tf32*/, int64_t polyphase) {
   const PyramidShape shape =
       check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCpuLimits);
+  check_polyphase("atrous_pyramid", polyphase);
   std::vector<Tensor> result;
   for (size_t b = 0; b < out_channels.size(); ++b) {
     result.push_back(empty_of(x, {out_channels[b], x.size(1), kernels[2 * b], kernels[2 * b + 1]}));

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "fused.h"
 
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <iterator>
 
 #include "separable.h"
 
@@ -20,12 +25,40 @@ plan::Problem plan_of(const SeparableProblem& problem) {
   return {shape.batch, shape.height, shape.width, std::move(branches), shape.channels};
 }
 
+// What ASPP_EXT_SEPARABLE was when the library was loaded, or what was asked for since: no call
+// reads the environment, which another thread may be writing.
+enum class Way : int { cheapest, fused, stored, unknown };
+
+constexpr std::string_view kWays[] = {"", "fused", "stored"};
+
+Way way_of(std::string_view name) {
+  return Way(std::find(std::begin(kWays), std::end(kWays), name) - std::begin(kWays));
+}
+
+std::string_view given_way() {
+  const char* const text = std::getenv("ASPP_EXT_SEPARABLE");
+  return text == nullptr ? "" : text;
+}
+
+const std::string loaded_way{given_way()};
+std::atomic<Way> way{way_of(loaded_way)};
+
+void check_way(const char* op, Way asked, std::string_view name) {
+  require(asked != Way::unknown, op, ": ASPP_EXT_SEPARABLE must be fused or stored, got '", name,
+          "'");
+}
+
 std::string_view wish(const char* op) {
-  const char* const given = std::getenv("ASPP_EXT_SEPARABLE");
-  const std::string_view wish = given == nullptr ? "" : given;
-  require(wish.empty() || wish == "fused" || wish == "stored", op,
-          ": ASPP_EXT_SEPARABLE must be fused or stored, got '", wish, "'");
-  return wish;
+  const Way asked = way;
+  check_way(op, asked, loaded_way);
+  return kWays[int(asked)];
+}
+
+// Returns what it was.
+std::string separable_way(std::string name) {
+  check_way("separable_way", way_of(name), name);
+  const Way before = way.exchange(way_of(name));
+  return before == Way::unknown ? loaded_way : std::string(kWays[int(before)]);
 }
 
 // Whether there is a plan.
@@ -72,6 +105,10 @@ bool fused_forward(Operands& operands, const SeparableProblem& problem, const Ro
   check_cuda(operands.op(),
              launch_separable_sm80(operands.math(), prepared.shape, params, operands.stream()));
   return true;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
+  m.impl("separable_way", TORCH_BOX(&separable_way));
 }
 
 }  // namespace aspp::cuda

@@ -91,21 +91,27 @@ size_t PlanCache::Hash::operator()(const Key* key) const {
 }
 
 size_t PlanCache::size() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(plan_mutex);
   return entries_.size();
 }
 
 cudaError_t PlanCache::copy_stream(int device, cudaStream_t& stream) {
-  const auto [entry, is_new] = copy_streams_.try_emplace(device, nullptr);
-  if (is_new) {
-    const cudaError_t error = cudaStreamCreateWithFlags(&entry->second, cudaStreamNonBlocking);
-    if (error != cudaSuccess) {
-      copy_streams_.erase(entry);
-      return error;
+  {
+    const std::lock_guard lock(plan_mutex);
+    if (const auto found = copy_streams_.find(device); found != copy_streams_.end()) {
+      stream = found->second;
+      return cudaSuccess;
     }
   }
-  stream = entry->second;
-  return cudaSuccess;
+  cudaStream_t made = nullptr;
+  if (const auto error = cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
+      error != cudaSuccess)
+    return error;
+  {
+    const std::lock_guard lock(plan_mutex);
+    stream = copy_streams_.try_emplace(device, made).first->second;
+  }
+  return stream == made ? cudaSuccess : cudaStreamDestroy(made);
 }
 
 cudaError_t PlanCache::make(int device, const WorkList& list, std::shared_ptr<DevicePlan>& plan) {
@@ -129,6 +135,15 @@ void PlanCache::shrink(std::vector<SharedPlan>& evicted) {
   }
 }
 
+bool PlanCache::look_up(const Key& key, bool captured, SharedPlan& plan) {
+  const auto found = index_.find(&key);
+  if (found == index_.end()) return false;
+  entries_.splice(entries_.begin(), entries_, found->second);
+  entries_.front().captured |= captured;
+  plan = entries_.front().plan;
+  return true;
+}
+
 cudaError_t PlanCache::find(int device, const plan::Problem& problem, plan::Pass pass,
                             const plan::Tile& tile, plan::Index workers, cudaStream_t stream,
                             SharedPlan& plan) {
@@ -138,12 +153,9 @@ cudaError_t PlanCache::find(int device, const plan::Problem& problem, plan::Pass
   const bool captured = status != cudaStreamCaptureStatusNone;
   Key key = key_of(device, problem, pass, tile, workers);
   std::vector<SharedPlan> evicted;  // freed after the lock, as freeing waits for the device
-  const std::lock_guard lock(mutex_);
-  if (const auto found = index_.find(&key); found != index_.end()) {
-    entries_.splice(entries_.begin(), entries_, found->second);
-    entries_.front().captured |= captured;
-    plan = entries_.front().plan;
-    return cudaSuccess;
+  {
+    const std::lock_guard lock(plan_mutex);
+    if (look_up(key, captured, plan)) return cudaSuccess;
   }
   const auto order = pass == plan::Pass::separable ? plan::Order::phases : plan::Order::cheapest;
   const plan::Options options{order, tile, workers};
@@ -157,6 +169,8 @@ cudaError_t PlanCache::find(int device, const plan::Problem& problem, plan::Pass
     error = make(device, list, made);
   }
   if (error != cudaSuccess) return error;
+  const std::lock_guard lock(plan_mutex);
+  if (look_up(key, captured, plan)) return cudaSuccess;
   entries_.push_front({std::move(key), made, captured});
   index_.emplace(&entries_.front().key, entries_.begin());
   if (!captured) shrink(evicted);

@@ -7,10 +7,10 @@
 #include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <unordered_map>
 #include <vector>
 
+#include "../plan_mutex.h"
 #include "params.h"
 
 namespace aspp::cuda {
@@ -41,7 +41,8 @@ using SharedPlan = std::shared_ptr<const DevicePlan>;
 // Keeps the plans used last, `capacity` of them or half as many: freeing waits for the device, so
 // that many go at once. One that a captured graph may launch again is kept besides, for good. Plans
 // are made without any of the caller's streams, so they may be made while one of them is captured
-// and are valid on all of them. May be called from any thread.
+// and are valid on all of them. May be called from any thread; plan_mutex is held for a look or an
+// entry, and two threads may make the same plan.
 //
 // Their memory is CUDA's own, not PyTorch's: that of a graph that is captured or warmed up belongs
 // to the graph. Where the device has none left, make_room(device) is asked for some, once.
@@ -66,7 +67,7 @@ class PlanCache {
     SharedPlan plan;
     bool captured;
   };
-  using Entries = std::list<Entry>;  // the one used last first
+  using Entries = std::list<Entry>;  // the one used last first, guarded by plan_mutex, as all else
   struct Hash {
     size_t operator()(const Key* key) const;
   };
@@ -74,13 +75,13 @@ class PlanCache {
     bool operator()(const Key* a, const Key* b) const { return *a == *b; }
   };
 
+  bool look_up(const Key& key, bool captured, SharedPlan& plan);
   cudaError_t make(int device, const WorkList& list, std::shared_ptr<DevicePlan>& plan);
   cudaError_t copy_stream(int device, cudaStream_t& stream);
   void shrink(std::vector<SharedPlan>& evicted);
 
   const size_t capacity_;
   const MakeRoom make_room_;
-  mutable std::mutex mutex_;
   Entries entries_;
   std::unordered_map<const Key*, Entries::iterator, Hash, Equal> index_;
   std::map<int, cudaStream_t> copy_streams_;  // per device

@@ -18,10 +18,11 @@ constexpr const char* kOp = "atrous_pyramid";
 
 Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
                std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool tf32,
-               bool /*polyphase*/) {
+               int64_t polyphase) {
   const PyramidShape shape = check_dense(kOp, x, weights, rates, kCudaLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
+  check_polyphase(kOp, polyphase);
   const bool channels_last = is_channels_last(x) || any_channels_last(weights);
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
@@ -66,8 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, std::vector<Tenso
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
-                  bool tf32, bool /*polyphase*/) {
+                  bool tf32, int64_t polyphase) {
   const PyramidShape shape = check_dense_grad_input(grad, weights, rates, kCudaLimits);
+  check_polyphase(kOp, polyphase);
   const bool channels_last = is_channels_last(grad) || any_channels_last(weights);
   const Tensor out = empty_image(grad, shape.batch, shape.channels, shape, channels_last);
   if (shape.batch == 0) return out;
@@ -85,9 +87,10 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
 
 std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector<int64_t> kernels,
                                 std::vector<int64_t> out_channels, std::vector<int64_t> rates,
-                                bool tf32, bool /*polyphase*/) {
+                                bool tf32, int64_t polyphase) {
   const PyramidShape shape =
       check_dense_grad_weight(grad, x, kernels, out_channels, rates, kCudaLimits);
+  check_polyphase(kOp, polyphase);
   std::vector<Kernel> each;
   std::vector<Tensor> results;
   for (size_t b = 0; b < out_channels.size(); ++b) {

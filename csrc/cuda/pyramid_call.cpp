@@ -19,12 +19,11 @@ void release_cached_memory(int device) {
   }
 }
 
+PlanCache& the_plan_cache = *new PlanCache(kPlans, release_cached_memory);
+
 }  // namespace
 
-PlanCache& plan_cache() {
-  static PlanCache& cache = *new PlanCache(kPlans, release_cached_memory);
-  return cache;
-}
+PlanCache& plan_cache() { return the_plan_cache; }
 
 Math math_of(const Tensor& t, bool tf32) {
   switch (t.scalar_type()) {
