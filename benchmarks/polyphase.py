@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aspp_ext import aspp_inference, reference
 from aspp_ext.ops import polyphase_weights
-from aspp_ext.ops.polyphase_choice import blocks, polyphase_choices
+from aspp_ext.ops.polyphase_choice import blocks, policy, polyphase_choices
 from aspp_ext.testing import timing
 from benchmarks import csv_file, gate, machine, report
 from benchmarks.problems import Problem, head
@@ -141,7 +141,7 @@ class Part:
     def shares(self, calls: int) -> dict[str, float]:
         """Where the threads' time goes in the branches by minimal filtering; medians of calls."""
         times = torch.ops.aspp_ext.polyphase_times
-        samples = [times(self.x, self.weights, self.flat_rates) for _ in range(calls)]
+        samples = [times(self.x, self.weights, self.flat_rates, policy()) for _ in range(calls)]
         inputs, products, outputs = torch.stack(samples).median(0).values.nansum(0).tolist()
         if not products:
             return {}

@@ -22,6 +22,7 @@ from torch.export import Dim
 
 import aspp_ext
 from aspp_ext import reference
+from aspp_ext.ops.polyphase_choice import policy
 
 pytestmark = [
     proven_emulated,
@@ -239,7 +240,9 @@ def test_jit_script_of_the_operator() -> None:
         return pyramid(x, [w], [2, 2], None, None, True, False, polyphase)
 
     x, w = torch.randn(1, 5, 6, 7), torch.randn(3, 5, 3, 3)
-    assert torch.equal(scripted(x, w, policy()), aspp_ext.atrous_pyramid(x, [w], [2], activation="relu"))
+    assert torch.equal(
+        scripted(x, w, policy()), aspp_ext.atrous_pyramid(x, [w], [2], activation="relu")
+    )
 
 
 def test_checkpointing() -> None:

@@ -152,6 +152,21 @@ def test_what_is_prepared_under_another_policy_is_refused(monkeypatch) -> None:
     assert torch.equal(head(prepared=forms), expected)
 
 
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_module_follows_the_policy_from_call_to_call(layout, separable, monkeypatch) -> None:
+    """What it keeps was prepared under another one."""
+    ours = aspp_ext.ASPP(6, [2, 3], 16, separable=separable).eval()
+    x = torch.randn(1, 6, 9, 9).to(memory_format=layout)
+    seen = {}
+    with torch.no_grad():
+        for policy in ("always", "0", "1", "always", "0"):
+            monkeypatch.setenv(POLICY, policy)
+            y = ours(x)
+            torch.testing.assert_close(y, seen.setdefault(policy, y), rtol=0, atol=0)
+    assert torch.equal(seen["always"], seen["0"]) is separable
+
+
 def gradients(x: torch.Tensor, weights: list[torch.Tensor], between) -> list[torch.Tensor]:
     leaves = [t.detach().requires_grad_() for t in (x, *weights)]
     y = aspp_ext.atrous_pyramid(leaves[0], leaves[1:], [1, 2])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aspp_ext.ops import polyphase_weights
+from aspp_ext.ops.polyphase_choice import policy
 
 from .folded import Folded
 
@@ -15,7 +16,8 @@ ALWAYS = 2  # sizes, whatever they take: images upright and across
 STALE = 16  # calls that did not ask for a size, after which another may take its place
 REMEMBERED = 128  # sizes
 
-Size = tuple[int, int]
+Size = tuple[int, int, int]
+"""H and W of x, and what minimal filtering is allowed."""
 
 
 class PreparedWeights:
@@ -38,7 +40,7 @@ class PreparedWeights:
 
     def of(self, height: int, width: int) -> list[Tensor] | None:
         """The weights for x ``[N, C, height, width]``, or None: to be made within the call."""
-        size = (height, width)
+        size = (height, width, policy())
         self._calls += 1
         again = size in self._last
         self._last.pop(size, None)
