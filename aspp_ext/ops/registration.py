@@ -4,10 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+try:
+    from torch._C._functorch import is_legacy_batchedtensor
+except ImportError:  # a PyTorch without that vmap
+    is_legacy_batchedtensor = None  # type: ignore[assignment]
 
 library = torch.library.Library("aspp_ext", "FRAGMENT")
 
@@ -106,6 +113,44 @@ def register_vmap(op: Any, fold: Callable[..., Any] | None = None) -> None:
         return stacked, _zero_dims(stacked)
 
     torch.library.register_vmap(op._schema.name, rule, lib=library)
+    _register_batched_gradients(op, rule)
+
+
+def _register_batched_gradients(op: Any, rule: Callable[..., Any]) -> None:
+    """``rule`` for ``torch.autograd.grad(is_grads_batched=True)`` and what is built of that, as
+    ``jacobian(vectorize=True)``: those batch by an older vmap, which looks for it at a key."""
+
+    if is_legacy_batchedtensor is None:
+        return
+
+    def kernel(*arguments: Any) -> Any:
+        leaves, structure = tree_flatten(arguments)
+        # The first of the levels at which something is batched; what is left finds the rule again.
+        for level in range(_MAX_LEVEL, 0, -1):
+            physical = [_without_level(t, level) for t in leaves]
+            sizes = [p.size(0) for p, t in zip(physical, leaves, strict=True) if p is not t]
+            if sizes:
+                break
+        dims = [None if p is t else 0 for p, t in zip(physical, leaves, strict=True)]
+        batch = SimpleNamespace(batch_size=sizes[0])
+        results, _ = rule(
+            batch, tree_unflatten(dims, structure), *tree_unflatten(physical, structure)
+        )
+        return tree_map(lambda t: torch._add_batch_dim(t, 0, level), results)
+
+    library.impl(op._schema.name.split("::")[1], kernel, "Batched")
+
+
+_MAX_LEVEL = 8  # of vmaps inside one another
+
+
+def _without_level(value: Any, level: int) -> Any:
+    """The tensor with the axis of that level in front; the same object if it has none."""
+    if not isinstance(value, Tensor) or not is_legacy_batchedtensor(value):
+        return value
+    # Where there is none it is made up, of the size that is asked for.
+    front = torch._remove_batch_dim(value, level, 0, 0)
+    return front if front.size(0) else value
 
 
 def fold_image(op: Any) -> Callable[..., Any]:
