@@ -52,6 +52,7 @@ def tensors_in(arguments: Sequence[Any]) -> list[Tensor]:
 
 def _single_level(function: Any, family: Any) -> Any:
     """The same formulas as ``function``, in the form the Autograd key can apply."""
+    formula = function.backward  # by the class, the compiler takes it for its own Function's
 
     class SingleLevel(_SingleLevelFunction):
         @staticmethod
@@ -67,11 +68,14 @@ def _single_level(function: Any, family: Any) -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, None, *function.backward(ctx, *grads))
+            return (None, None, *formula(ctx, *grads))
 
         @staticmethod
         def jvp(ctx: Any, _op: Any, _keyset: Any, *tangents: Any) -> Any:
             return function.jvp(ctx, *tangents)
+
+        # What compiled autograd tells Functions apart by, as torch.autograd.Function has it.
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     SingleLevel.__name__ = function.__name__
     return SingleLevel
