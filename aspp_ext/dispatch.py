@@ -212,7 +212,7 @@ def _reference_separable(
 
 def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
     head = (_or_none(depthwise), weights, pairs(rates), *rest[:5])  # polyphase is the CPU kernel's
-    return like(x, reference.aspp_inference(x, *head))
+    return like(x, reference.aspp_inference(x, *head), *rest[7:])
 
 
 _REFERENCE: dict[str, Callable[..., Any]] = {

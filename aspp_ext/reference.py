@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Pure-PyTorch truth for every operator: one ``F.conv2d`` per branch and nothing clever.
 
-Same names and signatures as the public operators, without what chooses between kernels
-(``backend``, ``polyphase``, ``prepared``). Shares no code with the planner or the kernels, is
-differentiable by autograd to any order, and works in any dtype and on any device that PyTorch's
-convolution works on. Everything else in the package is checked against these functions in float64.
-Inputs are not validated here.
+Same names and signatures as the public operators, without what chooses between kernels and formats
+(``backend``, ``polyphase``, ``prepared``, ``channels_last``). Shares no code with the planner or
+the kernels, is differentiable by autograd to any order, and works in any dtype and on any device
+that PyTorch's convolution works on. Everything else in the package is checked against these
+functions in float64. Inputs are not validated here.
 """
 
 from __future__ import annotations

@@ -72,11 +72,12 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "-> (Tensor, Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
   // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]; prepared: polyphase_weights
-  // of weights for x's size and the same polyphase, without which each call transforms them itself
+  // of weights for x's size and the same polyphase, without which each call transforms them itself;
+  // channels_last: the result's memory format, else x's
   m.def(
       "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
       "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-      "int polyphase=1, Tensor[]? prepared=None) -> Tensor");
+      "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None) -> Tensor");
   // CPU. Of each tensor 64 bits that change with any of its bytes, its sizes, strides or dtype:
   // int64 [tensors]
   m.def("checksums(Tensor[] tensors) -> Tensor");

@@ -87,6 +87,7 @@ VALID: dict[str, dict[str, Any]] = {
         "project_shift": t(5),
         "polyphase": False,
         "prepared": [t(0), t(0)],
+        "channels_last": None,
     },
 }
 

@@ -156,3 +156,26 @@ def test_modules(name, last, chosen) -> None:
 
 def test_an_empty_batch() -> None:
     assert aspp_inference(*HEAD.make(PROBLEMS["empty_batch"], torch.float32)).shape[0] == 0
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+def test_the_result_lies_in_memory_as_asked(head, asked, backend) -> None:
+    """By the kernel, by what composes it, by the reference and in the fake."""
+    problem = next(p for p in PROBLEMS.values() if is_representative(p))
+    x, depthwise, weights, rates, *rest = head.make(problem, torch.float32, integer=True)
+    none = [d if d.numel() else None for d in depthwise]
+    pairs = list(zip(rates[::2], rates[1::2], strict=True))
+    for last in (False, True):
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        call = (x, none, weights, pairs, *rest)
+        expected = aspp_ext.aspp_inference(*call, backend=backend)
+        with torch.no_grad():
+            got = aspp_ext.aspp_inference(*call, backend=backend, channels_last=asked)
+        composed = aspp_inference(x, depthwise, weights, rates, *rest, channels_last=asked)
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+            fake = head.native(x, depthwise, weights, rates, *rest, 1, None, asked)
+        assert torch.equal(got, expected)
+        for result in (got, composed, fake):
+            assert is_channels_last(result) == (last if asked is None else asked)

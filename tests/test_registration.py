@@ -43,7 +43,7 @@ SCHEMAS = {
     "-> (Tensor, Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-    "int polyphase=1, Tensor[]? prepared=None) -> Tensor",
+    "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None) -> Tensor",
     "checksums": "(Tensor[] tensors) -> Tensor",
     "cpu_isa": "() -> str",
     "separable_way": "(str way) -> str",

@@ -24,7 +24,7 @@ from aspp_ext.ops.registration import is_autocast_on
 
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
-from .head import Head, as_plain, forward_layers
+from .head import Head, forward_layers, gives_channels_last
 from .parts import Unfusable, check_classes, check_shapes
 from .untouched import changed_methods
 
@@ -110,8 +110,12 @@ class FusedForward(nn.Module):
             folded = cache.folded
             if self.polyphase and x.device.type == "cpu":
                 prepared = cache.prepared.of(*x.shape[-2:])
-        y = aspp_inference(x, *folded, polyphase=self.polyphase, prepared=prepared)
-        return head.dropout(as_plain(head, y))
+        last = gives_channels_last(head)
+        return head.dropout(
+            aspp_inference(
+                x, *folded, polyphase=self.polyphase, prepared=prepared, channels_last=last
+            )
+        )
 
     def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
         """What is used without a look at what it was made of."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
-from aspp_ext.ops.formats import is_channels_last, pointwise_as_channels_last
+from aspp_ext.ops.formats import is_channels_last, memory_format, pointwise_as_channels_last
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
 from .joint_norm import Norm, joinable, joint_norm, uses_statistics
@@ -108,23 +108,22 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
     shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
     y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
     y = head.project_norm(y).relu_()
-    return head.dropout(as_plain(head, y))
+    return head.dropout(y.contiguous(memory_format=memory_format(gives_channels_last(head))))
 
 
-def as_plain(head: Head, y: Tensor) -> Tensor:
-    """y ``[N, P, H, W]`` in the memory format that the layers would give it.
+def gives_channels_last(head: Head) -> bool:
+    """Whether the layers' own result would be channels_last.
 
     The pooled map that is spread over the plane is contiguous, and so is its concatenation with the
     branches in whatever format: the projection's weight alone decides. It matters to a dropout,
     which draws in the order of the memory.
     """
-    last = is_channels_last(head.project.weight)
-    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return is_channels_last(head.project.weight)
 
 
 def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:
     """``norm(.)`` of each branch's channels of y ``[N, sum O, H, W]``."""
-    inner = torch.channels_last if is_channels_last(y) else torch.contiguous_format
+    inner = memory_format(is_channels_last(y))
     # split, not slices: its backward is one concatenation instead of a padded map per branch.
     # A batch norm of a strided slice takes up to 100 times as long as one of a dense copy.
     parts = y.split([n.num_features for n in norms], 1)

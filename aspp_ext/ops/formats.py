@@ -22,24 +22,34 @@ def is_channels_last(t: Tensor) -> bool:
     return True
 
 
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Of images, which have one of two."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def empty_image(
-    like: Tensor, channels: int, sources: Sequence[Tensor], batch: int | None = None
+    like: Tensor,
+    channels: int,
+    sources: Sequence[Tensor],
+    batch: int | None = None,
+    channels_last: bool | None = None,
 ) -> Tensor:
-    """[N, channels, H, W], channels_last if any source is: the convolution's rule."""
-    last = any(is_channels_last(t) for t in sources)
+    """[N, channels, H, W], channels_last if asked for, else if any source is: the convolution's
+    rule."""
+    last = any(is_channels_last(t) for t in sources) if channels_last is None else channels_last
     n, _, h, w = like.shape
     return torch.empty(
         (n if batch is None else batch, channels, h, w),
         dtype=like.dtype,
         device=like.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=memory_format(last),
     )
 
 
-def like(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format: channels_last or contiguous."""
-    last = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return y.contiguous(memory_format=last)
+def like(x: Tensor, y: Tensor, channels_last: bool | None = None) -> Tensor:
+    """y in x's memory format, unless another is asked for."""
+    last = is_channels_last(x) if channels_last is None else channels_last
+    return y.contiguous(memory_format=memory_format(last))
 
 
 def in_strides_of(weight: Tensor, grad: Tensor) -> Tensor:

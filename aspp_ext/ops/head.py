@@ -43,6 +43,7 @@ def aspp_inference(
     backend: str | None = None,
     polyphase: bool = True,
     prepared: Sequence[Tensor] | None = None,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """Atrous Spatial Pyramid Pooling for inference (DeepLab v3, arXiv 1706.05587, section 3.3).
 
@@ -68,9 +69,10 @@ def aspp_inference(
         prepared: :func:`aspp_ext.ops.polyphase_weights` of the same weights, rates and
             ``polyphase`` for x's size, under the same ``ASPP_EXT_POLYPHASE``; without it each call
             transforms the weights anew.
+        channels_last: whether the result lies in memory so, or contiguous; None: as x does.
 
     Returns:
-        ``[N, P, H, W]`` in x's memory format.
+        ``[N, P, H, W]`` in x's memory format, unless told.
 
     Raises:
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
@@ -97,6 +99,8 @@ def aspp_inference(
     if pool_weight is not None:
         checks.check_tensor(_OP, "pool_weight", pool_weight)
     checks.check_flag(_OP, "polyphase", polyphase)
+    if channels_last is not None:
+        checks.check_flag(_OP, "channels_last", channels_last)
     rates = checks.flat_rates(_OP, atrous_rates)
     depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
     arguments = under_autocast(
@@ -111,7 +115,8 @@ def aspp_inference(
         project_shift,
     )
     # What is prepared is in the dtype that the kernel has chosen.
-    arguments = (*arguments, policy(polyphase), None if prepared is None else list(prepared))
+    ready = None if prepared is None else list(prepared)
+    arguments = (*arguments, policy(polyphase), ready, channels_last)
     x, depthwise, weights = arguments[:3]
     check_head(*arguments)
     problem = Problem(_OP, x, tuple(weights), tuple(d for d in depthwise if d.numel()))
@@ -130,6 +135,7 @@ def check_head(
     project_shift: Tensor,
     polyphase: int = BY_COST,
     prepared: Sequence[Tensor] | None = None,
+    _channels_last: bool | None = None,
 ) -> int:
     """Checks the head; returns its number of output channels."""
     if not (len(depthwise) == len(weights)):
@@ -225,6 +231,11 @@ def _composed(*arguments: Any) -> Tensor:
     return head_composed.aspp_inference(*arguments)
 
 
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    last = rest[10] if len(rest) > 10 else None
+    return empty_image(x, check_head(x, *rest), [x], channels_last=last)
+
+
 def _fake_weights(*_: Any) -> list[Tensor]:
     raise NotImplementedError(
         f"{_WEIGHTS}: the kernel chooses the shapes, so it cannot be traced; call it before tracing"
@@ -235,7 +246,7 @@ if _native.cpu_missing is None:
     _op = torch.ops.aspp_ext.aspp_inference.default
     _weights_op = torch.ops.aspp_ext.polyphase_weights.default
 
-    register_fake(_op, lambda x, *rest: empty_image(x, check_head(x, *rest), [x]))
+    register_fake(_op, _fake)
     register_fake(_weights_op, _fake_weights)
     refuse_gradient(
         *(library, _weights_op),

@@ -27,11 +27,11 @@ def aspp_inference(
     project_shift: Tensor,
     polyphase: int = BY_COST,
     prepared: Sequence[Tensor] | None = None,
+    channels_last: bool | None = None,
     *,
     family: Family = NATIVE,
 ) -> Tensor:
-    """The operator's arguments, of which ``prepared`` is of no use here; [N, P, H, W] in x's
-    memory format."""
+    """The operator's arguments, of which ``prepared`` is of no use here."""
     y = _branches(family, x, depthwise, weights, rates, shift, polyphase)
     if pool_weight is not None and pool_shift is not None:
         widths = [y.size(1), pool_weight.size(0)]
@@ -40,7 +40,7 @@ def aspp_inference(
     project = _channels_last(project_weight.unsqueeze(2).unsqueeze(3))
     pyramid = family.op("atrous_pyramid")
     end = (None, project_shift, True, allows_tf32(x), polyphase)
-    return like(x, pyramid(y, [project], [1, 1], *end))
+    return like(x, pyramid(y, [project], [1, 1], *end), channels_last)
 
 
 def _branches(

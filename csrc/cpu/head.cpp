@@ -115,12 +115,13 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
                  const Tensor& project_shift, int64_t polyphase,
-                 std::optional<std::vector<Tensor>> prepared) {
+                 std::optional<std::vector<Tensor>> prepared, std::optional<bool> channels_last) {
   const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
                                     project_weight, project_shift, prepared);
   check_polyphase(kOp, polyphase);
   const PyramidShape& shape = head.pyramid;
-  const Tensor out = empty_image(x, shape.batch, head.projected, shape, is_channels_last(x));
+  const bool last = channels_last.value_or(is_channels_last(x));
+  const Tensor out = empty_image(x, shape.batch, head.projected, shape, last);
   if (shape.batch == 0) return out;
 
   Operands operands(x);
