@@ -126,19 +126,33 @@ inline void check_image_size(const char* op, const char* name, const std::vector
   check_size(op, name, {std::max<int64_t>(sizes[0], 1), sizes[1], sizes[2], sizes[3]});
 }
 
+// That t is strided and that its storage holds what sizes and strides reach, in PyTorch's words: a
+// storage may have been freed or cut since. Each tensor passes here before its data is read.
+void check_memory(const char* op, const std::string& name, const Tensor& t);
+
 inline void check_image(const char* op, const char* name, const Tensor& x) {
   require(x.dim() == 4, op, ": ", name, " must be [N, C, H, W], got shape ", shape_of(x));
   require(is_supported(x.scalar_type()), op, ": ", name,
           " must be float32, float64, bfloat16 or float16, got ", dtype_name(x.scalar_type()));
   check_image_size(op, name, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  check_memory(op, name, x);
+}
+
+inline void check_device(const char* op, const std::string& name, const Tensor& t,
+                         const Tensor& x) {
+  require(t.device() == x.device(), op, ": ", name, " must be on x's device ", device_name(x),
+          ", got ", device_name(t));
+  check_memory(op, name, t);
 }
 
 inline void check_like(const char* op, const std::string& name, const Tensor& t, const Tensor& x) {
   require(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have x's dtype ",
           dtype_name(x.scalar_type()), ", got ", dtype_name(t.scalar_type()));
-  require(t.device() == x.device(), op, ": ", name, " must be on x's device ", device_name(x),
-          ", got ", device_name(t));
+  check_device(op, name, t, x);
 }
+
+// What stands for None in a list of tensors: one of shape [0].
+inline bool is_none(const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; }
 
 inline std::string entry(const char* list, size_t index) {
   return std::string(list) + "[" + std::to_string(index) + "]";

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "operator_checks.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 namespace aspp {
 
 namespace {
@@ -54,13 +56,38 @@ void check_depthwise_weight(const char* op, size_t b, const Tensor& weight, cons
 void check_depthwise_limits(const char* op, const std::vector<Tensor>& depthwise,
                             const Limits& limits) {
   for (size_t b = 0; b < depthwise.size(); ++b) {
-    if (depthwise[b].numel() == 0) continue;
+    if (is_none(depthwise[b])) continue;
     check_kernel_limit(op, entry("depthwise_weights", b), depthwise[b].size(2),
                        depthwise[b].size(3), limits);
   }
 }
 
 }  // namespace
+
+void check_memory(const char* op, const std::string& name, const Tensor& t) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  require(layout == aoti_torch_layout_strided(), op, ": ", name, " must be a strided tensor");
+  if (t.numel() == 0) return;
+  const auto item = int64_t(t.element_size());
+  int64_t held = 0, needed = t.storage_offset() + 1;
+  bool counts = true;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    int64_t reach = 0;
+    counts = counts && !__builtin_mul_overflow(t.size(d) - 1, t.stride(d), &reach) &&
+             !__builtin_add_overflow(needed, reach, &needed);
+  }
+  counts = counts && !__builtin_mul_overflow(needed, item, &needed);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  require(held > 0 && t.data_ptr() != nullptr, op, ": ", name,
+          ": The tensor has a non-zero number of elements, but its data is not allocated yet");
+  const auto list = [](const auto& values) {
+    return shape_of(std::vector<int64_t>(values.begin(), values.end()));
+  };
+  require(counts && needed <= held, op, ": ", name, ": sizes ", list(t.sizes()), ", strides ",
+          list(t.strides()), ", storage offset ", t.storage_offset(), ", and itemsize ", item,
+          " requiring a storage size of ", needed, " are out of bounds for storage of size ", held);
+}
 
 PyramidShape check_dense(const char* op, const Tensor& x, const std::vector<Tensor>& weights,
                          const std::vector<int64_t>& rates, const Limits& limits) {
@@ -131,7 +158,7 @@ PyramidShape check_separable(const char* op, const Tensor& x, const std::vector<
     require(pointwise[b].size(1) == shape.channels, op, ": ", name, " has ", pointwise[b].size(1),
             " input channels but x has ", shape.channels);
     shape.out_channels += pointwise[b].size(0);
-    if (depthwise[b].numel() > 0) check_depthwise_weight(op, b, depthwise[b], x);
+    if (!is_none(depthwise[b])) check_depthwise_weight(op, b, depthwise[b], x);
   }
   check_depthwise_limits(op, depthwise, limits);
   check_limits(op, shape, pointwise.size(), limits);
@@ -145,7 +172,7 @@ PyramidShape check_depthwise(const char* op, const Tensor& x, const std::vector<
           ": depthwise_weights must hold at least one branch, got an empty list");
   check_rates(op, rates, depthwise.size());
   for (size_t b = 0; b < depthwise.size(); ++b)
-    if (depthwise[b].numel() > 0) check_depthwise_weight(op, b, depthwise[b], x);
+    if (!is_none(depthwise[b])) check_depthwise_weight(op, b, depthwise[b], x);
   require(x.size(0) > 0, op, ": statistics need at least one sample, got a batch of 0");
   const PyramidShape shape{x.size(0), x.size(1), x.size(2), x.size(3), x.size(1)};
   check_depthwise_limits(op, depthwise, limits);
@@ -158,8 +185,7 @@ void check_channel_vector(const char* op, const char* name, const Tensor& v, con
   const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   require(v.scalar_type() == type, op, ": ", name, " must have the dtype of x's sums ",
           dtype_name(type), ", got ", dtype_name(v.scalar_type()));
-  require(v.device() == x.device(), op, ": ", name, " must be on x's device ", device_name(x),
-          ", got ", device_name(v));
+  check_device(op, name, v, x);
   const int64_t values = int64_t(branches) * x.size(1);
   require(v.dim() == 1 && v.size(0) == values, op, ": ", name,
           " must have one value per branch and channel (", values, "), got shape ", shape_of(v));
@@ -167,7 +193,7 @@ void check_channel_vector(const char* op, const char* name, const Tensor& v, con
 
 void check_stored(const char* op, const std::vector<Tensor>& stored, const Tensor& x,
                   const std::vector<Tensor>& depthwise) {
-  const auto is_given = [](const Tensor& weight) { return weight.numel() > 0; };
+  const auto is_given = [](const Tensor& weight) { return !is_none(weight); };
   const auto branches = std::count_if(depthwise.begin(), depthwise.end(), is_given);
   require(stored.empty() || int64_t(stored.size()) == branches, op,
           ": stored must be empty or have one entry per branch with a depthwise weight, got ",
@@ -185,9 +211,9 @@ void check_between(const char* op, const Tensor& x, const std::vector<Tensor>& s
           ": between must have one entry per branch, got ", scale.size(), " for ", depthwise.size(),
           " branches");
   for (size_t b = 0; b < scale.size(); ++b) {
-    if (scale[b].numel() == 0 && shift[b].numel() == 0) continue;
+    if (is_none(scale[b]) && is_none(shift[b])) continue;
     const std::string name = entry("between", b);
-    require(depthwise[b].numel() > 0, op, ": ", name,
+    require(!is_none(depthwise[b]), op, ": ", name,
             " must be None where the branch has no depthwise weight, got tensors");
     for (const Tensor* t : {&scale[b], &shift[b]}) {
       check_like(op, name, *t, x);

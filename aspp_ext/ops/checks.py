@@ -32,6 +32,11 @@ def check_tensor(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
+def is_none(t: Tensor) -> bool:
+    """What stands for None in the operators' lists: a tensor of shape [0]."""
+    return t.dim() == 1 and t.size(0) == 0
+
+
 def check_list(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)):
         raise TypeError(
@@ -172,7 +177,7 @@ def check_separable(
         if p.size(1) != x.size(1):
             raise ValueError(f"{op}: {name} has {p.size(1)} input channels but x has {x.size(1)}")
         total += p.size(0)
-        if d.numel():
+        if not is_none(d):
             _check_depthwise_weight(op, f"depthwise_weights[{b}]", d, x)
     return total
 
@@ -193,7 +198,7 @@ def check_depthwise(op: str, x: Tensor, depthwise: Sequence[Tensor], rates: Sequ
         )
     check_rates(op, rates, len(depthwise))
     for b, d in enumerate(depthwise):
-        if d.numel():
+        if not is_none(d):
             _check_depthwise_weight(op, f"depthwise_weights[{b}]", d, x)
     if x.size(0) == 0:
         raise ValueError(f"{op}: statistics need at least one sample, got a batch of 0")
@@ -219,7 +224,7 @@ def check_channel_vector(
 
 
 def check_stored(op: str, stored: Sequence[Tensor], x: Tensor, depthwise: Sequence[Tensor]) -> None:
-    branches = sum(d.numel() > 0 for d in depthwise)
+    branches = sum(not is_none(d) for d in depthwise)
     if len(stored) not in (0, branches):
         raise ValueError(
             f"{op}: stored must be empty or have one entry per branch with a depthwise weight, got "
@@ -246,10 +251,10 @@ def check_between(
             "branches"
         )
     for b, pair in enumerate(zip(scale, shift, strict=True)):
-        if pair[0].numel() == 0 and pair[1].numel() == 0:
+        if is_none(pair[0]) and is_none(pair[1]):
             continue
         name = f"between[{b}]"
-        if depthwise[b].numel() == 0:
+        if is_none(depthwise[b]):
             raise ValueError(
                 f"{op}: {name} must be None where the branch has no depthwise weight, got tensors"
             )

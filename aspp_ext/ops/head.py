@@ -144,7 +144,7 @@ def check_head(
             f"{len(weights)} branches"
         )
     channels = checks.check_dense(_OP, x, weights, rates)
-    separable = [b for b, d in enumerate(depthwise) if d.numel() > 0]
+    separable = [b for b, d in enumerate(depthwise) if not checks.is_none(d)]
     if separable:
         checks.check_separable(
             _OP,

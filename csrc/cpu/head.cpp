@@ -24,7 +24,7 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
   std::vector<Tensor> deep, point;
   std::vector<int64_t> deep_rates;
   for (size_t b = 0; b < weights.size(); ++b) {
-    if (depthwise[b].numel() == 0) continue;
+    if (is_none(depthwise[b])) continue;
     deep.push_back(depthwise[b]);
     point.push_back(weights[b]);
     deep_rates.insert(deep_rates.end(), {rates[2 * b], rates[2 * b + 1]});

@@ -182,6 +182,7 @@ void check_prepared(const char* op, const MinimalForms& forms, const std::vector
                     const std::vector<Tensor>& prepared, const Operands& operands) {
   for (size_t b = 0; b < forms.size(); ++b) {
     const Tensor& given = prepared[b];
+    check_device(op, entry("prepared", b), given, weights[b]);
     std::vector<int64_t> expected{0};
     if (forms[b]) expected = {forms[b]->matrices(), weights[b].size(1), padded(weights[b].size(0))};
     const bool fits =
