@@ -21,6 +21,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from ._registrations import implement, name_of
+
 try:
     from torch._functorch.autograd_function import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
@@ -82,7 +84,6 @@ def _single_level(function: Any, family: Any) -> Any:
 
 
 def register(
-    library: torch.library.Library,
     op: Any,
     function: Any,
     family: Any,
@@ -114,14 +115,14 @@ def register(
         with _below_autograd():
             return op.redispatch(keyset & _after_autograd, *arguments)
 
-    _install(library, op, kernel)
+    _install(op, kernel)
 
 
-def _install(library: torch.library.Library, op: Any, kernel: Callable[..., Any]) -> None:
-    library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+def _install(op: Any, kernel: Callable[..., Any]) -> None:
+    implement(name_of(op), "Autograd", kernel, with_keyset=True)
 
 
-def compose_gradient(library: torch.library.Library, op: Any, composed: Callable[..., Any]) -> None:
+def compose_gradient(op: Any, composed: Callable[..., Any]) -> None:
     """``composed(*op_arguments)``, of differentiable operators, runs where a gradient is needed."""
     if unavailable is not None:
         return
@@ -132,13 +133,13 @@ def compose_gradient(library: torch.library.Library, op: Any, composed: Callable
         with _below_autograd():
             return op.redispatch(keyset & _after_autograd, *arguments)
 
-    _install(library, op, kernel)
+    _install(op, kernel)
 
 
-def refuse_gradient(library: torch.library.Library, op: Any, sentence: str) -> None:
+def refuse_gradient(op: Any, sentence: str) -> None:
     """An operator without gradients says so instead of returning a constant."""
 
     def refuse(*_: Any) -> Any:
         raise NotImplementedError(sentence)
 
-    compose_gradient(library, op, refuse)
+    compose_gradient(op, refuse)

@@ -23,6 +23,9 @@ def read_build_info() -> dict:
 
 def _load(name: str) -> str | None:
     path = library_dir() / f"lib{name}.so"
+    # By an earlier import of the package: a second one of the name would define the operators anew.
+    if path.name in {Path(loaded).name for loaded in torch.ops.loaded_libraries}:
+        return None
     if not path.exists():
         return f"{path.name} was not built (see `python -m aspp_ext`)"
     try:

@@ -18,7 +18,6 @@ from .family import NATIVE
 from .formats import empty_image
 from .polyphase_choice import BY_COST, policy
 from .registration import (
-    library,
     register_autocast,
     register_fake,
     register_vmap,
@@ -249,11 +248,11 @@ if _native.cpu_missing is None:
     register_fake(_op, _fake)
     register_fake(_weights_op, _fake_weights)
     refuse_gradient(
-        *(library, _weights_op),
+        _weights_op,
         f"{_WEIGHTS}: computes no gradients but a weight requires one; call it under "
         "torch.no_grad()",
     )
 
-    compose_gradient(library, _op, _composed)
+    compose_gradient(_op, _composed)
     register_autocast(_op, kept="prepared")
     register_vmap(_op)

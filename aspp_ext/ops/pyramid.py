@@ -25,7 +25,6 @@ from .polyphase_choice import BY_COST, policy
 from .precision import allows_tf32
 from .registration import (
     fold_image,
-    library,
     register_autocast,
     register_fake,
     register_vmap,
@@ -366,13 +365,13 @@ def _register(family: Family) -> None:
     register_fake(grad_input, _fake_grad_input)
     register_fake(grad_weight, _fake_grad_weight)
     register(
-        *(library, forward, AtrousPyramid, family),
+        *(forward, AtrousPyramid, family),
         check=_check,
         before=lambda *arguments: _with_epilogue(family, *arguments),
     )
-    register(library, grad_input, AtrousPyramidGradInput, family, check=_check_grad_input)
+    register(grad_input, AtrousPyramidGradInput, family, check=_check_grad_input)
     register(
-        *(library, grad_weight, AtrousPyramidGradWeight, family),
+        *(grad_weight, AtrousPyramidGradWeight, family),
         check=_check_grad_weight,
         unpack=lambda outputs, *_: list(outputs),
     )

@@ -24,7 +24,6 @@ from .polyphase_choice import BY_COST, policy
 from .precision import allows_tf32
 from .pyramid import AtrousPyramid
 from .registration import (
-    library,
     register_autocast,
     register_fake,
     register_vmap,
@@ -119,7 +118,7 @@ def _fake(x, weights, rates, tf32=False):
 def _register(family: Family) -> None:
     op = family.op("atrous_pyramid_statistics").default
     register_fake(op, _fake)
-    register(library, op, AtrousPyramidStatistics, family, check=_check)
+    register(op, AtrousPyramidStatistics, family, check=_check)
     register_autocast(op)
     register_vmap(op)
 

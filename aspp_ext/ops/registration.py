@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Autocast and batching rules that every operator shares, and the library of all registrations."""
+"""Fakes, autocast and batching rules, as every operator registers them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .._registrations import implement, name_of, replaced
+
 try:
     from torch._C._functorch import is_legacy_batchedtensor
 except ImportError:  # a PyTorch without that vmap
     is_legacy_batchedtensor = None  # type: ignore[assignment]
-
-library = torch.library.Library("aspp_ext", "FRAGMENT")
 
 
 def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
@@ -55,7 +55,7 @@ def under_autocast(x: Tensor, *arguments: Any) -> Any:
 
 def register_fake(op: Any, fake: Callable[..., Any]) -> None:
     """``fake(*op_arguments)`` checks them and returns results without values."""
-    torch.library.register_fake(op._schema.name, fake, lib=library)
+    torch.library.register_fake(op._schema.name, fake, lib=replaced(name_of(op), "fake"))
 
 
 def register_autocast(op: Any, kept: str = "") -> None:
@@ -63,7 +63,6 @@ def register_autocast(op: Any, kept: str = "") -> None:
 
     The argument of the name ``kept`` stays as it is.
     """
-    name = op._schema.name.split("::")[1]
     cast = [a.name != kept for a in op._schema.arguments]
     for device_type, key in _AUTOCAST_KEYS.items():
 
@@ -74,7 +73,7 @@ def register_autocast(op: Any, kept: str = "") -> None:
                 pairs = zip(arguments, cast, strict=False)  # the last arguments may be left out
                 return op(*[_cast(a, dtype, _device) if c else a for a, c in pairs])
 
-        library.impl(name, kernel, key)
+        implement(name_of(op), key, kernel)
 
 
 def _pick(value: Any, dim: Any, index: int) -> Any:
@@ -112,7 +111,7 @@ def register_vmap(op: Any, fold: Callable[..., Any] | None = None) -> None:
         stacked = _stack(results)
         return stacked, _zero_dims(stacked)
 
-    torch.library.register_vmap(op._schema.name, rule, lib=library)
+    torch.library.register_vmap(op._schema.name, rule, lib=replaced(name_of(op), "vmap"))
     _register_batched_gradients(op, rule)
 
 
@@ -138,7 +137,7 @@ def _register_batched_gradients(op: Any, rule: Callable[..., Any]) -> None:
         )
         return tree_map(lambda t: torch._add_batch_dim(t, 0, level), results)
 
-    library.impl(op._schema.name.split("::")[1], kernel, "Batched")
+    implement(name_of(op), "Batched", kernel)
 
 
 _MAX_LEVEL = 8  # of vmaps inside one another

@@ -20,7 +20,6 @@ from .precision import allows_tf32
 from .pyramid import epilogue
 from .registration import (
     fold_image,
-    library,
     register_autocast,
     register_fake,
     register_vmap,
@@ -291,12 +290,12 @@ def _register(family: Family) -> None:
     register_fake(forward, _fake)
     register_fake(backward, _fake_backward)
     register(
-        *(library, forward, AtrousSeparablePyramid, family),
+        *(forward, AtrousSeparablePyramid, family),
         check=_check,
         before=lambda *arguments: _with_epilogue(family, *arguments),
     )
     register(
-        *(library, backward, AtrousSeparablePyramidBackward, family),
+        *(backward, AtrousSeparablePyramidBackward, family),
         check=_check_backward,
         unpack=unpack_backward,
     )

@@ -17,7 +17,7 @@ from .._autograd_key import refuse_gradient
 from . import checks
 from .family import NATIVE
 from .formats import empty_image
-from .registration import library, register_fake, register_vmap
+from .registration import register_fake, register_vmap
 
 OP = "atrous_separable_pyramid_batch_norm"
 """What their refusals call them all."""
@@ -98,6 +98,4 @@ if _native.cpu_missing is None:
         _op = NATIVE.op(_name).default
         register_fake(_op, _fake_of)
         register_vmap(_op)
-        refuse_gradient(
-            library, _op, f"{_name}: it is a step of {OP}, which has the gradient; call that"
-        )
+        refuse_gradient(_op, f"{_name}: it is a step of {OP}, which has the gradient; call that")

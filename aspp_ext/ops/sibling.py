@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import _triton
+from .._registrations import define, implement
 from .family import NATIVE, TRITON
-from .registration import library
 
 
 def define_sibling(name: str, check: Callable[..., Any]) -> None:
@@ -22,8 +22,7 @@ def define_sibling(name: str, check: Callable[..., Any]) -> None:
     """
     native = NATIVE.op(name).default
     own = name + TRITON.suffix
-    head, _, rest = str(native._schema).partition("(")
-    library.define(f"{head.removeprefix('aspp_ext::')}{TRITON.suffix}({rest}", tags=native.tags)
+    define(own, str(native._schema)[len(native._schema.name) :], native.tags)
     rates = [a.name for a in native._schema.arguments].index("rates")
 
     def kernel(first: Tensor, *rest: Any) -> Any:
@@ -35,4 +34,4 @@ def define_sibling(name: str, check: Callable[..., Any]) -> None:
         return getattr(operators, name)(first, *rest)
 
     for key in ("CPU", "CUDA"):
-        library.impl(own, kernel, key)
+        implement(own, key, kernel)
