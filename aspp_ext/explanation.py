@@ -200,7 +200,7 @@ def explain_pyramid(
     op = "atrous_separable_pyramid" if separable else "atrous_pyramid"
     rates = checks.flat_rates(op, atrous_rates)
     if depthwise_weights is not None:
-        depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
+        depthwise = [x.new_empty((0,)) if d is None else d for d in depthwise_weights]
         channels = checks.check_separable(op, x, depthwise, weights, rates)
         spatial = [d if d.numel() else p for d, p in zip(depthwise, weights, strict=True)]
         given = tuple(d for d in depthwise if d.numel())

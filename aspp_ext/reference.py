@@ -35,7 +35,7 @@ def _same_conv(x: Tensor, weight: Tensor, rate: Rate, groups: int = 1) -> Tensor
 def _per_channel(value: Tensor, ndim: int) -> Tensor:
     """[O] or [N, O] -> broadcastable to [N, O, H, W] (or [N, O, L])."""
     value = value[None] if value.dim() == 1 else value
-    return value.reshape(*value.shape, *[1] * (ndim - 2))
+    return value.reshape((*value.shape, *[1] * (ndim - 2)))
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
@@ -213,7 +213,7 @@ def aspp_inference(
     y = torch.relu(torch.cat(branches, 1) + _per_channel(shift, x.dim()))
     if pool_weight is not None:
         pooled = F.linear(x.mean((2, 3)), pool_weight, pool_shift)
-        pooled = _per_channel(torch.relu(pooled), x.dim()).expand(-1, -1, *x.shape[2:])
+        pooled = _per_channel(torch.relu(pooled), x.dim()).expand((-1, -1, *x.shape[2:]))
         y = torch.cat([y, pooled], 1)
     y = F.conv2d(y, project_weight[:, :, None, None], project_shift)
     return torch.relu(y)

@@ -135,7 +135,7 @@ def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:
     if all(c.bias is None for c in convs):
         return None
     zeros = convs[0].weight.new_zeros
-    return torch.cat([zeros(c.weight.shape[0]) if c.bias is None else c.bias for c in convs])
+    return torch.cat([zeros((c.weight.shape[0],)) if c.bias is None else c.bias for c in convs])
 
 
 def _single_pooled_value(head: Head, x: Tensor, pool_batch_of_one: str) -> bool:

@@ -88,7 +88,7 @@ def joint_norm(
     if not tracked:
         return F.batch_norm(y, None, None, weight, bias, True, 0.0, eps)
     # With momentum 1 the running statistics are the batch's.
-    mean, var = (y.new_zeros(y.shape[1], dtype=_wide(y)) for _ in range(2))
+    mean, var = (y.new_zeros((y.shape[1],), dtype=_wide(y)) for _ in range(2))
     out = F.batch_norm(y, mean, var, weight, bias, True, 1.0, eps)
     _track(norms, mean, var)
     return out

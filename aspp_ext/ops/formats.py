@@ -63,7 +63,7 @@ def in_strides_of(weight: Tensor, grad: Tensor) -> Tensor:
     # Of two axes with one stride, that of size 1 is the inner one.
     strides, sizes = weight.stride(), weight.shape
     order = sorted(range(grad.dim()), key=lambda d: (-strides[d], -sizes[d]))
-    flat = grad.permute(order).reshape(-1)
+    flat = grad.permute(order).reshape((-1,))
     outer = flat.view([grad.size(d) for d in order])
     return outer.permute([order.index(d) for d in range(grad.dim())])
 
@@ -78,4 +78,4 @@ def pointwise_as_channels_last(weight: Tensor) -> Tensor:
     out_channels, in_channels, *kernel = weight.shape
     if tuple(kernel) != (1, 1) or is_channels_last(weight) or not weight.is_contiguous():
         return weight
-    return weight.view(out_channels, 1, 1, in_channels).permute(0, 3, 1, 2)
+    return weight.view((out_channels, 1, 1, in_channels)).permute((0, 3, 1, 2))

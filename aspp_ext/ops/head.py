@@ -101,7 +101,7 @@ def aspp_inference(
     if channels_last is not None:
         checks.check_flag(_OP, "channels_last", channels_last)
     rates = checks.flat_rates(_OP, atrous_rates)
-    depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
+    depthwise = [x.new_empty((0,)) if d is None else d for d in depthwise_weights]
     arguments = under_autocast(
         x,
         depthwise,
@@ -216,12 +216,12 @@ def polyphase_weights(
         checks.check_kernel(_WEIGHTS, f"weights[{b}]", w)
     rates = checks.flat_rates(_WEIGHTS, atrous_rates)
     checks.check_rates(_WEIGHTS, rates, len(weights))
-    x = weights[0].new_empty(1).expand(1, weights[0].size(1), height, width)
+    x = weights[0].new_empty((1,)).expand((1, weights[0].size(1), height, width))
     checks.check_dense(_WEIGHTS, x, weights, rates)
     checks.check_flag(_WEIGHTS, "polyphase", polyphase)
     wish = policy(polyphase)
     if _native.cpu_missing is not None:
-        return [w.new_empty(0) for w in weights]
+        return [w.new_empty((0,)) for w in weights]
     return NATIVE.op(_WEIGHTS)(list(weights), rates, height, width, wish)
 
 

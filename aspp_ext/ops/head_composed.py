@@ -70,7 +70,7 @@ def _branches(
     if all(separable):
         first, *others = weights
         pyramid, pointwise = family.op("atrous_separable_pyramid"), [_channels_last(first), *others]
-        none = [x.new_empty(0)] * len(weights)  # no empty list: AOTInductor would make it None
+        none = [x.new_empty((0,))] * len(weights)  # no empty list: AOTInductor would make it None
         return pyramid(x, depthwise, pointwise, rates, none, none, False, None, shift, True, tf32)
     # No pyramid has both kinds: each is computed with its own, one branch beside the other.
     parts = [

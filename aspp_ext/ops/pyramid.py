@@ -325,7 +325,7 @@ def _check_grad_input(grad, weights, rates, tf32=False, polyphase=BY_COST):
     checks.check_image(op, "grad", grad)
     checks.check_rates(_OP, rates, len(weights))
     checks.check_kernel(_OP, "weights[0]", weights[0])
-    x = grad.new_empty(1).expand(grad.size(0), weights[0].size(1), *grad.shape[2:])
+    x = grad.new_empty((1,)).expand((grad.size(0), weights[0].size(1), *grad.shape[2:]))
     checks.check_grad(_OP, grad, x, checks.check_dense(_OP, x, weights, rates))
     checks.check_polyphase(_OP, polyphase)
     return x.size(1)

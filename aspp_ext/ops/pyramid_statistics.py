@@ -111,7 +111,7 @@ def _check(x, weights, rates, tf32=False):
 def _fake(x, weights, rates, tf32=False):
     channels = _check(x, weights, rates)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, squares = (x.new_empty(channels, dtype=wide) for _ in range(2))
+    mean, squares = (x.new_empty((channels,), dtype=wide) for _ in range(2))
     return empty_image(x, channels, [x, *weights]), mean, squares
 
 

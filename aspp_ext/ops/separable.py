@@ -83,7 +83,7 @@ def atrous_separable_pyramid(
             if t is not None or name == "pointwise":
                 checks.check_tensor(_OP, f"{name}_weights[{b}]", t)
     rates = checks.flat_rates(_OP, atrous_rates)
-    depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
+    depthwise = [x.new_empty((0,)) if d is None else d for d in depthwise_weights]
     between_scale, between_shift = _between_lists(x, between, len(depthwise))
     x, depthwise, pointwise, between_scale, between_shift, bias, scale, shift = under_autocast(
         x, depthwise, list(pointwise_weights), between_scale, between_shift, bias, scale, shift
@@ -101,7 +101,7 @@ def atrous_separable_pyramid(
     if any(s.numel() for s in between_scale) and between_activation is None:
         pointwise, constant = _fold_affine(pointwise, between_scale, between_shift)
         bias = constant if bias is None else bias + constant
-        between_scale = between_shift = [x.new_empty(0)] * len(pointwise)
+        between_scale = between_shift = [x.new_empty((0,))] * len(pointwise)
     if bias is not None:
         moved = bias if scale is None else bias * scale
         shift = moved if shift is None else shift + moved
@@ -169,8 +169,8 @@ def _between_lists(
             )
         for name, t in zip(("scale", "shift"), pair or (), strict=False):
             checks.check_tensor(_OP, f"between[{b}] {name}", t)
-        scale.append(x.new_empty(0) if pair is None else pair[0])
-        shift.append(x.new_empty(0) if pair is None else pair[1])
+        scale.append(x.new_empty((0,)) if pair is None else pair[0])
+        shift.append(x.new_empty((0,)) if pair is None else pair[1])
     return scale, shift
 
 
@@ -182,7 +182,7 @@ def _fold_affine(
     for p, s, t in zip(pointwise, scale, shift, strict=True):
         given = s.numel() > 0
         folded.append(p * s[None, :, None, None] if given else p)
-        constants.append(p.flatten(1) @ t if given else p.new_zeros(p.size(0)))
+        constants.append(p.flatten(1) @ t if given else p.new_zeros((p.size(0),)))
     return folded, torch.cat(constants)
 
 
@@ -277,7 +277,7 @@ def _fake_backward(
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
 
     return (
-        empty_image(x, x.size(1), [x]) if need_x else x.new_empty(0),
+        empty_image(x, x.size(1), [x]) if need_x else x.new_empty((0,)),
         like(depthwise, need_depthwise),
         like(pointwise, need_pointwise),
         like(between_scale, need_between),

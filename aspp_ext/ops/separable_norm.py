@@ -84,7 +84,7 @@ def atrous_separable_pyramid_batch_norm(
             if t is not None or name == "pointwise":
                 checks.check_tensor(_OP, f"{name}_weights[{i}]", t)
     rates = checks.flat_rates(_OP, atrous_rates)
-    depthwise = [x.new_empty(0) if d is None else d for d in depthwise_weights]
+    depthwise = [x.new_empty((0,)) if d is None else d for d in depthwise_weights]
     x, depthwise, pointwise = under_autocast(x, depthwise, list(pointwise_weights))
     checks.check_separable(_OP, x, depthwise, pointwise, rates)
     _check_norms(x, depthwise, norms)

@@ -30,7 +30,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def _fake_statistics(x, depthwise, rates, store=False):
     checks.check_depthwise(OP, x, depthwise, rates)
-    mean, squares = (x.new_empty(len(depthwise) * x.size(1), dtype=wide(x.dtype)) for _ in range(2))
+    mean, squares = (
+        x.new_empty((len(depthwise) * x.size(1),), dtype=wide(x.dtype)) for _ in range(2)
+    )
     last = {"dtype": x.dtype, "device": x.device, "memory_format": torch.channels_last}
     stored = [torch.empty(x.shape, **last) for d in depthwise if d.numel() and store]
     return mean, squares, stored
@@ -80,7 +82,7 @@ def _fake_backward(
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors] * needed
 
     return (
-        empty_image(x, x.size(1), [x]) if need_x else x.new_empty(0),
+        empty_image(x, x.size(1), [x]) if need_x else x.new_empty((0,)),
         like(depthwise, need_depthwise),
         like(pointwise, need_pointwise),
     )

@@ -97,7 +97,7 @@ def _parts(
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
 ) -> list[Part]:
-    nothing = [x.new_empty(0)] * len(depthwise)
+    nothing = [x.new_empty((0,))] * len(depthwise)
     listed = zip(depthwise, scale or nothing, shift or nothing, pairs(rates), strict=True)
     return [Part(*part) for part in listed]
 
@@ -341,7 +341,7 @@ def atrous_separable_pyramid_backward(
     not needed."""
     if x.numel() == 0:
         return (
-            empty_image(x, x.size(1), [x]) if need_x else x.new_empty(0),
+            empty_image(x, x.size(1), [x]) if need_x else x.new_empty((0,)),
             _zeros(depthwise, need_depthwise),
             _zeros(pointwise, need_pointwise),
             _zeros(between_scale, need_between),
@@ -380,7 +380,7 @@ def atrous_separable_pyramid_backward(
         of_between.append(pair)
         del back, between, operand  # the next branch's may take their memory
     listed = of_between if need_between and len(between_scale) else []
-    grad_x = shared.input(of_x) if need_x else x.new_empty(0)
+    grad_x = shared.input(of_x) if need_x else x.new_empty((0,))
     return (
         grad_x,
         of_depthwise,
