@@ -54,28 +54,42 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
   return shape;
 }
 
+// to[o] += sum over r of value(r) * rows[r][o], in stretches: a longer chain in T loses digits.
+template <typename T, typename F>
+void add_product(int64_t count, const F& value, const Matrix& rows, std::vector<double>& to) {
+  constexpr int64_t kStretch = 32;
+  std::vector<T> part(to.size());
+  for (int64_t first = 0; first < count; first += kStretch) {
+    std::fill(part.begin(), part.end(), T(0));
+    for (int64_t r = first; r < std::min(first + kStretch, count); ++r) {
+      const T factor = value(r);
+      const T* row = static_cast<const T*>(rows.data) + r * rows.row;
+      for (size_t o = 0; o < part.size(); ++o) part[o] += factor * row[o];
+    }
+    for (size_t o = 0; o < part.size(); ++o) to[o] += double(part[o]);
+  }
+}
+
 // bias[n, :] = project_shift + project[:, pool] relu(pool_weight mean(x[n]) + pool_shift)
 template <typename T>
 void head_bias(const T* sums, int64_t parts, double pixels, int64_t channels, const Matrix* pool,
                const T* pool_shift, int64_t pooled, const Matrix* project, const T* project_shift,
                int64_t width, T* bias) {
-  for (int64_t o = 0; o < width; ++o) bias[o] = project_shift[o];
-  if (pool == nullptr) return;
-  const int64_t stride = padded(channels);
-  std::vector<T> hidden(size_t(padded(pooled)), T(0));
-  for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] = pool_shift[q];
-  for (int64_t c = 0; c < channels; ++c) {
-    double total = 0;
-    for (int64_t part = 0; part < parts; ++part) total += double(sums[part * stride + c]);
-    const T mean = T(total / pixels);
-    const T* row = static_cast<const T*>(pool->data) + c * pool->row;
-    for (int64_t q = 0; q < pooled; ++q) hidden[size_t(q)] += mean * row[q];
+  std::vector<double> total(project_shift, project_shift + width);
+  if (pool != nullptr) {
+    std::vector<double> hidden(pool_shift, pool_shift + padded(pooled));
+    const auto mean = [&](int64_t c) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) {
+        sum += double(sums[part * padded(channels) + c]);
+      }
+      return T(sum / pixels);
+    };
+    add_product<T>(channels, mean, *pool, hidden);
+    const auto activated = [&](int64_t q) { return T(std::max(hidden[size_t(q)], 0.0)); };
+    add_product<T>(pooled, activated, *project, total);
   }
-  for (int64_t q = 0; q < pooled; ++q) {
-    const T h = hidden[size_t(q)] < T(0) ? T(0) : hidden[size_t(q)];
-    const T* row = static_cast<const T*>(project->data) + q * project->row;
-    for (int64_t o = 0; o < width; ++o) bias[o] += h * row[o];
-  }
+  for (int64_t o = 0; o < width; ++o) bias[o] = T(total[size_t(o)]);
 }
 
 // bias[n, :] in the compute type, [N, padded P], from sums of x over parts of each image.

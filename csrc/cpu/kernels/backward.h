@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "cascade.h"
 #include "depthwise.h"
 #include "gemm.h"
 #include "params.h"
@@ -18,7 +19,6 @@
 namespace aspp::ASPP_ISA {
 
 inline constexpr int64_t kBackwardChannels = 64;
-inline constexpr int64_t kStretch = 32;  // pixels summed in one chain: longer ones lose digits
 
 template <typename T>
 struct BackwardScratch {
@@ -73,6 +73,8 @@ class BlockBackward {
   }
 
  private:
+  using Sum = Cascade<T, kBackwardChannels>;
+
   T* output(void* const* list, int64_t b) const {
     return list == nullptr ? nullptr : static_cast<T*>(list[b]);
   }
@@ -210,7 +212,7 @@ class BlockBackward {
     for (int64_t v = 0; v < stride_; v += kLanes<T>) {
       const Vec<T> scale = load(static_cast<const T*>(branch.between_scale) + c_ + v);
       const Vec<T> shift = load(static_cast<const T*>(branch.between_shift) + c_ + v);
-      Vec<T> scale_sum{}, shift_sum{};
+      Cascade<T, kLanes<T>> scale_sum(kLanes<T>), shift_sum(kLanes<T>);
       for (int64_t first = 0; first < pixels_; first += kStretch) {
         const int64_t last = pixels_ - first < kStretch ? pixels_ : first + kStretch;
         Vec<T> scale_part{}, shift_part{};
@@ -226,11 +228,11 @@ class BlockBackward {
           shift_part += h;
           store(s_.h + q * stride_ + v, h * scale);
         }
-        scale_sum += scale_part;
-        shift_sum += shift_part;
+        scale_sum.add(scale_part);
+        shift_sum.add(shift_part);
       }
-      if (grad_scale != nullptr) store(grad_scale + c_ + v, load(grad_scale + c_ + v) + scale_sum);
-      if (grad_shift != nullptr) store(grad_shift + c_ + v, load(grad_shift + c_ + v) + shift_sum);
+      if (grad_scale != nullptr) scale_sum.add_to(grad_scale + c_ + v);
+      if (grad_shift != nullptr) shift_sum.add_to(grad_shift + c_ + v);
     }
   }
 
@@ -242,18 +244,19 @@ class BlockBackward {
       const int64_t y0 = dy < 0 ? -dy : 0, y1 = dy > 0 ? p_.height - dy : p_.height;
       const int64_t x0 = dx < 0 ? -dx : 0, x1 = dx > 0 ? p_.width - dx : p_.width;
       if (x0 >= x1) continue;
-      T* to = grad_depthwise + t * all + c_;
+      Sum sum(stride_);
       for (int64_t y = y0; y < y1; ++y) {
         add_row_product(s_.h + (y * p_.width + x0) * stride_,
-                        s_.x + ((y + dy) * p_.width + x0 + dx) * stride_, x1 - x0, to);
+                        s_.x + ((y + dy) * p_.width + x0 + dx) * stride_, x1 - x0, sum);
       }
+      sum.add_to(grad_depthwise + t * all + c_);
     }
   }
 
-  // to[c] += sum over the row
-  void add_row_product(const T* h, const T* x, int64_t count, T* to) {
+  void add_row_product(const T* h, const T* x, int64_t count, Sum& sum) {
     for (int64_t q = 0; q < count; q += kStretch) {
       const int64_t length = count - q < kStretch ? count - q : kStretch;
+      T* const to = sum.next();
       int64_t v = 0;
       for (; v + 4 * kLanes<T> <= stride_; v += 4 * kLanes<T>) {
         add_stretch<4>(h + q * stride_ + v, x + q * stride_ + v, length, to + v);

@@ -354,7 +354,12 @@ class ChunkForward {
       const int64_t last = p_.sum_rows ? p_.width : x1;
       for (ptrdiff_t v = 0; v < stride_; v += kLanes<T>) {
         Vec<T> total{};
-        for (int64_t x = x0; x < last; ++x) total += load_as<T>(row_of(y) + x * stride_ + v);
+        for (int64_t x = x0; x < last;) {
+          Vec<T> part{};
+          const int64_t end = last - x < kStretch ? last : x + kStretch;
+          for (; x < end; ++x) part += load_as<T>(row_of(y) + x * stride_ + v);
+          total += part;
+        }
         store(to + v, total);
       }
     });

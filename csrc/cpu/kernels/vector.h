@@ -36,6 +36,8 @@ struct VectorOf {
 template <typename T>
 using Vec = typename VectorOf<T>::type;
 
+inline constexpr int64_t kStretch = 32;  // terms summed in one chain: longer ones lose digits
+
 template <typename T>
 inline constexpr int kLanes = kVectorBytes / int(sizeof(T));
 
