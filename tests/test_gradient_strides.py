@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from aspp_pairs import PAIRS, features
-from marks import on_all, on_native, proven_emulated, proven_interpreted
+from marks import on_all, on_cpu, on_native, proven_emulated, proven_interpreted
 from table import EMULATED
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,12 +62,35 @@ def separable_batch_norm(layout: str) -> tuple[Callable[..., Tensor], list[Tenso
     )
 
 
+def head(layout: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    ones = (torch.ones(9), None, None, torch.ones(2, 9), torch.ones(2))
+    shapes = [(4, 6, 3, 3), (3, 6, 1, 1), (2, 6, 1, 3)]
+    return (
+        lambda x, *w: aspp_ext.aspp_inference(x, [None] * 3, w, [2, 1, 2], *ones),
+        [dense(layout, *shape) for shape in shapes],
+    )
+
+
+def separable_head(layout: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    ones = (torch.ones(7), None, None, torch.ones(2, 7), torch.ones(2))
+    shapes = [(6, 1, 3, 3), (4, 6, 1, 1), (3, 6, 1, 1)]
+    return (
+        lambda x, d, *p: aspp_ext.aspp_inference(x, [d, None], p, [2, 1], *ones),
+        [dense(layout, *shape) for shape in shapes],
+    )
+
+
 # PyTorch's convolutions, which compute this elsewhere, know two formats.
 NORMED = list(PERMUTED)[: 4 if EMULATED else 2]
 each_operator = pytest.mark.parametrize(
     ("made", "layout"),
     [
         *((made, layout) for made in (pyramid, separable) for layout in PERMUTED),
+        *(
+            pytest.param(m, layout, marks=on_cpu)
+            for m in (head, separable_head)
+            for layout in PERMUTED
+        ),
         *(pytest.param(separable_batch_norm, layout, marks=on_native) for layout in NORMED),
     ],
     ids=lambda v: getattr(v, "__name__", v),

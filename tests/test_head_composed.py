@@ -12,7 +12,7 @@ from marks import on_cpu, on_native, proven_emulated, quick_emulated, varied
 from table import LOW, SEEN, check_error_law, dtype_id, each_dtype
 
 import aspp_ext
-from aspp_ext import dispatch
+from aspp_ext import dispatch, reference
 from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.ops.head_composed import aspp_inference
 from aspp_ext.testing import OPS, PROBLEMS, Op
@@ -179,3 +179,24 @@ def test_the_result_lies_in_memory_as_asked(head, asked, backend) -> None:
         assert torch.equal(got, expected)
         for result in (got, composed, fake):
             assert is_channels_last(result) == (last if asked is None else asked)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17])
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=dtype_id)
+def test_infinity_stays_what_it_is(separable, width, dtype) -> None:
+    """Not NaN, by what pads a branch to whole vectors."""
+
+    def ones(*shape):
+        return torch.ones(shape, dtype=dtype)
+
+    for value in (torch.inf, -torch.inf):
+        x = ones(1, 3, 4, 5)
+        x[0, 1, 2, 3] = value
+        depthwise, kernel = (ones(3, 1, 3, 3), 1) if separable else (None, 3)
+        weights = [ones(width, 3, kernel, kernel), ones(width, 3, 1, 1)]
+        call = (x, [depthwise, None], weights, [1, 1], ones(2 * width), None, None)
+        call = (*call, ones(2, 2 * width), ones(2))
+        got = aspp_ext.aspp_inference(*call)
+        assert torch.equal(got, reference.aspp_inference(*call))
+        assert got.isinf().any() == (value > 0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .family import NATIVE, Family
-from .formats import like, pointwise_as_channels_last
+from .formats import is_channels_last, like, pointwise_as_channels_last
 from .polyphase_choice import BY_COST
 from .precision import allows_tf32
 
@@ -83,7 +83,10 @@ def _branches(
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    return pointwise_as_channels_last(weight).contiguous(memory_format=torch.channels_last)
+    seen = pointwise_as_channels_last(weight)
+    if seen.requires_grad and not is_channels_last(seen):
+        return weight  # whose gradient has to lie as it does
+    return seen.contiguous(memory_format=torch.channels_last)
 
 
 def _pooled_shift(

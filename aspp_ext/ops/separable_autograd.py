@@ -24,6 +24,8 @@ _OP, _BACKWARD = "atrous_separable_pyramid", "atrous_separable_pyramid_backward"
 class AtrousSeparablePyramid(torch.autograd.Function):
     """``apply(branches, rates, between_relu, tf32, x, *depthwise, *pointwise, *scale, *shift)``.
 
+    ``branches`` is their number, and that of the tensors of each kind; what a branch has not, a
+    depthwise weight or what is between, is an empty tensor of shape ``[0]``.
     ``tf32`` allows float32 products of the 1x1s to be rounded to TF32 on CUDA, in the gradients
     too.
     """

@@ -409,6 +409,10 @@ class ChunkForward {
             store(row + c, v);
           }
         }
+        // Padding is a zero weight times x, NaN where x is infinite, and would be projected.
+        for (ptrdiff_t c = branch.out_channels; p_.project != nullptr && c < columns; ++c) {
+          (narrow ? narrow_row[c] : reinterpret_cast<E*>(row)[c]) = E{};
+        }
       }
     }
   }
