@@ -5,11 +5,24 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "polyphase.h"
 
 namespace aspp {
 namespace {
+
+// The taps of a branch's weight [O, C, kh, kw] that some pixel of a map reads, around the centre.
+// Of the others oneDNN's gradient in bfloat16 is what was in memory, from sizes of 5 on.
+Tensor live_taps(const Tensor& weight, const PyramidShape& map, const int64_t* rates) {
+  Tensor live = weight;
+  for (const auto& [dim, size, rate] :
+       {std::tuple{2, map.height, rates[0]}, std::tuple{3, map.width, rates[1]}}) {
+    const int64_t radius = weight.size(dim) / 2, reach = std::min(radius, (size - 1) / rate);
+    live = torch::stable::narrow(live, dim, radius - reach, 2 * reach + 1);
+  }
+  return live;
+}
 
 // One branch of aten::convolution_backward: the gradient of the input or of the weight.
 Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -56,7 +69,8 @@ Tensor grad_input_directly(const Tensor& grad, const PyramidShape& shape,
     if (done < listed.size() && listed[done] == b) {
       const Tensor part =
           channels_last_copy(torch::stable::narrow(source, 1, first, weights[b].size(0)));
-      const Tensor one = convolution_gradient(part, like, weights[b], &rates[2 * b], false);
+      const Tensor one = convolution_gradient(
+          part, like, live_taps(weights[b], shape, &rates[2 * b]), &rates[2 * b], false);
       // there is no stable add
       sum = done++ == 0 ? one : torch::stable::subtract(sum, one, -1.0);
     }
@@ -150,8 +164,10 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
       continue;
     }
     const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
-    const Tensor one = convolution_gradient(part, input, result[b], &rates[2 * b], true);
-    torch::stable::copy_(result[b], one);
+    Tensor live = live_taps(result[b], shape, &rates[2 * b]);
+    const Tensor one = convolution_gradient(part, input, live, &rates[2 * b], true);
+    if (live.numel() < result[b].numel()) torch::stable::zero_(result[b]);
+    torch::stable::copy_(live, one);
   }
   return result;
 }
