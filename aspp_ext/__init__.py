@@ -14,6 +14,7 @@ from .ops import (
     atrous_separable_conv2d,
     atrous_separable_pyramid,
 )
+from .plain import decompositions
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "atrous_separable_pyramid",
     "autograd",
     "compat",
+    "decompositions",
     "explain",
     "freeze",
     "fuse",

@@ -215,7 +215,7 @@ def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: 
     return like(x, reference.aspp_inference(x, *head), *rest[7:])
 
 
-_REFERENCE: dict[str, Callable[..., Any]] = {
+REFERENCE: dict[str, Callable[..., Any]] = {
     "atrous_pyramid": _reference_pyramid,
     "atrous_separable_pyramid": _reference_separable,
     "aspp_inference": _reference_head,
@@ -247,7 +247,7 @@ def _implementations(op: str, by_reference: Callable[..., Any]) -> tuple[Impleme
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
-    op: _implementations(op, by_reference) for op, by_reference in _REFERENCE.items()
+    op: _implementations(op, by_reference) for op, by_reference in REFERENCE.items()
 }
 """Per operator, every implementation in the order of preference."""
 

@@ -25,11 +25,19 @@ def _same_conv(x: Tensor, weight: Tensor, rate: Rate, groups: int = 1) -> Tensor
     kernel = weight.shape[2:]
     # A 1-D problem is a row, so its rate is the pair's last entry.
     rates = [rate] * len(kernel) if isinstance(rate, int) else list(rate)[-len(kernel) :]
-    # Beyond the map only the centre tap lives, whatever the rate; oneDNN counts in 32 bits.
-    rates = [min(r, size) for r, size in zip(rates, x.shape[2:], strict=True)]
+    rates = [within(r, size) for r, size in zip(rates, x.shape[2:], strict=True)]
     padding = [r * (k - 1) // 2 for r, k in zip(rates, kernel, strict=True)]
     conv = F.conv1d if len(kernel) == 1 else F.conv2d
     return conv(x, weight, None, 1, padding, rates, groups)
+
+
+def within(rate: int, size: int) -> int:
+    """A rate that computes the same: beyond the map only the centre tap lives, whatever the rate.
+
+    oneDNN counts in 32 bits. A symbolic size is not compared where that does not matter: a program
+    would be for sizes on one side of the rate alone.
+    """
+    return rate if rate < 2**16 and not isinstance(size, int) else min(rate, size)
 
 
 def _per_channel(value: Tensor, ndim: int) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import aspp_ext
 from aspp_ext import compat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,10 +20,18 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
 def test_example_runs():
     compat.import_torchvision()
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     torch.testing.assert_close(names["logits"], names["expected"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_ways_out_run():
+    _, ways = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model, x = aspp_ext.ASPP(8, [2], 4).eval(), torch.randn(1, 8, 9, 9)
+    names: dict = {"aspp_ext": aspp_ext, "torch": torch, "model": model, "x": x}
+    exec(compile(ways, "README.md", "exec"), names)
+    torch.testing.assert_close(names["program"].module()(x), model(x))
 
 
 def test_links_exist():
@@ -39,8 +48,6 @@ def test_make_targets_exist():
 
 
 def test_changelog_has_this_version():
-    import aspp_ext
-
     assert re.search(
         rf"^## {re.escape(aspp_ext.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), re.M
     )

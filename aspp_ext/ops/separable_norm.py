@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from .. import _native
 from ..dispatch import Problem, select
+from ..reference import within
 from . import checks
 from .checks import Rate
 from .family import NATIVE
@@ -211,8 +212,7 @@ def _composed(
         operand = x
         mean = var = torch.zeros_like(bias[own])
         if d.numel():
-            # Beyond the map only the centre tap lives, whatever the rate; oneDNN counts in 32 bits.
-            rate = [min(r, s) for r, s in zip(rates[2 * b : 2 * b + 2], x.shape[2:], strict=True)]
+            rate = [within(*of) for of in zip(rates[2 * b : 2 * b + 2], x.shape[2:], strict=True)]
             padding = [r * (k - 1) // 2 for r, k in zip(rate, d.shape[2:], strict=True)]
             e = F.conv2d(x, d, None, 1, padding, rate, channels)
             with torch.no_grad():
