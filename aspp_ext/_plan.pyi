@@ -416,6 +416,22 @@ def minimal_axis(
     Raises ValueError where kernel is not 1 or 3, rate < 1 or size not in [1, 2048].
     """
 
+def output_noise(
+    rows: tuple[int, int, int],
+    columns: tuple[int, int, int],
+    row_blocks: dict[str, bool],
+    column_blocks: dict[str, bool],
+    inputs: list[float],
+    taps: list[float],
+) -> tuple[list[float], list[float]]:
+    """The squared noise of each output by minimal filtering and directly; csrc/plan/noise.h.
+
+    rows and columns are size, kernel and rate, `inputs` [height * width] energies of pixels and
+    `taps` the nine of a 3x3 kernel's taps.
+
+    Raises ValueError where minimal_axis does or where an input's energy is missing.
+    """
+
 class PolyphaseForm:
     """Minimal filtering of both axes. A product of the rows and one of the columns are a GEMM row;
     `rows` and `columns` are the blocks, as keyword arguments of `minimal_axis`."""

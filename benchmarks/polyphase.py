@@ -133,7 +133,7 @@ class Part:
             "blocks": ", ".join(blocks(form) for form in forms if form is not None),
             "live_taps": sum(map(self.live, every)) / pixels,
             "products": sum(self.products(b) or self.live(b) for b in every) / pixels,
-            "matrices": sum(p.size(0) for p in self.prepared),
+            "matrices": sum(form.matrices for form in forms if form is not None),
             "prepared_mb": sum(p.nbytes for p in self.prepared) / 1e6,
             "modelled": sum(choice.direct for choice in self.choices) / sum(spent),
         }

@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "cuda/fused_choice.h"
+#include "plan/noise.h"
 #include "plan/plan.h"
 
 namespace py = pybind11;
@@ -37,6 +38,10 @@ py::dict dict(const Blocks& blocks) {
   using namespace py::literals;
   return py::dict("pair"_a = blocks.pair, "triple"_a = blocks.triple,
                   "overlapped"_a = blocks.overlapped);
+}
+Blocks blocks_of(const py::dict& named) {
+  const auto has = [&](const char* name) { return named[name].cast<bool>(); };
+  return {has("pair"), has("triple"), has("overlapped")};
 }
 
 template <class T>
@@ -317,6 +322,24 @@ void bind_minimal(py::module_& module) {
       },
       py::arg("size"), py::arg("kernel"), py::arg("rate"), py::kw_only(), py::arg("pair") = false,
       py::arg("triple") = false, py::arg("overlapped") = false);
+
+  using Sizes = std::array<Index, 3>;
+  module.def(
+      "output_noise",
+      [](Sizes rows, Sizes columns, const py::dict& row_blocks, const py::dict& column_blocks,
+         const std::vector<double>& inputs, const TapEnergies& taps) {
+        const Axis row_axis{rows[0], rows[1], rows[2]};
+        const Axis column_axis{columns[0], columns[1], columns[2]};
+        require(std::ssize(inputs) == row_axis.size * column_axis.size,
+                "there must be an energy for each of ", row_axis.size, "x", column_axis.size,
+                " inputs but there are ", inputs.size());
+        const MinimalAxis row_form = minimal_axis(row_axis, blocks_of(row_blocks));
+        const MinimalAxis column_form = minimal_axis(column_axis, blocks_of(column_blocks));
+        Noise noise = output_noise({row_form, column_form, row_axis, column_axis}, inputs, taps);
+        return py::make_tuple(std::move(noise.minimal), std::move(noise.direct));
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("row_blocks"), py::arg("column_blocks"),
+      py::arg("inputs"), py::arg("taps"));
 }
 
 void bind_polyphase(py::module_& module) {

@@ -1,17 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CPU's minimal filtering in float64, from its tables: the form of a branch, and what its
-rounding errors are bounded by.
-
-With ``y = C ((A w) * (B x))`` in each axis, every output is a sum of paths: a coefficient of A, of
-B and of C, a tap and an input. A path is rounded once for each multiplication and each addition on
-it, at most ``n`` times, so that with u = eps / 2
-
-    |computed - exact| <= gamma * |C| ((|A| |w|) * (|B| |x|))
-
-where gamma = n u / (1 - n u) at worst (Higham, Accuracy and Stability of Numerical Algorithms,
-3.1) and 2 sqrt(n) u where roundings do not conspire (Higham and Mary, A New Approach to
-Probabilistic Rounding Error Analysis, 2019). The latter is what is tested: it is the smaller one.
-"""
+"""The CPU's minimal filtering in float64, from its tables: the form of a branch, and how large the
+numbers on the way to its results are."""
 
 from __future__ import annotations
 
@@ -22,9 +11,6 @@ from torch import Tensor
 
 from aspp_ext import _plan
 from aspp_ext.testing import Branch, Problem
-
-ROUNDED_BY_WEIGHTS = 2 * 3  # per axis three products and their sum
-ROUNDED_BY_BLOCKS = 64  # of channels, whose sums are added: at least so many to a block
 
 
 class Axis(NamedTuple):
@@ -99,30 +85,6 @@ def magnitude(x: Tensor, weight: Tensor, rate: tuple[int, int], divided: bool = 
     return sums / (rows.denominator * columns.denominator) if divided else sums
 
 
-def gamma(roundings: int, dtype: torch.dtype) -> float:
-    return 2 * roundings**0.5 * torch.finfo(dtype).eps / 2
-
-
-def roundings_outside(axes: tuple[Axis, Axis]) -> int:
-    """On the way from a tap or an input to a product and from a product to an output."""
-    of_inputs = sum(int((a.inputs != 0).sum(1).max()) for a in axes)
-    of_outputs = sum(int((a.outputs != 0).sum(1).max()) for a in axes)
-    division = 1
-    return ROUNDED_BY_WEIGHTS + of_inputs + of_outputs + division
-
-
-def error_bound(x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
-    """Of each output of a branch that is filtered minimally in x's dtype, float32 or float64."""
-    terms = x.size(1) + x.size(1) // ROUNDED_BY_BLOCKS + 1
-    roundings = terms + roundings_outside(axes_of(x, weight, rate))
-    return gamma(roundings, x.dtype) * magnitude(x, weight, rate)
-
-
-def grad_input_bound(grad: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
-    """The same of the gradient of x, which mirrors the taps; its form is x's."""
-    return error_bound(grad, weight.transpose(0, 1).flip(2, 3), rate)
-
-
 def grad_weight_magnitude(grad: Tensor, x: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
     """|A'| ((|C'| |grad|) * (|B| |x|)), with the transposes of A and C; before it is divided."""
     rows, columns = map(absolute, axes)
@@ -130,14 +92,6 @@ def grad_weight_magnitude(grad: Tensor, x: Tensor, axes: tuple[Axis, Axis]) -> T
     of_grad = rows.outputs.T @ grad.double().abs() @ columns.outputs
     products = torch.einsum("ncpq,nopq->ocpq", of_x, of_grad)
     return rows.taps.T @ products @ columns.taps
-
-
-def grad_weight_bound(grad: Tensor, x: Tensor, weight: Tensor, rate: tuple[int, int]) -> Tensor:
-    """The same of the gradient of the weight, [O, C, 3, 3], which is a sum over all products."""
-    axes = rows, columns = axes_of(x, weight, rate)
-    roundings = x.size(0) * len(rows.taps) * len(columns.taps) + roundings_outside(axes)
-    sums = grad_weight_magnitude(grad, x, axes) / (rows.denominator * columns.denominator)
-    return gamma(roundings, x.dtype) * sums
 
 
 def parts_of_one(axis: Axis) -> int:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The CPU's minimal filtering, forced: exact on integers for every form, shape, layout, epilogue;
-the same bits for every way to ask; what is not finite as if computed directly."""
+the same bits for every way to ask; what is not finite where it is directly."""
 
 from __future__ import annotations
 
@@ -320,11 +320,22 @@ LIMIT = torch.finfo(torch.float32).max
 NOT_FINITE = [torch.nan, torch.inf, -torch.inf, LIMIT, -LIMIT / 2]
 
 
+def agree(got: Tensor, direct: Tensor) -> bool:
+    """The same where it is not finite, else to a rounding of what the pixel, or the weight, has."""
+    finite = direct.isfinite()
+    if not same_bits(got[~finite], direct[~finite]):
+        return False
+    values, expected = (torch.where(finite, t, 0).double() for t in (got, direct))
+    dims = (1,) if got.shape[2:] == (15, 11) else (0, 1, 2, 3)
+    error, size = ((t / LIMIT).square().sum(dims).sqrt() for t in (values - expected, expected))
+    return bool((error <= 1e-5 * size).all())
+
+
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("where", ["x", "weight", "both"])
-def test_what_is_not_finite_is_as_if_computed_directly(where, value, relu) -> None:
-    """A branch with an output that is not finite is computed directly; the others are not."""
+def test_what_is_not_finite_is_where_it_is_directly(where, value, relu) -> None:
+    """And other samples, and branches without such weights, keep their bits."""
     x, weights = noise()
     epilogue = {"activation": "relu" if relu else None, "shift": torch.randn(108)}
     clean = aspp_ext.atrous_pyramid(x, weights, NOISE_RATES, **epilogue)
@@ -332,16 +343,18 @@ def test_what_is_not_finite_is_as_if_computed_directly(where, value, relu) -> No
         x[-1, 3, -1, 1] = value
     if where != "x":
         weights[2][4, 3, 0, 2] = value
-    got = branches(aspp_ext.atrous_pyramid(x, weights, NOISE_RATES, **epilogue))
-    direct = branches(directly(x, weights, NOISE_RATES, **epilogue))
-    expected = [branches(clean)[0] if where == "weight" else direct[0], *direct[1:]]
-    assert all(map(same_bits, got, expected))
+    got = aspp_ext.atrous_pyramid(x, weights, NOISE_RATES, **epilogue)
+    direct = directly(x, weights, NOISE_RATES, **epilogue)
+    assert all(map(agree, branches(got), branches(direct)))
+    if where == "weight":
+        assert torch.equal(got[:, :38], clean[:, :38])
+    if where == "x":
+        assert torch.equal(got[0], clean[0])
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("where", ["x", "weight", "grad"])
-def test_gradients_that_are_not_finite_are_as_if_computed_directly(where, value) -> None:
-    """That of x, to which every branch adds, as a whole; those of the weights one by one."""
+def test_what_is_not_finite_in_gradients_is_where_it_is_directly(where, value) -> None:
     x, weights = noise()
     grad = torch.randn(2, 108, *x.shape[2:])
 
@@ -352,13 +365,10 @@ def test_gradients_that_are_not_finite_are_as_if_computed_directly(where, value)
 
     clean = gradients(True)
     {"x": x, "weight": weights[2], "grad": grad[:, 38:]}[where][-1, 3, -1, 1] = value
-    of_x, *of_weights = gradients(False)
-    expected = {
-        "x": [clean[0], *of_weights],
-        "weight": [of_x, *clean[1:]],
-        "grad": [of_x, *clean[1:3], of_weights[2]],
-    }
-    assert all(map(same_bits, gradients(True), expected[where]))
+    got, direct = gradients(True), gradients(False)
+    assert all(map(agree, got, direct))
+    same = {"x": [0], "weight": [1, 2, 3], "grad": [1, 2]}[where]
+    assert all(torch.equal(got[i], clean[i]) for i in same)
 
 
 def test_a_combination_may_overflow_where_no_output_does() -> None:
@@ -388,9 +398,14 @@ def test_every_matrix_counts() -> None:
     prepared = polyphase_weights(weights, rates, 8, 4)
     rest = (offset, None, None, torch.eye(22), offset)
     results = []
-    for matrix in itertools.chain(*prepared):
-        matrix += 1
-        results.append(aspp_ext.aspp_inference(x, none, weights, rates, *rest, prepared=prepared))
-        matrix -= 1
+    for branch, weight in zip(prepared, weights, strict=True):
+        *matrices, norms = branch.split(weight.size(1) * -(-len(weight) // 16) * 16)
+        assert len(norms) == 16
+        for matrix in matrices:
+            matrix += 1
+            results.append(
+                aspp_ext.aspp_inference(x, none, weights, rates, *rest, prepared=prepared)
+            )
+            matrix -= 1
     assert len(results) > 20
     assert not any(itertools.starmap(torch.equal, itertools.combinations(results, 2)))

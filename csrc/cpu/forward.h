@@ -9,17 +9,27 @@
 namespace aspp {
 
 struct Schedule {
+  struct Chunk {
+    int64_t n = 0;
+    size_t first_run = 0, run_count = 0;
+  };
+
   int64_t chunks_per_image = 0;
-  int64_t chunk_pixels = 0;         // no chunk is longer; decided by the problem alone
-  std::vector<int64_t> begin, end;  // of each chunk of an image, in the order of row_order
-  std::vector<int64_t> row_order;
+  int64_t chunk_pixels = 0;  // PyramidParams', decided by the problem alone
+  std::vector<Run> runs;
+  std::vector<Chunk> chunks;
 };
 
+// All pixels of the batch.
 Schedule schedule_of(const std::vector<BranchParams>& branches, int64_t batch, int64_t height,
                      int64_t width);
 
-// Runs every chunk; row_order and chunk_pixels of params come from the schedule.
+// Runs every chunk; chunk_pixels of params comes from the schedule.
 void run_forward(PyramidParams params, const Schedule& schedule, bool double_precision);
+
+// The marked outputs, [N, H, W], of one dense branch with its weight, in place of those of params.
+void run_marked(PyramidParams params, const BranchParams& branch, const std::vector<char>& marked,
+                bool double_precision);
 
 // Sums of x over parts of each image, [N, parts, padded C].
 struct PixelSums {

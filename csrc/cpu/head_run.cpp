@@ -108,6 +108,7 @@ void run_stored(const HeadCall& call, const MinimalForms& forms,
   void* const stored = operands.allocate(shape.batch * plane * widest);
   void* const projected =
       groups.size() > 1 ? operands.allocate(shape.batch * plane * width) : nullptr;
+  const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
   PixelSums sums;
   for (size_t g = 0; g < groups.size(); ++g) {
     const Together& group = groups[g];
@@ -117,7 +118,7 @@ void run_stored(const HeadCall& call, const MinimalForms& forms,
     branches.out = channels_from(activated, -first);
     MinimalForms some(forms.size());
     std::copy(&forms[group.first], &forms[group.first] + group.count(), &some[group.first]);
-    std::vector<size_t> rest = run_minimal(branches, some, matrices, operands);
+    std::vector<size_t> rest = run_minimal(branches, some, matrices, call.weights, loose, operands);
     std::erase_if(rest, [&](size_t b) { return b < group.first || b >= group.last; });
     const bool want_sums = head.pooled > 0 && sums.data == nullptr;
     const PixelSums found = run_directly(branches, rest, call.weights, operands, want_sums);

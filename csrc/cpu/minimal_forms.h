@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../plan/noise.h"
 #include "../plan/polyphase.h"
 #include "branches.h"
 
@@ -13,6 +14,9 @@ namespace aspp {
 // The two axes of a branch on maps of one size.
 struct MinimalForm {
   plan::MinimalAxis rows, columns;
+  plan::Axis row_axis, column_axis;
+  // The share of an image's outputs that may be computed directly besides; more cost more than all.
+  double most_loose = 1;
 
   int64_t products() const { return int64_t(rows.products.size() * columns.products.size()); }
   int64_t matrices() const { return int64_t(rows.weights.size() * columns.weights.size()); }
@@ -31,13 +35,15 @@ MinimalForms minimal_forms(const PyramidShape& shape, const std::vector<BranchPa
 bool any_minimal(const MinimalForms& forms);
 bool all_minimal(const MinimalForms& forms);
 
-// Of each branch with a form its weight as the form's matrices, in x's compute type: [matrices, C,
-// padded O]; empty of the others.
+// Of each branch with a form its weight as the form takes it, in x's compute type: the matrices
+// [matrices, C, padded O] and behind them the norms of the nine taps; empty of the others.
 std::vector<Tensor> minimal_weights(const MinimalForms& forms, const std::vector<Tensor>& weights,
                                     Operands& operands);
 // Refuses what minimal_weights would not have returned.
 void check_prepared(const char* op, const MinimalForms& forms, const std::vector<Tensor>& weights,
                     const std::vector<Tensor>& prepared, const Operands& operands);
+
+plan::TapEnergies energies_of_taps(const Tensor& matrices);
 
 // The map from a weight [O, C, kh, kw] to the form's matrices, without the weight.
 MinimalWeights taps_to_matrices(const MinimalForm& form, int64_t out_channels, int64_t channels,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "forward.h"
 #include "minimal_lines.h"
 #include "parallel.h"
 
@@ -66,7 +67,7 @@ struct Task {
 
 }  // namespace
 
-void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_precision) {
+void run_polyphase(std::vector<MinimalRun> runs, int64_t batch, bool double_precision) {
   const Kernels& k = kernels();
   std::vector<Chunks> chunks;
   std::vector<Task> tasks;
@@ -74,7 +75,11 @@ void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_pre
   for (size_t r = 0; r < runs.size(); ++r) {
     // No bit of an output depends on the division into chunks.
     chunks.emplace_back(*runs[r].form, batch, int64_t(torch::stable::get_num_threads()));
-    const std::vector<PolyphaseChunk> whole = chunks.back().of_batch(batch);
+    std::vector<PolyphaseChunk> whole = chunks.back().of_batch(batch);
+    const LooseOutputs& loose = *runs[r].loose;
+    if (!loose.marked.empty()) runs[r].params.direct = loose.marked.data();
+    std::erase_if(whole,
+                  [&](const PolyphaseChunk& chunk) { return loose.images[size_t(chunk.n)]; });
     const int64_t all = panels(runs[r].params.out_channels);
     const int64_t count = panels_of_task(all, int64_t(whole.size()));
     for (PolyphaseChunk chunk : whole) {
@@ -93,7 +98,6 @@ void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_pre
     scratch = std::max(scratch, k.polyphase_scratch(task.chunk, double_precision));
   }
   struct Outcome {
-    std::atomic<bool> failed{false};
     std::atomic<int64_t> nanoseconds[3]{};
   };
   std::vector<Outcome> outcomes(runs.size());
@@ -102,24 +106,38 @@ void run_polyphase(std::vector<MinimalRun>& runs, int64_t batch, bool double_pre
     Outcome& outcome = outcomes[task.run];
     int64_t spent[3] = {};
     if (runs[task.run].times != nullptr) task.chunk.nanoseconds = spent;
-    if (!k.polyphase_forward(runs[task.run].params, task.chunk, memory, double_precision)) {
-      outcome.failed = true;
-    }
+    k.polyphase_forward(runs[task.run].params, task.chunk, memory, double_precision);
     for (int i = 0; i < 3; ++i) outcome.nanoseconds[i] += spent[i];
   });
   for (size_t r = 0; r < runs.size(); ++r) {
-    runs[r].finite = !outcomes[r].failed;
     if (runs[r].times == nullptr) continue;
     const auto seconds = [&](int i) { return double(outcomes[r].nanoseconds[i]) * 1e-9; };
     *runs[r].times = {seconds(0), seconds(1), seconds(2)};
   }
 }
 
+std::vector<LooseOutputs> loose_outputs(const PyramidParams& params, const MinimalForms& forms,
+                                        const std::vector<Tensor>& matrices,
+                                        bool double_precision) {
+  std::vector<LooseOutputs> loose(forms.size());
+  if (!any_minimal(forms)) return loose;
+  const PyramidShape shape{params.batch, params.channels, params.height, params.width};
+  const std::vector<double> energies = pixel_energies(params.x, shape, double_precision);
+  for (size_t b = 0; b < forms.size(); ++b) {
+    if (!forms[b]) continue;
+    loose[b] = loose_outputs(*forms[b], energies_of_taps(matrices[b]), energies, params.batch,
+                             double_precision);
+  }
+  return loose;
+}
+
 std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms& forms,
-                                const std::vector<Tensor>& matrices, const Operands& operands,
+                                const std::vector<Tensor>& matrices,
+                                const std::vector<Tensor>& weights,
+                                const std::vector<LooseOutputs>& loose, Operands& operands,
                                 std::vector<MinimalTimes>* times) {
   std::vector<MinimalRun> runs;
-  std::vector<size_t> branches, rest;
+  std::vector<size_t> rest;
   for (size_t b = 0; b < forms.size(); ++b) {
     if (!forms[b]) {
       rest.push_back(b);
@@ -129,6 +147,8 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
     PolyphaseParams p;
     p.x = params.x;
     p.channels = params.channels;
+    p.height = params.height;
+    p.width = params.width;
     p.out_channels = branch.out_channels;
     p.weights = matrices[b].data_ptr();
     if (params.scale) p.scale = operands.offset(params.scale, branch.column);
@@ -136,18 +156,19 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
     p.shift_n_stride = params.shift_n_stride;
     p.relu = params.relu;
     p.out = channels_from(params.out, branch.channel);
-    runs.push_back({p, forms[b].get(), true, times == nullptr ? nullptr : &(*times)[b]});
-    branches.push_back(b);
+    runs.push_back({p, forms[b].get(), &loose[b], times == nullptr ? nullptr : &(*times)[b]});
   }
-  run_polyphase(runs, params.batch, operands.double_precision());
-  for (size_t r = 0; r < runs.size(); ++r) {
-    if (!runs[r].finite) rest.push_back(branches[r]);
+  run_polyphase(std::move(runs), params.batch, operands.double_precision());
+  for (size_t b = 0; b < forms.size(); ++b) {
+    if (!forms[b] || loose[b].marked.empty()) continue;
+    BranchParams branch = params.branches[b];
+    set_weight(operands, branch, weights[b]);
+    run_marked(params, branch, loose[b].marked, operands.double_precision());
   }
-  std::sort(rest.begin(), rest.end());
   return rest;
 }
 
-bool run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,
+void run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,
                      const Tensor& grad_weight, bool double_precision) {
   const Kernels& k = kernels();
   const Chunks chunks(form, batch, 1);  // sums run through the chunks: the same for any threads
@@ -163,17 +184,12 @@ bool run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad,
   const int64_t blocks = (p.map.channels + k.polyphase_block - 1) / k.polyphase_block;
   const int64_t width = panels(p.map.out_channels), count = panels_of_task(width, blocks);
   const int64_t groups = (width + count - 1) / count;
-  std::atomic<bool> failed{false};
-  run_tasks(
-      blocks * groups, k.polyphase_grad_weight_scratch(p, count, double_precision),
-      [&](int64_t task, void* scratch) {
-        const int64_t panel = task % groups * count;
-        if (!k.polyphase_grad_weight(p, task / groups * k.polyphase_block, panel,
-                                     std::min(count, width - panel), scratch, double_precision)) {
-          failed = true;
-        }
-      });
-  return !failed;
+  run_tasks(blocks * groups, k.polyphase_grad_weight_scratch(p, count, double_precision),
+            [&](int64_t task, void* scratch) {
+              const int64_t panel = task % groups * count;
+              k.polyphase_grad_weight(p, task / groups * k.polyphase_block, panel,
+                                      std::min(count, width - panel), scratch, double_precision);
+            });
 }
 
 }  // namespace aspp

@@ -32,7 +32,9 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
   params.out = image_of(out);
   const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), false);
   const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
-  run_directly(params, run_minimal(params, forms, matrices, operands), weights, operands);
+  const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
+  run_directly(params, run_minimal(params, forms, matrices, weights, loose, operands), weights,
+               operands);
   return out;
 }
 
@@ -71,7 +73,8 @@ Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector
     params.out = image_of(out);
     const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), true);
     const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
-    run_minimal(params, forms, matrices, operands, &times);
+    const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
+    run_minimal(params, forms, matrices, weights, loose, operands, &times);
   }
   const int64_t size[] = {int64_t(times.size()), 3};
   const Tensor result = torch::stable::new_empty(x, {size, 2}, ScalarType::Double);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "forward.h"
 #include "polyphase.h"
 
 namespace aspp {
@@ -79,28 +80,43 @@ Tensor grad_input_directly(const Tensor& grad, const PyramidShape& shape,
   return sum;
 }
 
-// Adds the branches that have a form to `sum`; the first of them writes it if it is `fresh`. False
-// where something is not finite.
-bool add_grad_input(const Tensor& grad, const PyramidShape& shape,
+// Adds the branches that have a form to `sum`; the first of them writes it if it is `fresh`.
+void add_grad_input(const Tensor& grad, const PyramidShape& shape,
                     const std::vector<BranchParams>& branches, const MinimalForms& forms,
                     const std::vector<Tensor>& weights, const Tensor& sum, bool fresh) {
   for (size_t b = 0; b < forms.size(); ++b) {
     if (!forms[b]) continue;
     Operands operands(grad);  // of one branch, whose matrices are freed with it
     const Tensor matrices = combine_taps(*forms[b], weights[b], true, operands);
+    const bool wide = operands.double_precision();
+    const PyramidShape of_grad{shape.batch, branches[b].out_channels, shape.height, shape.width};
+    const Image x = channels_from(image_of(grad), branches[b].channel);
+    const LooseOutputs loose = loose_outputs(*forms[b], energies_of_taps(matrices),
+                                             pixel_energies(x, of_grad, wide), shape.batch, wide);
     PolyphaseParams p;
-    p.x = channels_from(image_of(grad), branches[b].channel);
-    p.channels = branches[b].out_channels;
+    p.x = x;
+    p.channels = of_grad.channels;
+    p.height = shape.height;
+    p.width = shape.width;
     p.out_channels = shape.channels;
     p.weights = matrices.data_ptr();
     p.out = image_of(sum);
     p.accumulate = !fresh;
     fresh = false;
-    std::vector<MinimalRun> run{{p, forms[b].get()}};
-    run_polyphase(run, shape.batch, operands.double_precision());
-    if (!run[0].finite) return false;
+    run_polyphase({{p, forms[b].get(), &loose}}, shape.batch, wide);
+    if (loose.marked.empty()) continue;
+
+    std::vector<BranchParams> mirrored{branches[b]};
+    mirrored[0].out_channels = shape.channels;
+    set_weight(operands, mirrored[0], torch::stable::transpose(weights[b], 0, 1));
+    mirrored[0].weight = operands.offset(
+        mirrored[0].weight, (weights[b].size(2) * weights[b].size(3) - 1) * mirrored[0].weight_tap);
+    mirrored[0].weight_tap *= -1;
+    PyramidParams direct = params_of(x, of_grad, mirrored);
+    direct.out = p.out;
+    direct.accumulate = p.accumulate;
+    run_marked(direct, mirrored[0], loose.marked, wide);
   }
-  return true;
 }
 
 Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<int64_t> rates,
@@ -113,9 +129,8 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
   std::vector<BranchParams> branches = dense_branches(weights, rates);
   assign_columns(branches);
   const MinimalForms forms = gradient_forms(shape, branches, Operands(grad), grad, polyphase);
-  std::vector<size_t> direct, all;
+  std::vector<size_t> direct;
   for (size_t b = 0; b < forms.size(); ++b) {
-    all.push_back(b);
     if (!forms[b]) direct.push_back(b);
   }
   Tensor sum;
@@ -125,9 +140,7 @@ Tensor grad_input(const Tensor& grad, std::vector<Tensor> weights, std::vector<i
   } else {
     sum = grad_input_directly(grad, shape, weights, rates, direct);
   }
-  if (!add_grad_input(grad, shape, branches, forms, weights, sum, direct.empty())) {
-    sum = grad_input_directly(grad, shape, weights, rates, all);
-  }
+  add_grad_input(grad, shape, branches, forms, weights, sum, direct.empty());
   if (sum.data_ptr() != result.data_ptr()) torch::stable::copy_(result, sum);
   return result;
 }
@@ -156,12 +169,20 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
   assign_columns(branches);
   const Operands operands(x);
   const MinimalForms forms = gradient_forms(shape, branches, operands, grad, polyphase);
+  std::vector<double> pixels;
+  if (any_minimal(forms)) {
+    pixels = pixel_energies(image_of(input), shape, operands.double_precision());
+  }
   for (size_t b = 0; b < result.size(); ++b) {
     const int64_t first = branches[b].channel;
-    if (forms[b] &&
-        run_grad_weight(*forms[b], image_of(input), channels_from(image_of(source), first),
-                        shape.batch, result[b], operands.double_precision())) {
-      continue;
+    if (forms[b]) {
+      const Image part = channels_from(image_of(source), first);
+      const bool wide = operands.double_precision();
+      const PyramidShape of_grad{shape.batch, out_channels[b], shape.height, shape.width};
+      if (!is_loose(*forms[b], pixels, pixel_energies(part, of_grad, wide), shape.batch, wide)) {
+        run_grad_weight(*forms[b], image_of(input), part, shape.batch, result[b], wide);
+        continue;
+      }
     }
     const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
     Tensor live = live_taps(result[b], shape, &rates[2 * b]);

@@ -41,40 +41,30 @@ inline Group group_from(const PyramidParams& p, int64_t first) {
   return {first, last};
 }
 
-// Columns and rows around the chunk that a group can touch.
-struct Window {
-  ptrdiff_t x0, x1;  // staged columns
-  ptrdiff_t slots;   // upper bound of staged rows
+// How far the taps of a group reach: columns to each side, and how many rows for one of outputs.
+struct Reach {
+  ptrdiff_t across = 0, rows = 1;
 };
-inline Window window_of(const PyramidParams& p, const Group& group, int64_t begin, int64_t end) {
-  ptrdiff_t reach = 0, row_offsets = 1;
+inline Reach reach_of(const PyramidParams& p, const Group& group) {
+  Reach reach;
   for (int64_t b = group.first; b < group.last; ++b) {
     const BranchParams& branch = p.branches[b];
     const ptrdiff_t across = branch.kernel_w / 2 * branch.rate_w;
-    if (across > reach) reach = across;
-    row_offsets += branch.kernel_h - 1;
+    if (across > reach.across) reach.across = across;
+    reach.rows += branch.kernel_h - 1;
   }
-  const ptrdiff_t first_row = begin / p.width, last_row = (end - 1) / p.width;
-  Window window{0, p.width, (last_row - first_row + 1) * row_offsets};
-  if (window.slots > p.height) window.slots = p.height;
-  if (first_row == last_row && !p.sum_rows) {
-    const ptrdiff_t left = begin - first_row * p.width - reach;
-    const ptrdiff_t right = end - first_row * p.width + reach;
-    if (left > 0) window.x0 = left;
-    if (right < p.width) window.x1 = right;
-  }
-  return window;
+  return reach;
 }
 
 // Pixels the largest chunk of a group can have staged: a chunk that begins at the end of a row, or,
 // where rows are as long as chunks, a piece of one row with its halo.
 inline ptrdiff_t most_staged(const PyramidParams& p, const Group& group) {
-  if (p.width < p.chunk_pixels) {
-    return window_of(p, group, p.width - 1, p.width - 1 + p.chunk_pixels).slots * p.width;
-  }
-  const Window piece = window_of(p, group, 0, p.chunk_pixels);
-  const ptrdiff_t across = 2 * (piece.x1 - p.chunk_pixels) + p.chunk_pixels;
-  return piece.slots * (across < p.width ? across : p.width);
+  const auto least = [](ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; };
+  const Reach reach = reach_of(p, group);
+  const bool pieces = p.width >= p.chunk_pixels;
+  const ptrdiff_t rows = pieces ? 1 : (p.width + p.chunk_pixels - 2) / p.width + 1;
+  const ptrdiff_t across = pieces ? least(p.chunk_pixels + 2 * reach.across, p.width) : p.width;
+  return least(rows * reach.rows, p.height) * across;
 }
 
 // Channels staged at a time. The same for every chunk of a problem, however many threads share it:
@@ -136,17 +126,6 @@ ForwardScratch<T, E> lay_out_forward(const PyramidParams& p, void* memory) {
   return s;
 }
 
-// Calls body(row y, x0, x1, first pixel within the chunk) for each run of the chunk within one row.
-template <typename F>
-inline void for_each_run(const PyramidParams& p, int64_t begin, int64_t end, F&& body) {
-  for (int64_t q = begin; q < end;) {
-    const int64_t row = q / p.width, x0 = q - row * p.width;
-    const int64_t x1 = end - row * p.width < p.width ? end - row * p.width : p.width;
-    body(p.row_order[row], x0, x1, q - begin);
-    q += x1 - x0;
-  }
-}
-
 // Rows 2k and 2k + 1 of a bfloat16 matrix side by side, as the products take them.
 inline void pack_pairs(const BFloat16* rows, ptrdiff_t row, ptrdiff_t count, ptrdiff_t columns,
                        BFloat16Pair* to) {
@@ -166,14 +145,16 @@ inline void pack_pairs(const BFloat16* rows, ptrdiff_t row, ptrdiff_t count, ptr
 template <typename T, typename E>
 class ChunkForward {
  public:
-  ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
+  ChunkForward(const PyramidParams& p, int64_t n, int64_t chunk, const Run* runs, int64_t run_count,
                void* scratch)
       : p_(p),
         n_(n),
         chunk_(chunk),
-        begin_(begin),
-        end_(end),
-        s_(lay_out_forward<T, E>(p, scratch)) {}
+        runs_(runs),
+        run_count_(run_count),
+        s_(lay_out_forward<T, E>(p, scratch)) {
+    for_each_run([this](int64_t, int64_t x0, int64_t x1, int64_t) { pixels_ += x1 - x0; });
+  }
 
   void run() {
     for (int64_t b = 0; b < p_.branch_count;) {
@@ -191,8 +172,31 @@ class ChunkForward {
   }
 
  private:
+  // Calls body(row y, x0, x1, first pixel within the chunk) for each run.
+  template <typename F>
+  void for_each_run(F&& body) const {
+    int64_t at = 0;
+    for (const Run* run = runs_; run < runs_ + run_count_; ++run) {
+      body(run->y, run->x0, run->x1, at);
+      at += run->x1 - run->x0;
+    }
+  }
+
+  // Staged columns: all, where sums of rows are wanted.
+  void set_window(const Group& group) {
+    const bool rows = p_.sum_rows && p_.pixel_sums != nullptr;
+    const ptrdiff_t reach = reach_of(p_, group).across;
+    window_ = {rows ? 0 : p_.width, rows ? p_.width : 0};
+    for_each_run([&](int64_t, int64_t x0, int64_t x1, int64_t) {
+      const int64_t left = x0 < reach ? 0 : x0 - reach;
+      const int64_t right = x1 + reach > p_.width ? p_.width : x1 + reach;
+      if (left < window_.x0) window_.x0 = left;
+      if (right > window_.x1) window_.x1 = right;
+    });
+  }
+
   void run_group(const Group& group) {
-    window_ = window_of(p_, group, begin_, end_);
+    set_window(group);
     assign_slots(group);
     const ptrdiff_t block = channel_block<T>(p_, group);
     for (ptrdiff_t c = 0; c < p_.channels; c += block) {
@@ -217,7 +221,7 @@ class ChunkForward {
     const auto touch = [&](int64_t y) {
       if (s_.slot_of[y] < 0) s_.slot_of[y] = next++;
     };
-    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t, int64_t, int64_t) {
+    for_each_run([&](int64_t y, int64_t, int64_t, int64_t) {
       touch(y);
       for (int64_t b = group.first; b < group.last; ++b) {
         const BranchParams& branch = p_.branches[b];
@@ -269,14 +273,14 @@ class ChunkForward {
       d.shift = static_cast<const T*>(branch.between_shift) + c;
       d.relu = branch.between_relu;
     }
-    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+    for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
       depthwise_row(
           d, y, x0, x1, [this](ptrdiff_t row) { return row_of(row); }, s_.depthwise + at * stride_,
           stride_);
     });
     const Rows weight = rows_of(branch.weight, c * branch.weight_row, branch.weight_row, channels,
                                 padded(branch.out_channels));
-    multiply(branch, weight, s_.depthwise, 0, end_ - begin_, channels, c > 0);
+    multiply(branch, weight, s_.depthwise, 0, pixels_, channels, c > 0);
   }
 
   void dense_block(const BranchParams& branch, ptrdiff_t c, ptrdiff_t channels) {
@@ -289,7 +293,7 @@ class ChunkForward {
       const ptrdiff_t dx = (tap % branch.kernel_w - branch.kernel_w / 2) * branch.rate_w;
       const Rows weight = rows_of(branch.weight, tap * branch.weight_tap + c * branch.weight_row,
                                   branch.weight_row, channels, padded(branch.out_channels));
-      for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+      for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
         if (y + dy < 0 || y + dy >= p_.height) return;
         const int64_t from = x0 + dx < 0 ? -dx : x0;
         const int64_t to = x1 + dx > p_.width ? p_.width - dx : x1;
@@ -348,7 +352,7 @@ class ChunkForward {
   void add_pixel_sums(ptrdiff_t c) {
     const int64_t stride = padded(p_.channels);
     T* sums = static_cast<T*>(p_.pixel_sums) + c;
-    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t) {
+    for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t) {
       if (p_.sum_rows && x0 > 0) return;
       T* to = sums + (p_.sum_rows ? n_ * p_.height + y : chunk_) * stride;
       const int64_t last = p_.sum_rows ? p_.width : x1;
@@ -367,7 +371,7 @@ class ChunkForward {
 
   void add_residual() {
     if (p_.residual == nullptr) return;
-    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+    for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
       const int64_t pixel = (n_ * p_.height + y) * p_.width + x0;
       const T* from = static_cast<const T*>(p_.residual) + pixel * p_.columns;
       for (int64_t b = 0; b < p_.branch_count; ++b) {
@@ -395,7 +399,7 @@ class ChunkForward {
     for (int64_t b = 0; b < p_.branch_count; ++b) {
       const BranchParams& branch = p_.branches[b];
       const ptrdiff_t columns = padded(branch.out_channels);
-      for (ptrdiff_t q = 0; q < end_ - begin_; ++q) {
+      for (ptrdiff_t q = 0; q < pixels_; ++q) {
         T* row = rows_from(s_.accumulators, branch) + q * columns;
         E* narrow_row = narrow ? rows_from(s_.activated, branch) + q * columns : nullptr;
         for (ptrdiff_t c = 0; c < columns; c += kLanes<T>) {
@@ -435,12 +439,12 @@ class ChunkForward {
         const ptrdiff_t count = columns - k < block ? columns - k : block;
         const Rows rows = rows_of(p_.project, (branch.column + k) * p_.project_row, p_.project_row,
                                   count, p_.project_columns);
-        product(a + k, columns, rows, s_.projected, p_.project_columns, end_ - begin_,
-                p_.project_columns, count, b > 0 || k > 0);
+        product(a + k, columns, rows, s_.projected, p_.project_columns, pixels_, p_.project_columns,
+                count, b > 0 || k > 0);
       }
     }
     T* raw = static_cast<T*>(p_.raw) + n_ * p_.height * p_.width * p_.project_columns;
-    for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+    for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
       std::memcpy(raw + (y * p_.width + x0) * p_.project_columns,
                   s_.projected + at * p_.project_columns,
                   size_t((x1 - x0) * p_.project_columns) * sizeof(T));
@@ -454,10 +458,13 @@ class ChunkForward {
         for (int64_t b = 0; b < p_.branch_count; ++b) {
           const BranchParams& branch = p_.branches[b];
           const Plane<S> plane = plane_of<S>(p_.out, n_, branch.channel);
-          for_each_run(p_, begin_, end_, [&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
+          for_each_run([&](int64_t y, int64_t x0, int64_t x1, int64_t at) {
             const ptrdiff_t columns = padded(branch.out_channels);
-            store_row<T>(rows_from(s_.accumulators, branch) + at * columns, columns,
-                         branch.out_channels, plane, y, x0, x1);
+            T* rows = rows_from(s_.accumulators, branch) + at * columns;
+            if constexpr (std::is_same_v<S, T>) {
+              if (p_.accumulate) add_row(plane, y, x0, x1, branch.out_channels, rows, columns);
+            }
+            store_row<T>(rows, columns, branch.out_channels, plane, y, x0, x1);
           });
         }
       }
@@ -467,9 +474,14 @@ class ChunkForward {
   static constexpr bool kNarrow = !std::is_same_v<T, E>;
 
   const PyramidParams& p_;
-  const int64_t n_, chunk_, begin_, end_;
+  const int64_t n_, chunk_;
+  const Run* const runs_;
+  const int64_t run_count_;
+  int64_t pixels_ = 0;
   ForwardScratch<T, E> s_;
-  Window window_{};
+  struct {
+    ptrdiff_t x0 = 0, x1 = 0;
+  } window_;
   ptrdiff_t stride_ = 0;  // channels of a staged pixel, whole vectors
 };
 

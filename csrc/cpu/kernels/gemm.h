@@ -25,6 +25,8 @@ struct Gemm {
   // may lie beyond what is allocated, a prefetch never faults.
   const void* next = nullptr;
   ptrdiff_t next_bytes = 0;
+  // Steps of k that are summed up before they meet C: shorter chains lose fewer digits.
+  ptrdiff_t chain = PTRDIFF_MAX;
 };
 
 template <typename E>
@@ -58,7 +60,7 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
                                     const char* ahead) {
   using P = Product<E>;
   constexpr int n = kLanes<T>;
-  const ptrdiff_t a_i = g.a_i, a_k = g.a_k, b_k = g.b_k, k_count = g.k;
+  const ptrdiff_t a_i = g.a_i, a_k = g.a_k, b_k = g.b_k;
   // Sums start at zero and meet C at the end: long sums are added in blocks, which keeps them
   // accurate, and C has the whole product's time to arrive.
   Vec<T> acc[kRows][kVectors];
@@ -70,28 +72,33 @@ __attribute__((noinline)) void tile(const Gemm<T, E>& g, const E* a, const E* b,
       __builtin_prefetch(c + i * g.c_i + j * n, 1);
     }
   }
-  for (ptrdiff_t k = 0; k < k_count; ++k) {
-    typename P::Right right[kVectors];
+  bool accumulate = g.accumulate;
+  for (ptrdiff_t rest = g.k; rest > 0; rest -= g.chain) {
+    for (ptrdiff_t k = rest < g.chain ? rest : g.chain; k > 0; --k) {
+      typename P::Right right[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) right[j] = P::right(b + j * n);
+      for (int j = 0; j < kVectors; ++j) right[j] = P::right(b + j * n);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const typename P::Left left = P::left(a + i * a_i);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add(acc[i][j], left, right[j]);
+      }
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += kLine;
+      a += a_k;
+      b += b_k;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename P::Left left = P::left(a + i * a_i);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add(acc[i][j], left, right[j]);
+      for (int j = 0; j < kVectors; ++j) {
+        T* at = c + i * g.c_i + j * n;
+        store(at, accumulate ? load(at) + acc[i][j] : acc[i][j]);
+        acc[i][j] = Vec<T>{};
+      }
     }
-    __builtin_prefetch(ahead, 0, 2);
-    ahead += kLine;
-    a += a_k;
-    b += b_k;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      T* at = c + i * g.c_i + j * n;
-      store(at, g.accumulate ? load(at) + acc[i][j] : acc[i][j]);
-    }
+    accumulate = true;
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "checksum.h"
+#include "energies.h"
 #include "forward.h"
 #include "polyphase.h"
 #include "polyphase_grad_weight.h"
@@ -38,10 +39,10 @@ int64_t forward_scratch(const PyramidParams& p, bool double_precision) {
   });
 }
 
-void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, int64_t begin, int64_t end,
-                   void* scratch, bool double_precision) {
+void forward_chunk(const PyramidParams& p, int64_t n, int64_t chunk, const Run* runs,
+                   int64_t run_count, void* scratch, bool double_precision) {
   with_forward_types(p, double_precision, [&](auto t, auto e) {
-    ChunkForward<decltype(t), decltype(e)>(p, n, chunk, begin, end, scratch).run();
+    ChunkForward<decltype(t), decltype(e)>(p, n, chunk, runs, run_count, scratch).run();
   });
 }
 
@@ -123,11 +124,10 @@ int64_t polyphase_scratch(const PolyphaseChunk& chunk, bool double_precision) {
   });
 }
 
-bool polyphase_forward(const PolyphaseParams& p, const PolyphaseChunk& chunk, void* scratch,
+void polyphase_forward(const PolyphaseParams& p, const PolyphaseChunk& chunk, void* scratch,
                        bool double_precision) {
-  return with_compute_type(double_precision, [&](auto t) {
-    return PolyphaseForward<decltype(t)>(p, chunk, scratch).run();
-  });
+  with_compute_type(double_precision,
+                    [&](auto t) { PolyphaseForward<decltype(t)>(p, chunk, scratch).run(); });
 }
 
 int64_t polyphase_grad_weight_scratch(const PolyphaseGradWeight& p, int64_t panel_count,
@@ -137,10 +137,10 @@ int64_t polyphase_grad_weight_scratch(const PolyphaseGradWeight& p, int64_t pane
   });
 }
 
-bool polyphase_grad_weight(const PolyphaseGradWeight& p, int64_t channel, int64_t panel,
+void polyphase_grad_weight(const PolyphaseGradWeight& p, int64_t channel, int64_t panel,
                            int64_t panel_count, void* scratch, bool double_precision) {
-  return with_compute_type(double_precision, [&](auto t) {
-    return GradWeight<decltype(t)>(p, channel, panel, panel_count, scratch).run();
+  with_compute_type(double_precision, [&](auto t) {
+    GradWeight<decltype(t)>(p, channel, panel, panel_count, scratch).run();
   });
 }
 
@@ -148,6 +148,19 @@ void combine_taps(const MinimalWeights& w, int64_t panel, int64_t first, int64_t
                   bool double_precision) {
   with_compute_type(double_precision, [&](auto t) {
     combine_panel(w, panel, first, last, static_cast<decltype(t)*>(to));
+  });
+}
+
+void pixel_energies(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
+                    int64_t last, double* to, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    with_storage(x.dtype, [&](auto* tag) {
+      using S = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (kMatches<T, S>) {
+        plane_energies<T, S>(x, n, channels, width, first, last, to);
+      }
+    });
   });
 }
 
@@ -173,6 +186,7 @@ const Kernels table{ASPP_STRING(ASPP_ISA),
                     polyphase_grad_weight_scratch,
                     polyphase_grad_weight,
                     combine_taps,
-                    checksum};
+                    checksum,
+                    pixel_energies};
 
 }  // namespace aspp::ASPP_ISA

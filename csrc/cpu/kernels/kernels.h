@@ -13,10 +13,9 @@ struct Kernels {
   const char* isa;
   bool bfloat16_products;  // with bfloat16 x, forward weights are bfloat16 instead of float
   int64_t (*forward_scratch)(const PyramidParams&, bool double_precision);
-  // pixels [begin, end) of image n; `chunk` counts over the batch; chunk_pixels is the longest
-  // chunk
-  void (*forward_chunk)(const PyramidParams&, int64_t n, int64_t chunk, int64_t begin, int64_t end,
-                        void* scratch, bool double_precision);
+  // some pixels of image n, a chunk of them (see chunk_pixels); `chunk` counts over the batch
+  void (*forward_chunk)(const PyramidParams&, int64_t n, int64_t chunk, const Run* runs,
+                        int64_t run_count, void* scratch, bool double_precision);
   int64_t (*backward_scratch)(const SeparableBackwardParams&, bool double_precision);
   int64_t backward_channels;  // channels of one backward block
   void (*backward_block)(const SeparableBackwardParams&, int64_t channel, void* scratch,
@@ -32,19 +31,21 @@ struct Kernels {
   void (*finish_rows)(const FinishParams&, int64_t n, int64_t first, int64_t last, void* scratch,
                       bool double_precision);
   int64_t (*polyphase_scratch)(const PolyphaseChunk&, bool double_precision);
-  // whether all outputs of the chunk are finite
-  bool (*polyphase_forward)(const PolyphaseParams&, const PolyphaseChunk&, void* scratch,
+  void (*polyphase_forward)(const PolyphaseParams&, const PolyphaseChunk&, void* scratch,
                             bool double_precision);
   int64_t polyphase_block;  // input channels of one task of the gradient of a weight
   int64_t (*polyphase_grad_weight_scratch)(const PolyphaseGradWeight&, int64_t panel_count,
                                            bool double_precision);
-  // of one block of input channels and some panels of output channels; whether it is finite
-  bool (*polyphase_grad_weight)(const PolyphaseGradWeight&, int64_t channel, int64_t panel,
+  // of one block of input channels and some panels of output channels
+  void (*polyphase_grad_weight)(const PolyphaseGradWeight&, int64_t channel, int64_t panel,
                                 int64_t panel_count, void* scratch, bool double_precision);
   // channels [first, last) of a panel of all matrices, into T[matrices][panel][channels][width]
   void (*combine_taps)(const MinimalWeights&, int64_t panel, int64_t first, int64_t last, void* to,
                        bool double_precision);
   uint64_t (*checksum)(const char* data, int64_t bytes, uint64_t seed);
+  // sums of squares over channels, of rows [first, last) of image n -> to[rows, W]
+  void (*pixel_energies)(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
+                         int64_t last, double* to, bool double_precision);
 };
 
 const Kernels& kernels();  // decided once: the best instruction set this machine runs

@@ -36,15 +36,21 @@ struct BranchParams {
   int64_t channel = 0;  // where its output channels begin
 };
 
+// Pixels [x0, x1) of a row.
+struct Run {
+  int64_t y = 0, x0 = 0, x1 = 0;
+};
+
 // Forward of all branches, and optionally the folded head behind them (aspp_inference).
 struct PyramidParams {
   Image x;
   int64_t batch = 0, channels = 0, height = 0, width = 0;
   const BranchParams* branches = nullptr;
   int64_t branch_count = 0;
-  int64_t columns = 0;                 // the sum of the branches' padded out_channels
-  const int64_t* row_order = nullptr;  // [H]: rows that share taps stand together
-  int64_t chunk_pixels = 0;  // no chunk is longer; in wide images (W >= this) none leaves its row
+  int64_t columns = 0;  // the sum of the branches' padded out_channels
+  // No chunk has more pixels, nor more rows than one of whole rows would have that begins at the
+  // end of a row; in wide images (W >= this) none leaves its row, or spans more of it.
+  int64_t chunk_pixels = 0;
 
   const void* scale = nullptr;  // [columns] T or null
   const void* shift = nullptr;  // [shift_batch, columns] T or null
@@ -52,6 +58,7 @@ struct PyramidParams {
   bool relu = false;
   const void* residual = nullptr;  // [N, H * W, columns] T or null: added first of all
   Image out;                       // [N, sum O, H, W]; unused when there is a projection
+  bool accumulate = false;  // add to what out holds; out is T then, with stride 1 over channels
 
   // Projection: raw[n, pixel, :] = activated branches @ project, still without bias; T
   const void* project = nullptr;  // [columns, project_row]

@@ -86,6 +86,19 @@ void load_row(const Plane<S>& src, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrd
   }
 }
 
+// Adds pixels [x0, x1) of row y, whose channels have stride 1, to rows of results.
+template <typename T>
+void add_row(const Plane<T>& plane, ptrdiff_t y, ptrdiff_t x0, ptrdiff_t x1, ptrdiff_t channels,
+             T* rows, ptrdiff_t stride) {
+  for (ptrdiff_t x = x0; x < x1; ++x, rows += stride) {
+    const T* there = plane.data + y * plane.y_stride + x * plane.x_stride;
+    ptrdiff_t c = 0;
+    for (; c + kLanes<T> <= channels; c += kLanes<T>)
+      store(rows + c, load(there + c) + load(rows + c));
+    for (; c < channels; ++c) rows[c] += there[c];
+  }
+}
+
 // The reverse of load_row for whole rows of results: src[(x - x0) * stride + c] -> pixels of row y.
 template <typename T, typename S>
 void store_row(const T* src, ptrdiff_t stride, ptrdiff_t channels, const Plane<S>& dst, ptrdiff_t y,

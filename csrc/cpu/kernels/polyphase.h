@@ -55,9 +55,7 @@ class PolyphaseForward {
         count_(rows_.products() * columns_.products()),
         time_(chunk.nanoseconds == nullptr ? 0 : now()) {}
 
-  // Whether every output is finite. Where one is not, an operand may have been infinite or NaN and
-  // reached neighbours it does not belong to, or a combination overflowed.
-  bool run() {
+  void run() {
     LinesToProducts<T> inputs(rows_, columns_, inputs_of(rows_), inputs_of(columns_), s_.staged,
                               s_.line);
     for (ptrdiff_t c = 0; c < p_.channels; c += kBlock<T>) {
@@ -70,16 +68,14 @@ class PolyphaseForward {
         spent(1);
       }
     }
-    bool finite = true;
     for (ptrdiff_t panel = 0; panel < chunk_.panel_count; ++panel) {
       for (ptrdiff_t y = 0; y < rows_.outputs.count; ++y) {
         combine_rows(panel, y);
-        finite = combine_columns(panel) && finite;
+        combine_columns(panel);
         write(panel, y);
       }
     }
     spent(2);
-    return finite;
   }
 
  private:
@@ -125,6 +121,7 @@ class PolyphaseForward {
         // Weights come from memory, once per chunk: they are fetched a panel ahead.
         g.next = k < last ? weights(u, v, c, panel + 1) : weights(u, v + 1, c, chunk_.first_panel);
         g.next_bytes = channels * kPanel * ptrdiff_t(sizeof(T));
+        g.chain = p_.channels > 512 ? 64 : 32;  // as long as the sum of chains loses less
         gemm(g);
       }
     }
@@ -148,7 +145,7 @@ class PolyphaseForward {
     }
   }
 
-  bool combine_columns(ptrdiff_t panel) {
+  void combine_columns(ptrdiff_t panel) {
     const ptrdiff_t first = (chunk_.first_panel + panel) * kPanel;
     const ptrdiff_t width = panel_width(p_.out_channels, chunk_.first_panel + panel);
     const T* scale = p_.scale == nullptr ? nullptr : static_cast<const T*>(p_.scale) + first;
@@ -157,7 +154,6 @@ class PolyphaseForward {
                          : static_cast<const T*>(p_.shift) + chunk_.n * p_.shift_n_stride + first;
     // A division: the product with a ninth, which no float is, would err towards one side.
     const Vec<T> denominator = broadcast(T(rows_.denominator * columns_.denominator));
-    Vec<T> nothing{};  // v - v is zero for what is finite and NaN for what is not
     const Combinations& by = columns_.outputs;
     for (ptrdiff_t x = 0; x < by.count; ++x) {
       Combination<T> sum;
@@ -168,16 +164,12 @@ class PolyphaseForward {
       add_up(sum, width, to);
       for (ptrdiff_t i = 0; i < width; i += kLanes<T>) {
         Vec<T> v = load(to + i) / denominator;
-        nothing += v - v;
         if (scale != nullptr) v *= load(scale + i);
         if (shift != nullptr) v += load(shift + i);
         if (p_.relu) v = at_least<T>(v, Vec<T>{});
         store(to + i, v);
       }
     }
-    bool finite = true;
-    for (int i = 0; i < kLanes<T>; ++i) finite = finite && nothing[i] == T(0);
-    return finite;
   }
 
   void write(ptrdiff_t panel, ptrdiff_t y) {
@@ -188,33 +180,30 @@ class PolyphaseForward {
       if constexpr (kMatches<T, S>) {
         const Plane<S> plane = plane_of<S>(p_.out, chunk_.n, first);
         const ptrdiff_t row = rows_.written[y];
+        const int64_t* const written = columns_.written;
+        const char* const direct =
+            p_.direct == nullptr ? nullptr : p_.direct + (chunk_.n * p_.height + row) * p_.width;
+        const auto is_direct = [&](ptrdiff_t k) { return direct != nullptr && direct[written[k]]; };
         for (ptrdiff_t begin = 0; begin < columns_.outputs.count;) {
           ptrdiff_t end = begin + 1;  // one past the run of neighbouring pixels
-          while (end < columns_.outputs.count &&
-                 columns_.written[end] == columns_.written[end - 1] + 1) {
+          if (is_direct(begin)) {
+            begin = end;
+            continue;
+          }
+          while (end < columns_.outputs.count && written[end] == written[end - 1] + 1 &&
+                 !is_direct(end)) {
             ++end;
           }
+          T* outputs = s_.outputs + begin * kPanel;
+          const ptrdiff_t x0 = written[begin], x1 = x0 + end - begin;
           if constexpr (std::is_same_v<S, T>) {
-            if (p_.accumulate) add_to_outputs(plane, row, begin, end, channels);
+            if (p_.accumulate) add_row(plane, row, x0, x1, channels, outputs, kPanel);
           }
-          store_row<T>(s_.outputs + begin * kPanel, kPanel, channels, plane, row,
-                       columns_.written[begin], columns_.written[begin] + end - begin);
+          store_row<T>(outputs, kPanel, channels, plane, row, x0, x1);
           begin = end;
         }
       }
     });
-  }
-
-  void add_to_outputs(const Plane<T>& plane, ptrdiff_t row, ptrdiff_t begin, ptrdiff_t end,
-                      ptrdiff_t channels) {
-    for (ptrdiff_t x = begin; x < end; ++x) {
-      const T* there = plane.data + row * plane.y_stride + columns_.written[x] * plane.x_stride;
-      T* to = s_.outputs + x * kPanel;
-      ptrdiff_t c = 0;
-      for (; c + kLanes<T> <= channels; c += kLanes<T>)
-        store(to + c, load(there + c) + load(to + c));
-      for (; c < channels; ++c) to[c] += there[c];
-    }
   }
 
   const PolyphaseParams& p_;

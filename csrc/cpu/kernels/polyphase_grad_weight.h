@@ -59,17 +59,14 @@ class GradWeight {
     outputs_ = left < panel_count * kPanel ? left : panel_count * kPanel;
   }
 
-  // Whether the gradient is finite; see PolyphaseForward::run.
-  bool run() {
+  void run() {
     std::memset(s_.matrices, 0,
                 size_t(p_.map.row_count * p_.map.column_count * size()) * sizeof(T));
     for (int64_t k = 0; k < p_.chunk_count; ++k) add_chunk(p_.chunks[k]);
     const double denominator = p_.chunks[0].rows->denominator * p_.chunks[0].columns->denominator;
-    bool finite = true;
     for (ptrdiff_t o = 0; o < outputs_; o += kLanes<T>) {
-      for (ptrdiff_t c = 0; c < channels_; ++c) finite = write(c, o, T(denominator)) && finite;
+      for (ptrdiff_t c = 0; c < channels_; ++c) write(c, o, T(denominator));
     }
-    return finite;
   }
 
  private:
@@ -111,7 +108,7 @@ class GradWeight {
   }
 
   // The taps of input channel c and a vector of output channels from o on.
-  bool write(ptrdiff_t c, ptrdiff_t o, T denominator) {
+  void write(ptrdiff_t c, ptrdiff_t o, T denominator) {
     const MinimalWeights& map = p_.map;
     Vec<T> tap[3][3] = {};
     for (ptrdiff_t u = 0; u < map.row_count; ++u) {
@@ -127,20 +124,15 @@ class GradWeight {
     }
     const ptrdiff_t taps = map.kernel_h * map.kernel_w;
     T* to = static_cast<T*>(p_.grad_weight) + ((o_ + o) * map.channels + c_ + c) * taps;
-    Vec<T> nothing{};
     for (int i = 0; i < 3; ++i) {
       for (int j = 0; j < 3; ++j) {
         const ptrdiff_t t = tap_index(map, i, j);
         if (t < 0) continue;
         const Vec<T> v = tap[i][j] / broadcast(denominator);
-        nothing += v - v;
         const ptrdiff_t lanes = outputs_ - o < kLanes<T> ? outputs_ - o : kLanes<T>;
         for (ptrdiff_t l = 0; l < lanes; ++l) to[l * map.channels * taps + t] = v[l];
       }
     }
-    bool finite = true;
-    for (int l = 0; l < kLanes<T>; ++l) finite = finite && nothing[l] == T(0);
-    return finite;
   }
 
   const PolyphaseGradWeight& p_;

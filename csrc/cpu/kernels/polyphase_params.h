@@ -47,7 +47,9 @@ struct PolyphaseParams {
   const void* shift = nullptr;  // the same, of the first sample
   int64_t shift_n_stride = 0;
   bool relu = false;
-  Image out;                // from the branch's first channel on
+  Image out;                     // from the branch's first channel on
+  const char* direct = nullptr;  // [N, height, width] or null: outputs to leave alone
+  int64_t height = 0, width = 0;
   bool accumulate = false;  // add to what out holds; out is T then, with stride 1 over channels
 };
 

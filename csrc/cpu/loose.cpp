@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "loose.h"
+
+#include <limits>
+
+#include "parallel.h"
+
+namespace aspp {
+
+namespace {
+
+// Noise by minimal filtering, as a multiple of that directly. On pixels of one energy it is at most
+// 2.1 (tests/test_loose.py), so that these have no loose outputs.
+constexpr double kMostNoise = 2.5;
+
+// A sum whose large terms are fewer is rounded so seldom that the way through products shows,
+// whatever its noise. Of small maps it is a part of the pixels.
+constexpr double kFewTerms = 24;
+
+// Of energies. Sums of what is below fit into the compute type: a product of two norms bounds a sum
+// over channels, and the coefficients and the number of products are what is left between this and
+// the largest float; of doubles energies leave no more.
+double largest_energy(bool double_precision) { return double_precision ? 0x1p1000 : 0x1p220; }
+
+std::vector<double> bounded(const double* energies, int64_t count, bool double_precision) {
+  const double largest = largest_energy(double_precision);
+  std::vector<double> result(energies, energies + count);
+  for (double& energy : result) {
+    if (!(energy <= largest)) energy = std::numeric_limits<double>::infinity();
+  }
+  return result;
+}
+
+plan::NoiseForm noise_form(const MinimalForm& form) {
+  return {form.rows, form.columns, form.row_axis, form.column_axis};
+}
+
+bool is_loose(double minimal, double direct, bool double_precision) {
+  const bool good = minimal <= kMostNoise * kMostNoise * direct;  // NaN is not
+  return !good || minimal > largest_energy(double_precision);
+}
+
+}  // namespace
+
+std::vector<double> pixel_energies(const Image& x, const PyramidShape& shape,
+                                   bool double_precision) {
+  constexpr int64_t kPixels = 512;
+  const int64_t rows = std::max<int64_t>(kPixels / shape.width, 1);
+  const int64_t parts = (shape.height + rows - 1) / rows;
+  std::vector<double> energies(size_t(shape.batch * shape.height * shape.width));
+  run_tasks(shape.batch * parts, 0, [&](int64_t task, void*) {
+    const int64_t n = task / parts, first = task % parts * rows;
+    kernels().pixel_energies(
+        x, n, shape.channels, shape.width, first, std::min(first + rows, shape.height),
+        energies.data() + (n * shape.height + first) * shape.width, double_precision);
+  });
+  return energies;
+}
+
+plan::TapEnergies tap_energies(const Tensor& weight, bool flipped) {
+  // Output or input channels as the images of a batch, whichever have a step between them.
+  const bool by_input = weight.stride(0) == 1;
+  Image taps = image_of(weight);
+  if (by_input) std::swap(taps.n_stride, taps.c_stride);
+  PyramidShape shape;
+  shape.batch = weight.size(by_input ? 1 : 0);
+  shape.channels = weight.size(by_input ? 0 : 1);
+  shape.height = weight.size(2);
+  shape.width = weight.size(3);
+  const bool wide = weight.scalar_type() == ScalarType::Double;
+  const std::vector<double> parts = pixel_energies(taps, shape, wide);
+  const int64_t count = shape.height * shape.width;
+  plan::TapEnergies energies{};
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t i = shape.height == 3 ? t / shape.width : 1;
+    const int64_t j = shape.width == 3 ? t % shape.width : 1;
+    double& energy = energies[size_t(flipped ? 8 - (3 * i + j) : 3 * i + j)];
+    for (int64_t n = 0; n < shape.batch; ++n) energy += parts[size_t(n * count + t)];
+  }
+  return energies;
+}
+
+LooseOutputs loose_outputs(const MinimalForm& form, const plan::TapEnergies& taps,
+                           const std::vector<double>& pixels, int64_t batch,
+                           bool double_precision) {
+  const int64_t size = int64_t(pixels.size()) / batch;
+  LooseOutputs loose{std::vector<char>(pixels.size()), std::vector<char>(size_t(batch))};
+  plan::TapEnergies all_taps;
+  std::ranges::copy(bounded(taps.data(), 9, double_precision), all_taps.begin());
+  std::atomic<bool> any{false};
+  run_tasks(batch, 0, [&](int64_t n, void*) {
+    const plan::Noise noise = plan::output_noise(
+        noise_form(form), bounded(&pixels[size_t(n * size)], size, double_precision), all_taps);
+    char* marked = &loose.marked[size_t(n * size)];
+    int64_t count = 0;
+    for (int64_t p = 0; p < size; ++p) {
+      marked[p] = is_loose(noise.minimal[size_t(p)], noise.direct[size_t(p)], double_precision);
+      count += marked[p];
+    }
+    if (count > 0) any = true;
+    if (double(count) < form.most_loose * double(size)) return;
+    loose.images[size_t(n)] = true;
+    std::fill_n(marked, size, char(true));
+  });
+  if (!any) loose.marked.clear();
+  return loose;
+}
+
+bool is_loose(const MinimalForm& form, const std::vector<double>& pixels,
+              const std::vector<double>& grads, int64_t batch, bool double_precision) {
+  const int64_t size = int64_t(pixels.size()) / batch;
+  plan::TapNoise sum;
+  for (int64_t n = 0; n < batch; ++n) {
+    const auto of_image = [&](const std::vector<double>& energies) {
+      return bounded(&energies[size_t(n * size)], size, double_precision);
+    };
+    const plan::TapNoise noise =
+        plan::tap_noise(noise_form(form), of_image(pixels), of_image(grads));
+    for (size_t t = 0; t < 9; ++t) {
+      sum.minimal[t] += noise.minimal[t];
+      sum.direct[t] += noise.direct[t];
+      sum.fourth[t] += noise.fourth[t];
+    }
+  }
+  for (size_t t = 0; t < 9; ++t) {
+    if (sum.minimal[t] == 0) continue;
+    if (is_loose(sum.minimal[t], sum.direct[t], double_precision)) return true;
+    const double terms = sum.direct[t] * sum.direct[t] / sum.fourth[t];
+    if (!(terms >= std::min(kFewTerms, double(size * batch) / 8))) return true;
+  }
+  return false;
+}
+
+}  // namespace aspp
