@@ -4,7 +4,7 @@
 >>> model = aspp_ext.fuse(model)        # same parameters, same state dict, same numbers, sooner
 """
 
-from . import autograd, compat, reference
+from . import autograd, compat, flops, reference
 from .dispatch import explain
 from .fuse import fuse, fuse_report, unfuse
 from .modules import ASPP, freeze, unfreeze
@@ -15,6 +15,8 @@ from .ops import (
     atrous_separable_pyramid,
 )
 from .plain import decompositions
+
+flops.register()
 
 __version__ = "0.1.0"
 
