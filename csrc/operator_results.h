@@ -6,14 +6,25 @@
 
 namespace aspp {
 
-// The stable ABI loses the words of a failed allocation (torch 2.11 to 2.12), so ours say it.
+// PyTorch's own sentence on its call that failed last on this thread, or `otherwise`: from torch
+// 2.13 on the stable ABI tells it.
+std::string torch_words(const std::string& otherwise);
+// The phrase by which programs know that memory is short and try less.
+std::string no_memory(const Tensor& like);
+
+// A call of PyTorch, which fails in its words.
 template <typename F>
-auto with_memory(const F& allocate) {
+auto in_torch_words(const std::string& otherwise, const F& call) {
   try {
-    return allocate();
-  } catch (const std::runtime_error& error) {
-    refuse("aspp_ext: not enough memory for a result or its operands (", error.what(), ")");
+    return call();
+  } catch (const std::runtime_error&) {
+    refuse("aspp_ext: ", torch_words(otherwise));
   }
+}
+// One that allocates, on the device of `like`.
+template <typename F>
+auto with_memory(const Tensor& like, const F& allocate) {
+  return in_torch_words(no_memory(like), allocate);
 }
 
 bool any_channels_last(const std::vector<Tensor>& weights);

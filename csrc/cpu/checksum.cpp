@@ -26,7 +26,8 @@ Tensor checksums(std::vector<Tensor> tensors) {
   std::vector<Tensor> copies;
   for (const Tensor& t : tensors) {
     check_memory("checksums", entry("tensors", copies.size()), t);
-    copies.push_back(is_dense(t) ? t : torch::stable::contiguous(t));
+    copies.push_back(is_dense(t) ? t
+                                 : with_memory(t, [&] { return torch::stable::contiguous(t); }));
     const char* data = static_cast<const char*>(copies.back().data_ptr());
     const int64_t bytes = t.numel() * int64_t(t.element_size());
     for (int64_t at = 0; at < bytes; at += kPiece) {

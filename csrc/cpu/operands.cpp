@@ -56,8 +56,8 @@ Image channels_from(Image image, int64_t channel) {
 
 void* Operands::allocate(int64_t count, Dtype dtype) {
   const int64_t size[] = {count};
-  storage_.push_back(
-      with_memory([&] { return torch::stable::new_empty(like_, {size, 1}, scalar_type(dtype)); }));
+  storage_.push_back(with_memory(
+      like_, [&] { return torch::stable::new_empty(like_, {size, 1}, scalar_type(dtype)); }));
   return storage_.back().data_ptr();
 }
 
@@ -69,7 +69,7 @@ void* Operands::allocate_zeros(int64_t count, Dtype dtype) {
 
 Tensor Operands::empty(std::vector<int64_t> sizes) const {
   return with_memory(
-      [&] { return torch::stable::new_empty(like_, sizes, scalar_type(compute_dtype())); });
+      like_, [&] { return torch::stable::new_empty(like_, sizes, scalar_type(compute_dtype())); });
 }
 
 Matrix Operands::weight(const Tensor& w, Dtype dtype) {

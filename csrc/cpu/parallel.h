@@ -69,7 +69,8 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& body) {
   };
   torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, work);
   if (out_of_memory) {
-    throw std::runtime_error("aspp_ext: not enough memory for a thread's working buffers");
+    throw std::runtime_error(
+        "aspp_ext: DefaultCPUAllocator: can't allocate memory for a thread's working buffers");
   }
 }
 

@@ -34,9 +34,11 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
   const int64_t padding[] = {weight.size(2) / 2 * rate[0], weight.size(3) / 2 * rate[1]};
   const int32_t mask[] = {!of_weight, of_weight, false};
   AtenTensorHandle result[3] = {nullptr, nullptr, nullptr};
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
-      grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, rate, 2, 0, none, 2, 1,
-      mask, 3, &result[0], &result[1], &result[2]));
+  in_torch_words("PyTorch computes no gradient of this convolution, or has not the memory", [&] {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution_backward(
+        grad.get(), x.get(), weight.get(), nullptr, 0, stride, 2, padding, 2, rate, 2, 0, none, 2,
+        1, mask, 3, &result[0], &result[1], &result[2]));
+  });
   Tensor wanted;
   for (int i = 0; i < 3; ++i) {
     if (result[i] == nullptr) continue;
@@ -47,7 +49,9 @@ Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& w
 }
 
 Tensor channels_last_copy(const Tensor& t) {
-  return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  return with_memory(t, [&] {
+    return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  });
 }
 
 // The forms of a gradient in float32 or float64; half precision is left to oneDNN.
@@ -73,7 +77,8 @@ Tensor grad_input_directly(const Tensor& grad, const PyramidShape& shape,
       const Tensor one = convolution_gradient(
           part, like, live_taps(weights[b], shape, &rates[2 * b]), &rates[2 * b], false);
       // there is no stable add
-      sum = done++ == 0 ? one : torch::stable::subtract(sum, one, -1.0);
+      sum = done++ == 0 ? one
+                        : with_memory(one, [&] { return torch::stable::subtract(sum, one, -1.0); });
     }
     first += weights[b].size(0);
   }
@@ -161,7 +166,8 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
   // of 16 reads and writes out of bounds.
   const bool unsafe = x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 16 != 0;
   const auto copy = [&](const Tensor& t) {
-    return unsafe ? torch::stable::contiguous(t) : channels_last_copy(t);
+    return unsafe ? with_memory(t, [&] { return torch::stable::contiguous(t); })
+                  : channels_last_copy(t);
   };
   Tensor source = copy(grad);
   const Tensor input = copy(x);

@@ -38,8 +38,9 @@ int64_t pitch_of(const Tensor& t) {
 }
 
 Tensor channels_last_copy(const Tensor& t) {
-  return with_memory(
-      [&] { return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast); });
+  return with_memory(t, [&] {
+    return torch::stable::contiguous(t, torch::headeronly::MemoryFormat::ChannelsLast);
+  });
 }
 
 int64_t plane_size(const Tensor& t) { return t.size(2) * t.size(3); }
@@ -168,7 +169,7 @@ const void* Operands::weight(const Tensor& w) {
 }
 
 const void* Operands::vector(const Tensor& v) {
-  return keep(with_memory([&] { return torch::stable::contiguous(v); })).data_ptr();
+  return keep(with_memory(v, [&] { return torch::stable::contiguous(v); })).data_ptr();
 }
 
 Rows Operands::image_target(const Tensor& out) {

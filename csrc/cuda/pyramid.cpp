@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics(const Tensor& x, std::vector<Tenso
   const auto type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const int64_t size[] = {shape.out_channels};
   const auto per_channel = [&] {
-    return with_memory([&] { return torch::stable::new_empty(x, {size, 1}, type); });
+    return with_memory(x, [&] { return torch::stable::new_empty(x, {size, 1}, type); });
   };
   const Tensor mean = per_channel(), squares = per_channel();
 

@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> statistics(const Tensor& x,
       depthwise_statistics(operands, x, shape, operands.image(x), branches, rows);
   for (Tensor& t : stored) {
     if (pitch == shape.channels) break;
-    t = with_memory([&] {
+    t = with_memory(t, [&] {
       return torch::stable::contiguous(part(t, 1, 0, shape.channels),
                                        torch::headeronly::MemoryFormat::ChannelsLast);
     });

@@ -84,7 +84,7 @@ DepthwiseMoments depthwise_statistics(Operands& operands, const Tensor& like,
   const auto type = math == Math::float64 ? ScalarType::Double : ScalarType::Float;
   const int64_t size[] = {int64_t(branches.size()) * shape.channels};
   const auto per_channel = [&] {
-    Tensor t = with_memory([&] { return torch::stable::new_empty(like, {size, 1}, type); });
+    Tensor t = with_memory(like, [&] { return torch::stable::new_empty(like, {size, 1}, type); });
     return torch::stable::zero_(t);
   };
   const DepthwiseMoments moments{per_channel(), per_channel()};
