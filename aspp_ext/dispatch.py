@@ -25,6 +25,7 @@ from .evidence.entry import Cell
 
 # The rest of `ops` is built on this module.
 from .ops import head_composed
+from .ops.checks import shown
 from .ops.family import NATIVE, TRITON, Family
 from .ops.formats import like
 from .ops.precision import allows_tf32
@@ -264,18 +265,18 @@ def select(problem: Problem, backend: str | None = None) -> Implementation:
         RuntimeError: the forced one cannot run this call; the message is its reason.
     """
     candidates = IMPLEMENTATIONS[problem.op]
-    forced = backend or os.environ.get("ASPP_EXT_BACKEND") or None
+    forced = os.environ.get("ASPP_EXT_BACKEND") or None if backend is None else backend
     if forced is None:
         for candidate in candidates:
             if candidate.reason(problem) is None:
                 return candidate
     for candidate in candidates:
-        if candidate.name == forced:
+        if isinstance(forced, str) and candidate.name == forced:
             if (reason := candidate.why_not(problem)) is not None:
                 raise RuntimeError(f"{problem.op}: backend '{forced}' cannot run this: {reason}")
             return candidate
     names = ", ".join(c.name for c in candidates)
-    raise ValueError(f"{problem.op}: backend must be one of {names}, got {forced!r}")
+    raise ValueError(f"{problem.op}: backend must be one of {names}, got {shown(forced)}")
 
 
 def report(device: str = "cpu") -> list[tuple[str, str, str | None]]:

@@ -188,6 +188,17 @@ def _work(
     return useful, dense
 
 
+def _check_lists(op: str, weights: Any, depthwise: Any) -> None:
+    lists = {"weights" if depthwise is None else "pointwise_weights": weights}
+    if depthwise is not None:
+        lists["depthwise_weights"] = depthwise
+    for name, tensors in lists.items():
+        checks.check_list(op, name, tensors)
+        for b, t in enumerate(tensors):
+            if t is not None or name != "depthwise_weights":
+                checks.check_tensor(op, f"{name}[{b}]", t)
+
+
 def explain_pyramid(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -198,6 +209,8 @@ def explain_pyramid(
     checks.check_flag("explain", "polyphase", polyphase)
     separable = depthwise_weights is not None
     op = "atrous_separable_pyramid" if separable else "atrous_pyramid"
+    checks.check_tensor(op, "x", x)
+    _check_lists(op, weights, depthwise_weights)
     rates = checks.flat_rates(op, atrous_rates)
     if depthwise_weights is not None:
         depthwise = [x.new_empty((0,)) if d is None else d for d in depthwise_weights]

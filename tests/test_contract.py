@@ -265,7 +265,7 @@ PYTHON_ONLY = {
     "rates to prepare": (prepare(rates=[0]), ValueError,
         F + "atrous_rates[0] must be >= 1, got 0"),
     "no rows to prepare for": (prepare(size=(0, 7)), ValueError,
-        F + "x needs at least one channel, row and column, got shape [1, 6, 0, 7]"),
+        F + "height must be at least 1, got 0"),
     "empty line": (pyramid(x=zeros(2, 6, 0), weights=[zeros(4, 6, 3)]), ValueError,
         A + "x needs at least one channel, row and column, got shape [2, 6, 1, 0]"),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.fused import FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable, check_shapes
-from aspp_ext.ops.checks import check_flag
+from aspp_ext.ops.checks import check_flag, check_module
 
 from .restore import restore
 
@@ -98,10 +98,12 @@ def fuse(
 
     Raises:
         ValueError: no module of a known class was found and ``strict`` is set.
-        TypeError: polyphase is not a bool.
+        TypeError: model is no module, or strict or polyphase not a bool.
     """
+    check_module("fuse", model)
+    check_flag("fuse", "strict", strict)
     if pool_batch_of_one is not None:
-        check_pool_batch_of_one(pool_batch_of_one)
+        check_pool_batch_of_one(pool_batch_of_one, "fuse")
     if polyphase is not None:
         check_flag("fuse", "polyphase", polyphase)
     given = {"pool_batch_of_one": pool_batch_of_one, "polyphase": polyphase}
@@ -154,6 +156,7 @@ def unfuse(model: Model) -> Model:
     Returns:
         ``model``, with the same parameters, buffers and keys.
     """
+    check_module("unfuse", model)
     left = []
     for name, module in model.named_modules():
         if not isinstance(module, FusedForward) or isinstance(module, ASPP):
@@ -174,6 +177,7 @@ def fuse_report(model: nn.Module) -> list[FuseEntry]:
     Returns:
         One entry per module that is an ASPP of a known class or of a subclass of one.
     """
+    check_module("fuse_report", model)
     found = (_inspect(name, module) for name, module in model.named_modules())
     return [entry for entry in found if entry is not None]
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from aspp_ext.ops.checks import check_flag
+from aspp_ext.ops.checks import check_flag, check_int, check_number, shown
 
 from .fused import FusedForward
 from .head import Head, check_pool_batch_of_one
@@ -156,10 +155,13 @@ class ASPP(FusedForward, LayeredASPP):
         pool_batch_of_one: Literal["error", "running_stats"] = "error",
         polyphase: bool = True,
     ) -> None:
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels < 1:
-                raise ValueError(f"ASPP: {name} must be at least 1, got {channels}")
+        in_channels = check_int("ASPP", "in_channels", in_channels)
+        out_channels = check_int("ASPP", "out_channels", out_channels)
         rates = _checked_rates(atrous_rates)
+        check_flag("ASPP", "separable", separable)
+        check_number("ASPP", "dropout", dropout)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"ASPP: dropout must be from 0 to 1, got {dropout}")
         policy = check_pool_batch_of_one(pool_batch_of_one)
         check_flag("ASPP", "polyphase", polyphase)
         super().__init__(in_channels, rates, out_channels, separable=separable, dropout=dropout)
@@ -178,13 +180,15 @@ class ASPP(FusedForward, LayeredASPP):
 
 
 def _checked_rates(atrous_rates: Sequence[Rate]) -> list[Rate]:
-    rates = [r if isinstance(r, tuple) else operator.index(r) for r in atrous_rates]
+    if isinstance(atrous_rates, (str, bytes, Tensor)) or not isinstance(atrous_rates, Iterable):
+        raise TypeError(f"ASPP: atrous_rates must be a list of rates, got {shown(atrous_rates)}")
+    rates: list[Rate] = []
+    for i, rate in enumerate(atrous_rates):
+        pair = list(rate) if isinstance(rate, (list, tuple)) else [rate]
+        if len(pair) != (2 if isinstance(rate, (list, tuple)) else 1):
+            raise ValueError(f"ASPP: atrous_rates[{i}] must be an int or a pair, got {shown(rate)}")
+        pair = [check_int("ASPP", f"atrous_rates[{i}]", r) for r in pair]
+        rates.append((pair[0], pair[1]) if len(pair) == 2 else pair[0])
     if not rates:
         raise ValueError("ASPP: atrous_rates must name at least one rate, got none")
-    for i, rate in enumerate(rates):
-        pair = rate if isinstance(rate, tuple) else (rate, rate)
-        if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(
-                f"ASPP: atrous_rates[{i}] must be an int >= 1 or a pair of them, got {rate!r}"
-            )
     return rates

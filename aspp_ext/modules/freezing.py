@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from aspp_ext.ops.checks import check_module
+
 from .fused import FusedForward
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,8 +42,7 @@ def unfreeze(model: Model) -> Model:
 
 
 def _promise(name: str, model: Model, frozen: bool) -> Model:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(name, model)
     fused = [module for module in model.modules() if isinstance(module, FusedForward)]
     if not fused:
         raise ValueError(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
+from aspp_ext.ops.checks import shown
 from aspp_ext.ops.formats import is_channels_last, memory_format, pointwise_as_channels_last
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
@@ -52,11 +53,11 @@ class Head(NamedTuple):
 POOL_BATCH_OF_ONE = ("error", "running_stats")
 
 
-def check_pool_batch_of_one(value: str) -> str:
+def check_pool_batch_of_one(value: str, op: str = "ASPP") -> str:
     """Return ``value``, or raise ValueError when it is not one of the two known policies."""
-    if value not in POOL_BATCH_OF_ONE:
+    if not isinstance(value, str) or value not in POOL_BATCH_OF_ONE:
         raise ValueError(
-            f"ASPP: pool_batch_of_one must be one of {POOL_BATCH_OF_ONE}, got {value!r}"
+            f"{op}: pool_batch_of_one must be one of {POOL_BATCH_OF_ONE}, got {shown(value)}"
         )
     return value
 

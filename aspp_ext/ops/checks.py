@@ -7,6 +7,7 @@ the native kernels (csrc/checks.h) are the same words.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,46 @@ def _shape(t: Tensor) -> str:
     return f"[{', '.join(str(s) for s in t.shape)}]"
 
 
+def shown(value: Any) -> str:
+    """What came, in a sentence: a short value itself, of others the type."""
+    plain = value if isinstance(value, (list, tuple)) else [value]
+    if all(isinstance(v, (str, int, float, type(None))) for v in plain):
+        text = repr(value)
+        if len(text) <= 60:
+            return text
+    return type(value).__name__
+
+
 def check_tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be a strided tensor, got a {kind} one")
+
+
+def check_int(op: str, name: str, value: Any) -> int:
+    """From 1 to 2^31 - 1, and an int or what counts as one, as NumPy's do; a bool does not."""
+    try:
+        number = None if isinstance(value, (bool, Tensor)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{op}: {name} must be an int, got {shown(value)}")
+    if not 1 <= number <= MAX_RATE:
+        limit = "at least 1" if number < 1 else f"at most {MAX_RATE}"
+        raise ValueError(f"{op}: {name} must be {limit}, got {number}")
+    return number
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {shown(value)}")
+
+
+def check_module(op: str, value: Any) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def is_none(t: Tensor) -> bool:
@@ -44,13 +82,17 @@ def check_list(op: str, name: str, value: Any) -> None:
         )
 
 
+def check_dtype(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(t.dtype)}"
+        )
+
+
 def check_image(op: str, name: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must be [N, C, H, W], got shape {_shape(x)}")
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {name} must be float32, float64, bfloat16 or float16, got {dtype_name(x.dtype)}"
-        )
+    check_dtype(op, name, x)
     if x.size(1) < 1 or x.size(2) < 1 or x.size(3) < 1:
         raise ValueError(
             f"{op}: {name} needs at least one channel, row and column, got shape {_shape(x)}"
@@ -103,15 +145,19 @@ def check_rates(op: str, rates: Sequence[int], branches: int) -> None:
             raise ValueError(f"{op}: atrous_rates[{i // 2}] must be <= {MAX_RATE}, got {rate}")
 
 
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def flat_rates(op: str, atrous_rates: Sequence[Rate]) -> list[int]:
     """One ``rate`` or ``(rate_h, rate_w)`` per branch -> the operators' flat list."""
     check_list(op, "atrous_rates", atrous_rates)
     flat: list[int] = []
     for i, rate in enumerate(atrous_rates):
         pair = (rate, rate) if not isinstance(rate, (list, tuple)) else tuple(rate)
-        if not (len(pair) == 2 and all(isinstance(r, (int, torch.SymInt)) for r in pair)):
+        if not (len(pair) == 2 and all(_is_rate(r) for r in pair)):
             raise TypeError(
-                f"{op}: atrous_rates[{i}] must be an int or a pair of ints, got {rate!r}"
+                f"{op}: atrous_rates[{i}] must be an int or a pair of ints, got {shown(rate)}"
             )
         flat.extend(pair)
     return flat
@@ -292,9 +338,9 @@ def check_sizes(op: str, kernels: Sequence[int], out_channels: Sequence[int]) ->
 
 def check_flag(op: str, name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
 
 
 def check_activation(op: str, name: str, activation: str | None) -> None:
-    if activation not in (None, "relu"):
-        raise ValueError(f"{op}: {name} must be None or 'relu', got {activation!r}")
+    if activation is not None and not (isinstance(activation, str) and activation == "relu"):
+        raise ValueError(f"{op}: {name} must be None or 'relu', got {shown(activation)}")

@@ -213,9 +213,12 @@ def polyphase_weights(
     checks.check_list(_WEIGHTS, "weights", weights)
     for b, w in enumerate(weights):
         checks.check_tensor(_WEIGHTS, f"weights[{b}]", w)
+        checks.check_dtype(_WEIGHTS, f"weights[{b}]", w)
         checks.check_kernel(_WEIGHTS, f"weights[{b}]", w)
     rates = checks.flat_rates(_WEIGHTS, atrous_rates)
     checks.check_rates(_WEIGHTS, rates, len(weights))
+    height = checks.check_int(_WEIGHTS, "height", height)
+    width = checks.check_int(_WEIGHTS, "width", width)
     x = weights[0].new_empty((1,)).expand((1, weights[0].size(1), height, width))
     checks.check_dense(_WEIGHTS, x, weights, rates)
     checks.check_flag(_WEIGHTS, "polyphase", polyphase)

@@ -90,6 +90,10 @@ def atrous_separable_pyramid(
     )
     channels = checks.check_separable(_OP, x, depthwise, pointwise, rates)
     checks.check_between(_OP, x, between_scale, between_shift, depthwise)
+    if not between_scale:  # which the operator takes for None
+        raise ValueError(
+            f"{_OP}: between must have one entry per branch, got 0 for {len(depthwise)} branches"
+        )
     checks.check_activation(_OP, "between_activation", between_activation)
     checks.check_vector(_OP, "bias", bias, x, channels)
     checks.check_vector(_OP, "scale", scale, x, channels)

@@ -90,6 +90,7 @@ def atrous_separable_pyramid_batch_norm(
     checks.check_separable(_OP, x, depthwise, pointwise, rates)
     _check_norms(x, depthwise, norms)
     checks.check_activation(_OP, "activation_between", activation_between)
+    checks.check_number(_OP, "eps", eps)
     if not eps > 0:
         raise ValueError(f"{_OP}: eps must be above 0, got {eps}")
     if x.size(0) * x.size(2) * x.size(3) < 2:
