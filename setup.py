@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +44,8 @@ def find_torch():
 
 def find_compiler():
     """The C++ compiler's command and the first line of what it says about itself."""
-    command = shlex.split(read_env("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+    found = [path for path in map(shutil.which, ("g++", "clang++")) if path]
+    command = build.read_words("CXX") or found[:1]
     if not command or not shutil.which(command[0]):
         refuse("needs a C++20 compiler: install g++ or clang++, or set CXX")
     answer = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -68,7 +68,7 @@ class NinjaBuild(build_ext):
         package = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         elsewhere = read_env("ASPP_EXT_LIBRARY_DIR")
         folder = Path(elsewhere).resolve() if elsewhere else package / "aspp_ext"
-        work = f"build/{folder.name}-objects" if elsewhere else "build/objects"
+        work = build.objects_of(folder) if elsewhere else "build/objects"
         cxx, compiler = find_compiler()
         graph, cuda = build.Graph(work, cxx, torch), build.find_cuda()
         architectures = build.choose_architectures(everywhere=package != ROOT) if cuda else []
@@ -95,7 +95,7 @@ class NinjaBuild(build_ext):
         facts["sources"] = build.digests_of_sources()
 
         Path(ROOT, work).mkdir(parents=True, exist_ok=True)
-        Path(ROOT, work, "build.ninja").write_text("\n".join(graph) + "\n")
+        Path(ROOT, work, "build.ninja").write_bytes(os.fsencode("\n".join(graph) + "\n"))
         jobs = read_env("MAX_JOBS", str(len(os.sched_getaffinity(0))))
         ninja = [build.find_ninja(), "-f", f"{work}/build.ninja", "-j", jobs]
         log, began = Path(ROOT, work, ".ninja_log"), time.perf_counter()

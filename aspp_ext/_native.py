@@ -6,19 +6,34 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 def library_dir() -> Path:
     """Where the libraries are looked for; ``ASPP_EXT_LIBRARY_DIR`` points at another build."""
-    return Path(os.environ.get("ASPP_EXT_LIBRARY_DIR") or Path(__file__).parent)
+    return Path(os.environ.get("ASPP_EXT_LIBRARY_DIR", "").strip() or Path(__file__).parent)
 
 
-def read_build_info() -> dict:
-    """What setup.py wrote beside the libraries; empty where nothing was built."""
+def read_build_info() -> dict[str, Any]:
+    """What setup.py wrote beside the libraries; empty where nothing was built.
+
+    Raises:
+        RuntimeError: the file is not what it wrote.
+    """
     path = library_dir() / "_build_info.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.is_file():
+        return {}
+    try:
+        read = json.loads(path.read_text("utf-8"))
+        if not isinstance(read, dict) or not isinstance(read.get("cuda"), (str, type(None))):
+            raise ValueError("expected what setup.py writes")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RuntimeError(
+            f"aspp_ext: {path} must be as it was built, got a broken file ({error}); build again"
+        ) from None
+    return read
 
 
 def _load(name: str) -> str | None:

@@ -4,9 +4,11 @@
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
@@ -37,7 +39,9 @@ rule link
 
 
 def say(text):
-    print(f"aspp_ext build: {text}", flush=True)
+    encoding = sys.stdout.encoding or "ascii"  # which may lack what a folder is called
+    text = f"aspp_ext build: {text}".encode(encoding, "backslashreplace").decode(encoding)
+    print(text, flush=True)
 
 
 def refuse(text):
@@ -45,8 +49,21 @@ def refuse(text):
 
 
 def read_env(name, default=""):
-    """An environment variable; set but empty counts as not set."""
-    return os.environ.get(name) or default
+    """An environment variable without spaces around it; set but empty counts as not set."""
+    return os.environ.get(name, "").strip() or default
+
+
+def read_words(name):
+    """The words of an environment variable, quoted as for a shell."""
+    try:
+        return shlex.split(read_env(name))
+    except ValueError as error:
+        refuse(f"{name} must be words as a shell takes them, got {read_env(name)!r}: {error}")
+
+
+def objects_of(folder):
+    """Where the objects of libraries in ``folder`` are, by a name that ninja can read."""
+    return "build/" + re.sub(r"[^\w.+-]", "_", folder.name, flags=re.ASCII) + "-objects"
 
 
 def find_ninja():
@@ -189,10 +206,10 @@ class Graph(list):
     def __init__(self, folder, cxx, torch):
         super().__init__([RULES.format(folder)])
         self.folder, self.cxx, self.torch, self.libraries = folder, cxx, torch, []
-        flags = shlex.split(f"{read_env('CPPFLAGS')} {read_env('CXXFLAGS')}")
+        flags = [*read_words("CPPFLAGS"), *read_words("CXXFLAGS")]
         self.host = [*cxx, *HOST.split(), *flags]
         self.tensor = [*self.host, TORCH, *system(torch / "include")]
-        self.shared = [*cxx, "-shared", *flags, *shlex.split(read_env("LDFLAGS"))]
+        self.shared = [*cxx, "-shared", *flags, *read_words("LDFLAGS")]
         self.plan = self.compile("csrc/plan/*.cpp", self.host)
         self.bindings = self.compile("csrc/operator_*.cpp", self.tensor)
 

@@ -234,6 +234,9 @@ def test_failing_compiler_is_an_error_with_its_message(repository):
         ({"ASPP_EXT_CUDA": "yes"}, "ASPP_EXT_CUDA must be auto, 0, 1 or emulate but is 'yes'"),
         ({"ASPP_EXT_CUDA": "emulate"}, "needs an ASPP_EXT_LIBRARY_DIR of its own"),
         ({"CXX": "no-such-compiler"}, "needs a C++20 compiler"),
+        ({"CXX": "g++ 'x"}, 'CXX must be words as a shell takes them, got "g++ \'x"'),
+        ({"CXXFLAGS": '-DA="'}, "CXXFLAGS must be words as a shell takes them"),
+        ({"LDFLAGS": "'"}, "LDFLAGS must be words as a shell takes them"),
     ],
 )
 def test_bad_variables_are_refused_in_a_sentence(repository, variables, sentence):
@@ -241,6 +244,15 @@ def test_bad_variables_are_refused_in_a_sentence(repository, variables, sentence
     assert code != 0
     assert sentence in text
     assert "Traceback" not in text
+
+
+def test_folders_of_any_name(repository):
+    """Spaces around the variable are not meant; inside a name they are, and so is any letter."""
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    repository = repository.rename(repository.with_name("Grüße an alle"))
+    code, text = build(repository, ASPP_EXT_LIBRARY_DIR="übrige Dateien ", **plain)
+    assert code == 0, text
+    assert (repository / "übrige Dateien/libaspp_cpu.so").exists()
 
 
 def test_missing_nvcc(repository):

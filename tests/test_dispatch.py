@@ -21,6 +21,7 @@ from pretending import (
     reasons,
     verdicts,
 )
+from processes import said_by_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aspp_ext
@@ -209,6 +210,21 @@ def test_why_the_library_is_missing(torchs, ours, sentence, monkeypatch, tmp_pat
     (tmp_path / "_build_info.json").write_text(json.dumps({"cuda": ours}))
     monkeypatch.setattr(torch.version, "cuda", torchs)
     assert _native._load_cuda() == sentence
+
+
+BROKEN = ["", "{", "[]", '{"cuda": 13}', "[" * 100_000, "\xff"]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_build_info(text, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ASPP_EXT_LIBRARY_DIR", f"{tmp_path} ")
+    (tmp_path / "_build_info.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RuntimeError, match="must be as it was built, got a broken file"):
+        _native.read_build_info()
+
+
+def test_compat_is_there_after_an_import_of_the_package() -> None:
+    assert said_by_python("import aspp_ext; print(aspp_ext.compat.__name__)") == "aspp_ext.compat"
 
 
 def test_explain_says_which_device_and_why(device) -> None:

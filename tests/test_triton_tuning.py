@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_other_processes_records_stay(measured, monkeypatch) -> None:
     assert [p.name for p in tuning.path().parent.iterdir()] == ["records.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2]}'])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": [1, 2]}', DEEP])
 def test_a_file_that_is_no_records_counts_as_empty(text, measured, monkeypatch) -> None:
     tuning.path().parent.mkdir()
     tuning.path().write_text(text)
@@ -98,6 +102,24 @@ def test_a_record_that_is_no_candidate_any_more_is_measured_again(measured, monk
     choose()
     assert choose(candidates=CANDIDATES[:2]) == CANDIDATES[1]
     assert measured == [*CANDIDATES, *CANDIDATES[:2]]
+
+
+def test_numbers_may_be_written_otherwise(measured, monkeypatch) -> None:
+    monkeypatch.setenv("ASPP_EXT_TRITON_TUNE", "1")
+    choose()
+    (record,) = json.loads(tuning.path().read_text()).items()
+    tuning.path().write_text(json.dumps({record[0]: [float(n) for n in record[1]]}))
+    forget(monkeypatch)
+    found = choose()
+    assert found == CANDIDATES[2]
+    assert all(type(n) is int for n in found)
+
+
+def test_a_pipe_is_not_waited_for(measured, monkeypatch) -> None:
+    tuning.path().parent.mkdir()
+    os.mkfifo(tuning.path())
+    monkeypatch.setenv("ASPP_EXT_TRITON_TUNE", "read")
+    assert choose() == CANDIDATES[0]
 
 
 def test_a_capture_measures_nothing(measured, monkeypatch) -> None:

@@ -73,7 +73,7 @@ def choose(
     with _lock:
         recorded = _load().get(key)
         if recorded is not None and (found := Configuration(*recorded)) in candidates:
-            return found
+            return candidates[candidates.index(found)]  # a number may have been written otherwise
         if wanted == "read" or target.is_capturing():
             return candidates[0]
         times = [_milliseconds(launch, candidate) for candidate in candidates]
@@ -99,8 +99,9 @@ def _load() -> dict[str, list[int]]:
     global _records, _read_from
     if _records is None or _read_from != path():
         _records, _read_from = {}, path()
-        with contextlib.suppress(OSError, ValueError):
-            text = json.loads(_read_from.read_text("utf-8"))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            # A pipe would wait for its writer.
+            text = json.loads(_read_from.read_text("utf-8")) if _read_from.is_file() else {}
             fields = len(Configuration._fields)
             _records = {
                 key: value
