@@ -80,29 +80,36 @@ plan::TapEnergies tap_energies(const Tensor& weight, bool flipped) {
   return energies;
 }
 
-LooseOutputs loose_outputs(const MinimalForm& form, const plan::TapEnergies& taps,
-                           const std::vector<double>& pixels, int64_t batch,
-                           bool double_precision) {
-  const int64_t size = int64_t(pixels.size()) / batch;
-  LooseOutputs loose{std::vector<char>(pixels.size()), std::vector<char>(size_t(batch))};
-  plan::TapEnergies all_taps;
-  std::ranges::copy(bounded(taps.data(), 9, double_precision), all_taps.begin());
-  std::atomic<bool> any{false};
-  run_tasks(batch, 0, [&](int64_t n, void*) {
+std::vector<LooseOutputs> loose_outputs(const MinimalForms& forms,
+                                        const std::vector<plan::TapEnergies>& taps,
+                                        const std::vector<double>& pixels, int64_t batch,
+                                        bool double_precision) {
+  const int64_t size = int64_t(pixels.size()) / batch, branches = int64_t(forms.size());
+  std::vector<LooseOutputs> loose(forms.size());
+  for (size_t b = 0; b < forms.size(); ++b) {
+    if (forms[b]) loose[b] = {std::vector<char>(pixels.size()), std::vector<char>(size_t(batch))};
+  }
+  run_tasks(batch * branches, 0, [&](int64_t task, void*) {
+    const auto b = size_t(task % branches), n = size_t(task / branches);
+    if (!forms[b]) return;
+    plan::TapEnergies all_taps;
+    std::ranges::copy(bounded(taps[b].data(), 9, double_precision), all_taps.begin());
+    const size_t first = n * size_t(size);
     const plan::Noise noise = plan::output_noise(
-        noise_form(form), bounded(&pixels[size_t(n * size)], size, double_precision), all_taps);
-    char* marked = &loose.marked[size_t(n * size)];
+        noise_form(*forms[b]), bounded(&pixels[first], size, double_precision), all_taps);
+    char* marked = &loose[b].marked[first];
     int64_t count = 0;
     for (int64_t p = 0; p < size; ++p) {
       marked[p] = is_loose(noise.minimal[size_t(p)], noise.direct[size_t(p)], double_precision);
       count += marked[p];
     }
-    if (count > 0) any = true;
-    if (double(count) < form.most_loose * double(size)) return;
-    loose.images[size_t(n)] = true;
+    if (double(count) < forms[b]->most_loose * double(size)) return;
+    loose[b].images[n] = true;
     std::fill_n(marked, size, char(true));
   });
-  if (!any) loose.marked.clear();
+  for (LooseOutputs& branch : loose) {
+    if (std::ranges::find(branch.marked, char(true)) == branch.marked.end()) branch.marked.clear();
+  }
   return loose;
 }
 

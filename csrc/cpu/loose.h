@@ -25,9 +25,11 @@ struct LooseOutputs {
   std::vector<char> images;  // [N], where all are: directly costs less than both ways together
 };
 
-// Of each branch with a form, for the energies of its input.
-LooseOutputs loose_outputs(const MinimalForm& form, const plan::TapEnergies& taps,
-                           const std::vector<double>& pixels, int64_t batch, bool double_precision);
+// Of each branch with a form, for the energies of its taps and of the input of all.
+std::vector<LooseOutputs> loose_outputs(const MinimalForms& forms,
+                                        const std::vector<plan::TapEnergies>& taps,
+                                        const std::vector<double>& pixels, int64_t batch,
+                                        bool double_precision);
 // Whether the gradient of a weight is, for the energies of its input and of its output's gradient.
 bool is_loose(const MinimalForm& form, const std::vector<double>& pixels,
               const std::vector<double>& grads, int64_t batch, bool double_precision);

@@ -119,16 +119,14 @@ void run_polyphase(std::vector<MinimalRun> runs, int64_t batch, bool double_prec
 std::vector<LooseOutputs> loose_outputs(const PyramidParams& params, const MinimalForms& forms,
                                         const std::vector<Tensor>& matrices,
                                         bool double_precision) {
-  std::vector<LooseOutputs> loose(forms.size());
-  if (!any_minimal(forms)) return loose;
+  if (!any_minimal(forms)) return std::vector<LooseOutputs>(forms.size());
   const PyramidShape shape{params.batch, params.channels, params.height, params.width};
-  const std::vector<double> energies = pixel_energies(params.x, shape, double_precision);
+  std::vector<plan::TapEnergies> taps(forms.size());
   for (size_t b = 0; b < forms.size(); ++b) {
-    if (!forms[b]) continue;
-    loose[b] = loose_outputs(*forms[b], energies_of_taps(matrices[b]), energies, params.batch,
-                             double_precision);
+    if (forms[b]) taps[b] = energies_of_taps(matrices[b]);
   }
-  return loose;
+  return loose_outputs(forms, taps, pixel_energies(params.x, shape, double_precision), params.batch,
+                       double_precision);
 }
 
 std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms& forms,

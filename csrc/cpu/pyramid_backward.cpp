@@ -96,8 +96,9 @@ void add_grad_input(const Tensor& grad, const PyramidShape& shape,
     const bool wide = operands.double_precision();
     const PyramidShape of_grad{shape.batch, branches[b].out_channels, shape.height, shape.width};
     const Image x = channels_from(image_of(grad), branches[b].channel);
-    const LooseOutputs loose = loose_outputs(*forms[b], energies_of_taps(matrices),
-                                             pixel_energies(x, of_grad, wide), shape.batch, wide);
+    const LooseOutputs loose =
+        loose_outputs({forms[b]}, {energies_of_taps(matrices)}, pixel_energies(x, of_grad, wide),
+                      shape.batch, wide)[0];
     PolyphaseParams p;
     p.x = x;
     p.channels = of_grad.channels;
