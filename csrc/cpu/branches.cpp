@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "branches.h"
 
+#include <algorithm>
 #include <array>
+#include <tuple>
+#include <utility>
 
 namespace aspp {
 
@@ -44,6 +47,39 @@ void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight) 
   branch.weight = matrix.data;
   branch.weight_tap = matrix.tap;
   branch.weight_row = matrix.row;
+}
+
+Tensor live_taps(const Tensor& weight, const PyramidShape& map, const int64_t* rates) {
+  Tensor live = weight;
+  for (const auto& [dim, size, rate] :
+       {std::tuple{2, map.height, rates[0]}, std::tuple{3, map.width, rates[1]}}) {
+    const int64_t radius = weight.size(dim) / 2, reach = std::min(radius, (size - 1) / rate);
+    live = torch::stable::narrow(live, dim, radius - reach, 2 * reach + 1);
+  }
+  return live;
+}
+
+bool is_narrow(const PyramidShape& map) { return map.width <= 2 && map.height > map.width; }
+
+PyramidShape turned(PyramidShape map) {
+  std::swap(map.height, map.width);
+  return map;
+}
+
+std::vector<int64_t> turned(const std::vector<int64_t>& rates) {
+  std::vector<int64_t> exchanged = rates;
+  for (size_t b = 0; b < rates.size(); b += 2) std::swap(exchanged[b], exchanged[b + 1]);
+  return exchanged;
+}
+
+std::vector<Tensor> turned(const std::vector<Tensor>& weights, const PyramidShape& map,
+                           const std::vector<int64_t>& rates) {
+  std::vector<Tensor> exchanged;
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const Tensor& weight = weights[b];
+    exchanged.push_back(is_none(weight) ? weight : turned(live_taps(weight, map, &rates[2 * b])));
+  }
+  return exchanged;
 }
 
 PyramidParams params_of(const Image& x, const PyramidShape& shape,

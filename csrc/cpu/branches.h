@@ -26,6 +26,19 @@ std::vector<BranchParams> dense_branches(const std::vector<Tensor>& weights,
                                          const std::vector<int64_t>& rates);
 void set_weight(Operands& operands, BranchParams& branch, const Tensor& weight);
 
+// The taps of a branch's weight [O, C, kh, kw] that some pixel of a map reads, around the centre.
+Tensor live_taps(const Tensor& weight, const PyramidShape& map, const int64_t* rates);
+
+// A map of many rows of a pixel or two, which make short products: it is computed with its axes
+// exchanged, the same problem. From three on reading along columns costs more than that saves.
+bool is_narrow(const PyramidShape& map);
+inline Tensor turned(const Tensor& image) { return torch::stable::transpose(image, 2, 3); }
+PyramidShape turned(PyramidShape map);
+std::vector<int64_t> turned(const std::vector<int64_t>& rates);
+// Of weights the live taps.
+std::vector<Tensor> turned(const std::vector<Tensor>& weights, const PyramidShape& map,
+                           const std::vector<int64_t>& rates);
+
 // Assigns columns and describes the problem; out, epilogue and projection are left to the caller.
 PyramidParams params_of(const Image& x, const PyramidShape& shape,
                         std::vector<BranchParams>& branches);

@@ -3,6 +3,8 @@
 // constant over the plane, joins as a per-sample bias at the end.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "head.h"
 
 namespace aspp {
@@ -125,19 +127,26 @@ const void* project_bias(Operands& operands, const HeadShape& head, const PixelS
   return bias;
 }
 
-Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
+Tensor inference(Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
                  std::optional<Tensor> pool_shift, const Tensor& project_weight,
                  const Tensor& project_shift, int64_t polyphase,
                  std::optional<std::vector<Tensor>> prepared, std::optional<bool> channels_last) {
-  const HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
-                                    project_weight, project_shift, prepared);
+  HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
+                              project_weight, project_shift, prepared);
   check_polyphase(kOp, polyphase);
-  const PyramidShape& shape = head.pyramid;
+  PyramidShape& shape = head.pyramid;
   const bool last = channels_last.value_or(is_channels_last(x));
-  const Tensor out = empty_image(x, shape.batch, head.projected, shape, last);
-  if (shape.batch == 0) return out;
+  const Tensor result = empty_image(x, shape.batch, head.projected, shape, last);
+  if (shape.batch == 0) return result;
 
+  Tensor out = result;
+  if (is_narrow(shape)) {
+    weights = turned(weights, shape, rates);
+    depthwise = turned(depthwise, shape, rates);
+    std::tie(x, shape, rates, out) =
+        std::tuple{turned(x), turned(shape), turned(rates), turned(result)};
+  }
   Operands operands(x);
   std::vector<BranchParams> branches = dense_branches(weights, rates);
   for (size_t b = 0; b < weights.size(); ++b) {
@@ -164,7 +173,7 @@ Tensor inference(const Tensor& x, std::vector<Tensor> depthwise, std::vector<Ten
   } else {
     run_fused(call, branches);
   }
-  return out;
+  return result;
 }
 
 // Where nothing but the CPU's kernels filters minimally.

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <tuple>
 
 #include "forward.h"
 #include "polyphase.h"
@@ -14,10 +15,10 @@ namespace {
 
 constexpr const char* kOp = "atrous_pyramid";
 
-Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t> rates,
+Tensor pyramid(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> rates,
                std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu, bool /*tf32*/,
                int64_t polyphase) {
-  const PyramidShape shape = check_dense(kOp, x, weights, rates, kCpuLimits);
+  PyramidShape shape = check_dense(kOp, x, weights, rates, kCpuLimits);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
   check_polyphase(kOp, polyphase);
@@ -25,11 +26,17 @@ Tensor pyramid(const Tensor& x, std::vector<Tensor> weights, std::vector<int64_t
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
 
+  Image written = image_of(out);
+  if (is_narrow(shape)) {
+    weights = turned(weights, shape, rates);
+    std::tie(x, shape, rates, written) =
+        std::tuple{turned(x), turned(shape), turned(rates), image_of(turned(out))};
+  }
   Operands operands(x);
   std::vector<BranchParams> branches = dense_branches(weights, rates);
   PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, scale, shift, relu);
-  params.out = image_of(out);
+  params.out = written;
   const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), false);
   const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
   const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
@@ -51,8 +58,12 @@ std::vector<Tensor> polyphase_weights(std::vector<Tensor> weights, std::vector<i
   }
   check_image_size(op, "x", {1, weights[0].size(1), height, width});
   check_polyphase(op, polyphase);
+  PyramidShape shape{1, weights[0].size(1), height, width};
+  if (is_narrow(shape)) {
+    weights = turned(weights, shape, rates);
+    std::tie(shape, rates) = std::tuple{turned(shape), turned(rates)};
+  }
   Operands operands(weights[0]);
-  const PyramidShape shape{1, weights[0].size(1), height, width};
   const MinimalForms forms =
       minimal_forms(shape, dense_branches(weights, rates), operands, Polyphase(polyphase), true);
   return minimal_weights(forms, weights, operands);

@@ -13,18 +13,6 @@
 namespace aspp {
 namespace {
 
-// The taps of a branch's weight [O, C, kh, kw] that some pixel of a map reads, around the centre.
-// Of the others oneDNN's gradient in bfloat16 is what was in memory, from sizes of 5 on.
-Tensor live_taps(const Tensor& weight, const PyramidShape& map, const int64_t* rates) {
-  Tensor live = weight;
-  for (const auto& [dim, size, rate] :
-       {std::tuple{2, map.height, rates[0]}, std::tuple{3, map.width, rates[1]}}) {
-    const int64_t radius = weight.size(dim) / 2, reach = std::min(radius, (size - 1) / rate);
-    live = torch::stable::narrow(live, dim, radius - reach, 2 * reach + 1);
-  }
-  return live;
-}
-
 // One branch of aten::convolution_backward: the gradient of the input or of the weight.
 Tensor convolution_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight,
                             const int64_t* rates, bool of_weight) {
@@ -192,6 +180,7 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
       }
     }
     const Tensor part = copy(torch::stable::narrow(source, 1, first, out_channels[b]));
+    // Of the other taps oneDNN's gradient in bfloat16 is what was in memory, from sizes of 5 on.
     Tensor live = live_taps(result[b], shape, &rates[2 * b]);
     const Tensor one = convolution_gradient(part, input, live, &rates[2 * b], true);
     if (live.numel() < result[b].numel()) torch::stable::zero_(result[b]);

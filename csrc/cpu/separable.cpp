@@ -23,12 +23,12 @@ void add_between(Operands& operands, std::vector<BranchParams>& branches,
   }
 }
 
-Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
-                         std::vector<Tensor> pointwise, std::vector<int64_t> rates,
-                         std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
-                         bool between_relu, std::optional<Tensor> scale,
-                         std::optional<Tensor> shift, bool relu, bool /*tf32*/) {
-  const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
+Tensor separable_pyramid(Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> pointwise,
+                         std::vector<int64_t> rates, std::vector<Tensor> between_scale,
+                         std::vector<Tensor> between_shift, bool between_relu,
+                         std::optional<Tensor> scale, std::optional<Tensor> shift, bool relu,
+                         bool /*tf32*/) {
+  PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_vector(kOp, "scale", scale, x, shape.out_channels);
   check_vector(kOp, "shift", shift, x, shape.out_channels, true);
@@ -36,12 +36,18 @@ Tensor separable_pyramid(const Tensor& x, std::vector<Tensor> depthwise,
   const Tensor out = empty_image(x, shape.batch, shape.out_channels, shape, channels_last);
   if (shape.batch == 0) return out;
 
+  Image written = image_of(out);
+  if (is_narrow(shape)) {
+    depthwise = turned(depthwise, shape, rates);
+    std::tie(x, shape, rates, written) =
+        std::tuple{turned(x), turned(shape), turned(rates), image_of(turned(out))};
+  }
   Operands operands(x);
   std::vector<BranchParams> branches = separable_branches(operands, depthwise, pointwise, rates);
   add_between(operands, branches, between_scale, between_shift, between_relu);
   PyramidParams params = params_of(image_of(x), shape, branches);
   set_epilogue(params, operands, branches, scale, shift, relu);
-  params.out = image_of(out);
+  params.out = written;
   run_forward(params, schedule_of(branches, shape.batch, shape.height, shape.width),
               operands.double_precision());
   return out;
@@ -68,16 +74,31 @@ class Accumulated {
   std::vector<void*> rows_;
 };
 
-Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> depthwise,
+Gradients separable_backward(Tensor grad, Tensor x, std::vector<Tensor> depthwise,
                              std::vector<Tensor> pointwise, std::vector<int64_t> rates,
                              std::vector<Tensor> between_scale, std::vector<Tensor> between_shift,
                              bool between_relu, bool need_x, bool need_depthwise,
                              bool need_pointwise, bool need_between, bool /*tf32*/) {
-  const PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
+  PyramidShape shape = check_separable(kOp, x, depthwise, pointwise, rates, kCpuLimits);
   check_between(kOp, x, between_scale, between_shift, depthwise);
   check_grad(kOp, grad, x, shape);
   need_between = need_between && !between_scale.empty();
   const size_t count = depthwise.size();
+
+  const int64_t empty[] = {0};
+  const Tensor grad_x =
+      need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
+             : torch::stable::new_empty(x, {empty, 1});
+  Image written;
+  if (need_x) written = image_of(grad_x);
+  // Of two columns the planes of this pass are read along rows in less time.
+  const bool narrow = is_narrow(shape) && shape.width == 1;
+  if (narrow) {
+    for (Tensor& weight : depthwise) weight = is_none(weight) ? weight : turned(weight);
+    if (need_x) written = image_of(turned(grad_x));
+    std::tie(grad, x, shape, rates) =
+        std::tuple{turned(grad), turned(x), turned(shape), turned(rates)};
+  }
 
   Operands operands(x);
   std::vector<BranchParams> branches = separable_branches(operands, depthwise, {}, rates);
@@ -95,11 +116,7 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   p.branches = branches.data();
   p.branch_count = int64_t(count);
 
-  const int64_t empty[] = {0};
-  const Tensor grad_x =
-      need_x ? empty_image(x, shape.batch, shape.channels, shape, is_channels_last(x))
-             : torch::stable::new_empty(x, {empty, 1});
-  if (need_x) p.grad_x = image_of(grad_x);
+  p.grad_x = written;
 
   std::vector<Image> pointwise_images;
   Accumulated for_depthwise(operands, need_depthwise, count);
@@ -150,10 +167,13 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
   Gradients result{grad_x, {}, {}, {}, {}};
   for (size_t b = 0; b < count; ++b) {
     if (for_depthwise.needed()) {
-      std::get<1>(result).push_back(
-          branches[b].depthwise != nullptr
-              ? depthwise_gradient(depthwise[b], for_depthwise.row(b), wide)
-              : empty_as(depthwise[b]));
+      Tensor one = branches[b].depthwise != nullptr
+                       ? depthwise_gradient(depthwise[b], for_depthwise.row(b), wide)
+                       : empty_as(depthwise[b]);
+      if (narrow && branches[b].depthwise != nullptr) {
+        one = with_memory(one, [&] { return torch::stable::contiguous(turned(one)); });
+      }
+      std::get<1>(result).push_back(one);
     }
     if (for_pointwise.needed()) {
       std::get<2>(result).push_back(pointwise_gradient(pointwise[b], for_pointwise.row(b), wide));
