@@ -145,6 +145,11 @@ class FusedForward(nn.Module):
         self.__dict__[_CACHE] = cache
         return cache
 
+    def kept_bytes(self) -> int:
+        """Memory of the weights that are prepared for minimal filtering."""
+        cache = self.__dict__.get(_CACHE)
+        return 0 if cache is None else cache.prepared.nbytes
+
     def drop_folded(self) -> None:
         """Forget the folded weights; the next inference folds again."""
         self.__dict__.pop(_CACHE, None)

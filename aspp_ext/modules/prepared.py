@@ -45,8 +45,8 @@ class PreparedWeights:
         again = size in self._last
         self._last.pop(size, None)
         self._last[size] = self._calls
-        while len(self._last) > REMEMBERED:
-            self._forget(next(iter(self._last)))
+        for forgotten in list(self._last)[:-REMEMBERED]:
+            self._forget(forgotten)
         kept = self._kept.get(size)
         if kept is not None:
             return kept
@@ -58,14 +58,19 @@ class PreparedWeights:
         self._kept[size] = made
         return made
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        return sum(t.nbytes for tensors in list(self._kept.values()) for t in tensors)
+
     def _has_room(self) -> bool:
         """Whether there is room for one more as large as the largest."""
         taken = [sum(t.nbytes for t in tensors) for tensors in list(self._kept.values())]
         return len(taken) < ALWAYS or sum(taken) + max(taken) <= BUDGET
 
     def _make_room(self) -> bool:
-        oldest = next(size for size in self._last if size in self._kept)
-        if self._calls - self._last[oldest] <= STALE:
+        oldest = next((size for size in list(self._last) if size in self._kept), None)
+        if oldest is None or self._calls - self._last.get(oldest, 0) <= STALE:
             return False
         self._forget(oldest)
         return self._has_room()
