@@ -8,7 +8,6 @@ padding: a fused model has as many as it had before. What is never multiplied, i
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -82,14 +81,14 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Finder:
-    """Registers the formulas where the counter is imported, once: it imports Triton, and we do
-    not."""
+    """Registers the formulas where the counter is imported: it imports Triton, and we do not."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # A spec that is only looked up changes nothing: the next one is asked for, too.
+        found = (f.find_spec(name, path, target) for f in list(sys.meta_path) if f is not self)
+        spec = next((s for s in found if s is not None), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

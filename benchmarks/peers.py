@@ -116,7 +116,7 @@ class Ours(Eager):
             return 0
         with torch.no_grad():
             converted(x)
-        return converted.kept_bytes()
+        return converted._kept_bytes()
 
 
 class Compiled:

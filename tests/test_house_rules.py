@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("aspp_ext", "benchmarks", "csrc", "examples", "scripts", "tests")
+FOLDERS = ("aspp_ext", "benchmarks", "csrc", "docs", "examples", "scripts", "tests")
 PYTHON, CXX = {".py", ".pyi"}, {".cpp", ".h", ".cu", ".cuh"}
 TEXTS = {".md", ".toml", ".txt", ".yaml", ".in", ".csv", ".json"}
 MAX_LINES, MAX_MEDIAN, MAX_COLUMNS = 500, 150, 100

@@ -147,6 +147,7 @@ def test_export(evaluated: tuple, strict: bool) -> None:
         x = features(3, height=10)
         torch.testing.assert_close(program.module()(x), original(x), **TIGHT)
     assert program.state_dict.keys() == original.state_dict().keys()
+    assert any("aspp_inference" in str(node.target) for node in program.graph.nodes)
 
 
 def test_trace_depends_on_the_parameters(evaluated: tuple) -> None:

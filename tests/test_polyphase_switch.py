@@ -227,6 +227,15 @@ def test_sizes_are_kept_within_the_budget(ours, spy, monkeypatch) -> None:
     ) * 2
 
 
+def test_a_size_that_turns_out_too_large_is_not_kept(ours, spy, monkeypatch) -> None:
+    monkeypatch.setattr(prepared, "BUDGET", 5000)
+    for height, spy.bytes in ((3, 1024), (4, 1024), (5, 8192), (6, 1024)):
+        ours(features(height=height))
+    ours(features(height=5))
+    assert [height for height, _ in spy.sizes] == [3, 4, 5, 6]
+    assert max(m[0].nbytes for m in ours._aspp_ext_folded.prepared._kept.values()) == 1024
+
+
 def test_two_sizes_are_kept_whatever_they_take(ours, spy, monkeypatch) -> None:
     spy.bytes = 1024
     monkeypatch.setattr(prepared, "BUDGET", 1000)

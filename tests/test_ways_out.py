@@ -9,7 +9,17 @@ import warnings
 
 import pytest
 import torch
-from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, Pair, features, smp_aspp, torchvision_aspp
+from aspp_pairs import (
+    CHANNELS,
+    PAIRS,
+    RATES,
+    WIDTH,
+    Pair,
+    features,
+    smp,
+    smp_aspp,
+    torchvision_aspp,
+)
 from processes import said_by_python
 from torch import nn
 from torch.nn.utils import parametrize
@@ -135,11 +145,9 @@ def test_openvino_converts_what_is_unfused(name: str) -> None:
         torch.testing.assert_close(torch.from_numpy(got), ours(x))
 
 
-FUSABLE = {
-    "torchvision": torchvision_aspp,
-    "smp dense": lambda: smp_aspp(False),
-    "smp separable": lambda: smp_aspp(True),
-}
+FUSABLE = {"torchvision": torchvision_aspp}
+if smp is not None:
+    FUSABLE |= {"smp dense": lambda: smp_aspp(False), "smp separable": lambda: smp_aspp(True)}
 each_fusable = pytest.mark.parametrize("make", FUSABLE.values(), ids=FUSABLE.keys())
 
 
@@ -216,6 +224,12 @@ def test_a_class_that_somebody_derived_is_left_with_a_warning(make) -> None:
         def forward(self, x):
             return super().forward(x) + 1
 
+    class Bare(kind):
+        pass
+
+    model.__class__ = Bare
+    with pytest.warns(UserWarning, match="left these modules fused"):
+        assert type(unfuse(model)) is Bare
     model.__class__ = Mine
     with pytest.warns(UserWarning, match="left these modules fused: 0: .*Mine is a subclass of"):
         unfuse(nn.Sequential(model))
@@ -228,11 +242,11 @@ import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 import aspp_ext, sys
 sys.path.insert(0, "tests")
-from aspp_pairs import CHANNELS, smp_aspp, torchvision_aspp
+from aspp_pairs import CHANNELS, smp, smp_aspp, torchvision_aspp
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = dist.init_device_mesh("cpu", (1,))
 x = torch.randn(2, CHANNELS, 5, 6)
-for plain in (torchvision_aspp(), smp_aspp(False), smp_aspp(True)):
+for plain in [torchvision_aspp(), *([smp_aspp(False), smp_aspp(True)] if smp else [])]:
     plain.eval()
     model = torch.nn.Sequential(aspp_ext.fuse(copy.deepcopy(plain)))
     fully_shard(model[0], mesh=mesh)

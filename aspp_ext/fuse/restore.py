@@ -39,7 +39,8 @@ def _without_fused(kind: Any) -> type[nn.Module] | None:
     if "original" in vars(kind):
         return kind.original
     home = sys.modules.get(kind.__module__)
-    if getattr(home, kind.__name__, None) is kind or "forward" in vars(kind):
+    written = getattr(home, kind.__name__, None) is kind or "<locals>" in kind.__qualname__
+    if written or "forward" in vars(kind):
         return None
     bases = [
         _without_fused(base) if issubclass(base, FusedForward) else base for base in kind.__bases__

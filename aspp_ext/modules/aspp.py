@@ -119,8 +119,9 @@ class ASPP(FusedForward, LayeredASPP):
     State-dict keys, their order, shapes and initial values are those of
     ``torchvision.models.segmentation.deeplabv3.ASPP``; with ``separable=True`` they are those of
     the separable ASPP of segmentation_models_pytorch. In eval mode without gradients the batch
-    norms are folded into the weights once and the copy is reused until a parameter or buffer
-    changes, which each call looks for unless :func:`aspp_ext.freeze` has promised that none does.
+    norms are folded into the weights; on the CPU once, and each call looks whether a parameter or
+    buffer has changed, elsewhere in each call, unless :func:`aspp_ext.freeze` promises that none
+    does.
     ``torch.jit.script`` compiles the layers one by one.
 
     Args:

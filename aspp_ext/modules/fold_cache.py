@@ -27,7 +27,7 @@ class FoldCache:
     """The folded copy in one dtype on one device, and the evidence.
 
     Attributes:
-        head: whose copy it is.
+        head: whose copy it is, if it is frozen.
         folded: the copy.
         prepared: its weights as minimal filtering takes them, several times their memory.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 from aspp_ext.ops.checks import check_module
 
-from .fused import FusedForward
+from .fused import FROZEN, FusedForward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,5 +51,7 @@ def _promise(name: str, model: Model, frozen: bool) -> Model:
         )
     for module in fused:
         module.drop_folded()
-        module.frozen = frozen
+        vars(module).pop(FROZEN, None)
+        if frozen:
+            vars(module)[FROZEN] = True
     return model

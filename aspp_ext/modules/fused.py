@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
@@ -28,8 +27,9 @@ from .head import Head, forward_layers, gives_channels_last
 from .parts import Unfusable, check_classes, check_shapes
 from .untouched import changed_methods
 
-_CACHE = "_aspp_ext_folded"
-SETTINGS = ("pool_batch_of_one", "polyphase", "frozen")
+# What is ours in an instance, beside attributes that may be the user's.
+_CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"
+SETTINGS = ("pool_batch_of_one", "polyphase", FROZEN)
 
 
 class FusedForward(nn.Module):
@@ -42,13 +42,11 @@ class FusedForward(nn.Module):
             statistics, which stay as they are).
         polyphase: whether the CPU may compute dense branches by minimal filtering, for which the
             folded copy keeps prepared weights, several times the memory of the branches' own.
-        frozen: the promise of :func:`aspp_ext.freeze`.
     """
 
     original: ClassVar[type[nn.Module]]
     pool_batch_of_one = "error"
     polyphase = True
-    frozen = False
 
     @classmethod
     def describe(cls, module: nn.Module) -> Head:
@@ -120,7 +118,7 @@ class FusedForward(nn.Module):
     def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
         """What is used without a look at what it was made of."""
         cache = self.__dict__.get(_CACHE)
-        if not self.frozen or cache is None or cache.head is None or self.training:
+        if cache is None or cache.head is None or self.training:
             return None
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return None
@@ -133,19 +131,20 @@ class FusedForward(nn.Module):
         cache = self.__dict__.get(_CACHE)
         if cache is not None and cache.holds(head, dtype):
             return cache
-        if not can_keep(head, frozen=self.frozen):
+        frozen = bool(self.__dict__.get(FROZEN))
+        if not can_keep(head, frozen=frozen):
             return None
         check_shapes(head)
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
-            cache = FoldCache(head, dtype, frozen=self.frozen)
+            cache = FoldCache(head, dtype, frozen=frozen)
         if head.project.weight.is_cuda:
             # Another thread may read the copy on another stream.
             torch.cuda.current_stream(head.project.weight.device).synchronize()
         self.__dict__[_CACHE] = cache
         return cache
 
-    def kept_bytes(self) -> int:
+    def _kept_bytes(self) -> int:
         """Memory of the weights that are prepared for minimal filtering."""
         cache = self.__dict__.get(_CACHE)
         return 0 if cache is None else cache.prepared.nbytes
@@ -192,8 +191,11 @@ def _needs_plain_operators() -> bool:
         return torch.onnx.is_in_onnx_export()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    # A mode may give the functions that the layers call another meaning.
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    # A mode may give the functions that the layers call another meaning; PyTorch's own, of devices
+    # and of export, do not.
+    return not all(
+        type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack()
+    )
 
 
 def _is_traced() -> bool:

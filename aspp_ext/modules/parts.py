@@ -182,18 +182,17 @@ def check_shapes(head: Head) -> None:
     """Refuses a layer that computes with other shapes than it says of itself."""
     for conv in head.convs():
         inputs = conv.in_channels // conv.groups
-        _check_shape(
-            "a convolution's weight", conv.weight, conv.out_channels, inputs, *conv.kernel_size
-        )
+        _check_shape(conv, "weight", conv.out_channels, inputs, *conv.kernel_size)
     for norm in head.norms():
         for name in ("weight", "bias", "running_mean", "running_var"):
-            if (vector := getattr(norm, name)) is not None:
-                _check_shape(f"a norm's {name}", vector, norm.num_features)
+            _check_shape(norm, name, norm.num_features)
 
 
-def _check_shape(name: str, tensor: Tensor, *sizes: int) -> None:
-    if tuple(tensor.shape) != sizes:
-        raise Unfusable(f"{name} has the shape {list(tensor.shape)}, not {list(sizes)}")
+def _check_shape(module: nn.Module, name: str, *sizes: int) -> None:
+    tensor: Tensor | None = getattr(module, name)
+    if tensor is not None and tuple(tensor.shape) != sizes:
+        shapes = f"has the shape {list(tensor.shape)}, not {list(sizes)}"
+        raise Unfusable(f"the {name} of {module} {shapes}")
 
 
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:

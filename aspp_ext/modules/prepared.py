@@ -36,6 +36,7 @@ class PreparedWeights:
         self._folded = folded
         self._kept: dict[Size, list[Tensor]] = {}
         self._last: dict[Size, int] = {}  # the call in which a size, kept or not, last came
+        self._bytes: dict[Size, int] = {}  # what a size took when it was prepared
         self._calls = 0
 
     def of(self, height: int, width: int) -> list[Tensor] | None:
@@ -50,12 +51,14 @@ class PreparedWeights:
         kept = self._kept.get(size)
         if kept is not None:
             return kept
-        if not self._has_room() and not (again and self._make_room()):
+        if not self._has_room(size) and not (again and self._make_room(size)):
             return None
         # Outside inference mode, as the folded copy.
         with torch.inference_mode(False), torch.no_grad():
             made = polyphase_weights(self._folded.weights, self._folded.atrous_rates, height, width)
-        self._kept[size] = made
+        self._bytes[size] = sum(t.nbytes for t in made)
+        if self._has_room(size):
+            self._kept[size] = made
         return made
 
     @property
@@ -63,18 +66,21 @@ class PreparedWeights:
         """Of all that is kept."""
         return sum(t.nbytes for tensors in list(self._kept.values()) for t in tensors)
 
-    def _has_room(self) -> bool:
-        """Whether there is room for one more as large as the largest."""
-        taken = [sum(t.nbytes for t in tensors) for tensors in list(self._kept.values())]
-        return len(taken) < ALWAYS or sum(taken) + max(taken) <= BUDGET
+    def _has_room(self, size: Size) -> bool:
+        """Whether there is room; until a size is known it counts as much as the largest."""
+        taken = [self._bytes.get(kept, 0) for kept in list(self._kept)]
+        if len(taken) < ALWAYS:
+            return True
+        return sum(taken) + self._bytes.get(size, max(taken)) <= BUDGET
 
-    def _make_room(self) -> bool:
+    def _make_room(self, size: Size) -> bool:
         oldest = next((size for size in list(self._last) if size in self._kept), None)
         if oldest is None or self._calls - self._last.get(oldest, 0) <= STALE:
             return False
         self._forget(oldest)
-        return self._has_room()
+        return self._has_room(size)
 
     def _forget(self, size: Size) -> None:
         self._last.pop(size, None)
         self._kept.pop(size, None)
+        self._bytes.pop(size, None)

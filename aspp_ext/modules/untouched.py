@@ -18,17 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Methods on the way from calling a module to its result.
-_ON_THE_WAY = (
-    "__call__",
-    "_wrapped_call_impl",
-    "_call_impl",
-    "forward",
-    "_conv_forward",
-    "_check_input_dim",
-    "__getattr__",
-    "__iter__",
-)
+# Methods on the way from calling a module to its result. PyTorch's tracers replace the first ones
+# for a while, by functions that call what was there.
+_CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+_ON_THE_WAY = (*_CALLING, "forward", "_conv_forward", "_check_input_dim", "__iter__")
 # What the layers call in turn, in torch.nn.functional.
 _FUNCTIONS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
 
@@ -88,6 +81,8 @@ def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
     owner = next((base for base in kind.__mro__ if name in vars(base)), None)
     if owner is None:
         return True
+    if name in _CALLING and _is_of_pytorch(method):
+        return True
     home = sys.modules.get(owner.__module__)
     if home is None or not _is_written_in(method, home):
         return False
@@ -98,3 +93,9 @@ def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
 def _is_written_in(function: Callable[..., Any], home: types.ModuleType) -> bool:
     """Not by its name, which functools.wraps passes on."""
     return isinstance(function, types.FunctionType) and function.__globals__ is vars(home)
+
+
+def _is_of_pytorch(function: Any) -> bool:
+    if not isinstance(function, types.FunctionType):
+        return False
+    return str(function.__globals__.get("__name__")).startswith("torch.")

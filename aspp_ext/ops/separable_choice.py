@@ -23,30 +23,29 @@ if TYPE_CHECKING:
     from .. import _plan
 
 WAY = "ASPP_EXT_SEPARABLE"
-"""Read when the library is loaded; :func:`separable_way` changes it."""
+"""Read when the package is imported; :func:`separable_way` changes what was read."""
+
+way = os.environ.get(WAY, "")
 
 EMULATED_SHARED_BYTES = 227 << 10
 """Shared memory of a block where csrc/cuda/emulation takes the device's place."""
 
 
 @contextlib.contextmanager
-def separable_way(way: str) -> Iterator[None]:
+def separable_way(asked: str) -> Iterator[None]:
     """Which way CUDA's separable forward takes inside, on all threads.
 
     Args:
-        way: "fused", "stored", or "" for its own choice.
+        asked: "fused", "stored", or "" for its own choice.
     """
+    global way
     kernels = _native.emulated or _native.cuda_missing is None
-    before = os.environ.get(WAY)
-    loaded = torch.ops.aspp_ext.separable_way(way) if kernels else ""
-    os.environ[WAY] = way
+    before, way = way, asked
+    loaded = torch.ops.aspp_ext.separable_way(asked) if kernels else ""
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[WAY]
-        else:
-            os.environ[WAY] = before
+        way = before
         if kernels:
             torch.ops.aspp_ext.separable_way(loaded)
 

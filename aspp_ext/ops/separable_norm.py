@@ -10,7 +10,6 @@ after the other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +21,13 @@ from torch.autograd import forward_ad
 from .. import _native
 from ..dispatch import Problem, select
 from ..reference import within
-from . import checks
+from . import checks, separable_choice
 from .checks import Rate
 from .family import NATIVE
 from .formats import in_strides_of, in_strides_of_image, is_channels_last
 from .precision import allows_tf32
 from .registration import under_autocast
-from .separable_choice import WAY, fused_choice
+from .separable_choice import fused_choice
 from .separable_norm_operators import OP as _OP
 from .separable_norm_operators import wide
 
@@ -182,7 +181,7 @@ def _stores(
     ASPP_EXT_SEPARABLE decides first, as in the forward: "fused" computes them again. The planner
     cannot be traced: a compiled step computes them again, too.
     """
-    wish = os.environ.get(WAY)
+    wish = separable_choice.way
     if wish in ("fused", "stored"):
         return wish == "stored"
     if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
