@@ -166,14 +166,21 @@ def test_a_forward_replaced_on_a_class_of_the_pyramid(name, kind, monkeypatch) -
     assert "forward is replaced" in reasons(ours)[0]
 
 
-@pytest.mark.parametrize("name", ["conv2d", "batch_norm", "relu", "adaptive_avg_pool2d"])
-def test_a_replaced_function(pair: Pair, name: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *((F, name) for name in ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d")),
+        *((torch, name) for name in ("cat", "relu", "batch_norm")),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_replaced_function(pair: Pair, module, name: str, monkeypatch) -> None:
     """As counters of operations do."""
     original, ours = pair.build()
     before = agree(original, ours)
-    monkeypatch.setattr(F, name, doubled(getattr(F, name)))
+    monkeypatch.setattr(module, name, doubled(getattr(module, name)))
     assert not torch.allclose(agree(original, ours), before)
-    assert reasons(ours) == [f"torch.nn.functional.{name} is replaced"]
+    assert reasons(ours) == [f"{module.__name__}.{name} is replaced"]
 
 
 class Padded(torch.overrides.TorchFunctionMode):
@@ -212,6 +219,44 @@ def test_tensors_of_other_shapes_than_a_layer_says(change) -> None:
         errors.append(str(error.value))
     assert errors[0] == errors[1]
     assert reasons(ours)[0] is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: vars(m.convs[1][0]).update(dilation=3, padding=3),
+        lambda m: vars(m.convs[1][0]).update(kernel_size=3),
+        lambda m: delattr(m.convs[1][0], "out_channels"),
+        lambda m: vars(m).update(project=lambda y: 2 * y),
+        lambda m: setattr(m.convs[0][1], "running_mean", m.convs[0][1].running_mean[:1].expand(8)),
+    ],
+    ids=["ints", "an int", "less", "in front", "expanded"],
+)
+def test_what_pytorch_reads_otherwise(pair: Pair, change) -> None:
+    original, ours = (m.eval() for m in pair.build())
+    if isinstance(ours.convs[1][0], nn.Sequential):
+        pytest.skip("has no dense convolution there")
+    for module in (original, ours):
+        change(module)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(features()), original(features()), **TIGHT)
+    fuse_report(ours)
+
+
+@pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
+def test_weights_of_other_layouts_are_refused_by_the_layers(layout) -> None:
+    ours = ASPP(CHANNELS, RATES, WIDTH).eval().requires_grad_(False)
+    ours(features().float())
+    weight = ours.convs[0][0].weight
+    weight = weight.to_sparse() if layout == "sparse" else weight.to_mkldnn()
+    del ours.convs[0][0].weight
+    ours.convs[0][0].weight = weight
+    said = []
+    for run in (ours, functools.partial(LayeredASPP.forward, ours)):
+        with pytest.raises(Exception) as error:
+            run(features().float())
+        said.append(str(error.value).splitlines()[0])
+    assert said[0] == said[1]
 
 
 def test_what_was_replaced_is_compiled_too(fresh_compiler) -> None:

@@ -161,6 +161,32 @@ def test_long_tensors_count_to_the_last_byte(count: int) -> None:
         assert checksums([x]) != before
 
 
+@pytest.mark.settings("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_two_changes_do_not_undo_each_other(dtype) -> None:
+    """The same change of any two elements, as of signs."""
+    torch.manual_seed(0)
+    x = torch.randn(200).to(dtype)
+    pairs = [(i, j) for i in range(200) for j in range(i)]
+    flipped = x.repeat(len(pairs), 1)
+    rows = torch.arange(len(pairs))
+    for side in (0, 1):
+        flipped[rows, [pair[side] for pair in pairs]] *= -1
+    sums = checksums([x, *flipped])
+    assert len(set(sums.tolist())) == len(pairs) + 1
+
+
+@pytest.mark.settings("isa")
+def test_a_value_that_moves_is_seen() -> None:
+    x = torch.zeros(4096, dtype=torch.int32)
+    sums = []
+    for at in range(0, 4096, 3):
+        x[at] = 1
+        sums.append(checksums([x]).item())
+        x[at] = 0
+    assert len(set(sums)) == len(sums)
+
+
 def test_checksums_know_shapes_strides_and_dtypes() -> None:
     x = torch.zeros(4, 6)
     views = [x, x.view(6, 4), x.view(torch.int32), x[:2], x.t(), x[:, ::2], x.view(-1), x[:0]]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import warnings
 
@@ -213,6 +214,27 @@ def test_unfuse_under_a_wrapped_forward(make) -> None:
         assert torch.equal(model(x), 2 * plain(x))
     del model.forward, model._old_forward
     assert fuse_report(model)[0].reason is None
+
+
+WRAPPERS = {
+    "closure": lambda old: lambda x: old(x),
+    "partial": functools.partial,
+    "no_grad": lambda old: torch.no_grad()(old),
+    "wraps": lambda old: functools.wraps(old)(lambda *a, **k: old(*a, **k)),
+}
+
+
+@each_fusable
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_unfuse_under_whatever_holds_the_old_forward(make, wrap) -> None:
+    plain = make().eval()
+    model = fuse(copy.deepcopy(plain))
+    model.forward = wrap(model.forward)
+    x = torch.randn(1, CHANNELS, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+        unfuse(model)
+        assert torch.equal(model(x), plain(x))
 
 
 @each_fusable

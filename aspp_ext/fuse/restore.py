@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
 from typing import Any
 
 from torch import nn
@@ -19,12 +18,10 @@ def restore(module: FusedForward) -> str | None:
     plain = _without_fused(kind)
     if plain is None:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of the fused class"
-    original = module.original
     module.drop_folded()
     for setting in SETTINGS:
         vars(module).pop(setting, None)
     module.__class__ = plain  # type: ignore[assignment]
-    _rebind(module, kind, original)
     return None
 
 
@@ -49,13 +46,3 @@ def _without_fused(kind: Any) -> type[nn.Module] | None:
         return None
     body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     return type(kind.__name__.replace("Fused", ""), tuple(bases), body)  # type: ignore[arg-type]
-
-
-def _rebind(module: nn.Module, fused: type[nn.Module], original: type[nn.Module]) -> None:
-    """Methods that wrappers have put aside, as accelerate's hooks do in ``_old_forward``."""
-    for name, value in list(vars(module).items()):
-        if not isinstance(value, types.MethodType) or value.__self__ is not module:
-            continue
-        called = value.__func__.__name__
-        if value.__func__ is getattr(fused, called, None) and hasattr(original, called):
-            vars(module)[name] = types.MethodType(getattr(type(module), called), module)

@@ -69,7 +69,7 @@ def _slots(head: Head) -> list[Tensor | None]:
 def can_keep(head: Head, *, frozen: bool) -> bool:
     """Whether a copy can be kept for later calls."""
     for tensor in sources(head):
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return False  # may hold its values anywhere
         if tensor.device.type != ("cpu" if not frozen else head.project.weight.device.type):
             return False
@@ -86,4 +86,5 @@ def _evidence(head: Head) -> tuple[list[object], Tensor]:
 
 def _settings(head: Head) -> list[object]:
     eps = [norm.eps for norm in head.norms()]
-    return [*(b.rate for b in head.branches), *eps, *(t is None for t in _slots(head))]
+    kinds = (None if t is None else (type(t), t.layout, t.device) for t in _slots(head))
+    return [*(b.rate for b in head.branches), *eps, *kinds]

@@ -69,7 +69,11 @@ class FusedForward(nn.Module):
         check_classes(cls.original)
         if names := [name for name in changed_methods(module) if name != "forward"]:
             raise Unfusable(f"its {names[0]} is replaced")
-        return cls.describe(module)
+        try:
+            return cls.describe(module)
+        except (AttributeError, TypeError) as error:
+            # PyTorch reads other things of a layer, an int where we expect a pair for instance.
+            raise Unfusable(f"it cannot be read: {error}") from error
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -177,11 +181,17 @@ def _forward_like(original: type[nn.Module]) -> Any:
     sees.
     """
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.compute(*args, **kwargs)
-
     plain = original.forward
-    ours = types.FunctionType(forward.__code__, plain.__globals__, "forward")
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        compute = getattr(self, "compute", None)
+        if compute is None:  # unfused, under a wrapper that has kept this
+            return plain(self, *args, **kwargs)
+        return compute(*args, **kwargs)
+
+    ours = types.FunctionType(
+        forward.__code__, plain.__globals__, "forward", None, forward.__closure__
+    )
     return functools.wraps(plain)(ours)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -52,7 +53,7 @@ def describe_standard(
     if _has_any_global_hook():
         raise Unfusable("a global module hook is registered, which must see every layer")
     if (name := changed_function()) is not None:
-        raise Unfusable(f"torch.nn.functional.{name} is replaced")
+        raise Unfusable(f"{name} is replaced")
     check_classes(*LAYERS, conv, pooling, separable_conv, separable_pair)
     convs, projection = children(module, "", ("convs", "project"))
     *blocks, last = part(convs, "convs", nn.ModuleList).children()
@@ -106,6 +107,8 @@ def children(module: nn.Module, at: str, expected: int | tuple[str, ...]) -> lis
         expected = tuple(map(str, range(expected)))
     if tuple(found) != expected:
         raise Unfusable(f"{at or 'the module'} has the parts {list(found)}, not {list(expected)}")
+    if any(name in module.__dict__ for name in expected):
+        raise Unfusable(f"{at or 'the module'} has attributes in front of its parts")
     return list(found.values())  # type: ignore[arg-type]
 
 
@@ -190,12 +193,18 @@ def check_shapes(head: Head) -> None:
 
 def _check_shape(module: nn.Module, name: str, *sizes: int) -> None:
     tensor: Tensor | None = getattr(module, name)
-    if tensor is not None and tuple(tensor.shape) != sizes:
+    if tensor is None:
+        return
+    if tensor.layout is not torch.strided:
+        raise Unfusable(f"the {name} of {module} is {tensor.layout}")
+    if tuple(tensor.shape) != sizes:
         shapes = f"has the shape {list(tensor.shape)}, not {list(sizes)}"
         raise Unfusable(f"the {name} of {module} {shapes}")
 
 
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
+    if conv.weight is None:
+        raise Unfusable(f"{at} has no weight")
     if conv.stride != (1, 1):
         raise Unfusable(f"{at} has stride={conv.stride}")
     if conv.padding_mode != "zeros":

@@ -25,6 +25,9 @@ _ON_THE_WAY = (*_CALLING, "forward", "_conv_forward", "_check_input_dim", "__ite
 # What the layers call in turn, in torch.nn.functional.
 _FUNCTIONS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
 
+# What those call.
+_OPERATORS = ("batch_norm", "relu", "relu_", "cat")
+
 # class or module -> what was found to be the author's own
 _known: dict[Any, list[Any]] = {}
 
@@ -66,12 +69,15 @@ def changed_class(kind: type[nn.Module]) -> str | None:
 
 @_known_when_compiling
 def changed_function() -> str | None:
-    """The name of a function in ``torch.nn.functional`` that is not PyTorch's."""
+    """The name of a function that the layers call and that is not PyTorch's."""
     functions = [getattr(F, name) for name in _FUNCTIONS]
+    functions += [getattr(torch, name) for name in _OPERATORS]
     if functions == _known.get(F):
         return None
-    for name, function in zip(_FUNCTIONS, functions, strict=True):
-        if not (function is getattr(torch, name, None) or _is_written_in(function, F)):
+    names = [f"torch.nn.functional.{name}" for name in _FUNCTIONS]
+    names += [f"torch.{name}" for name in _OPERATORS]
+    for name, function in zip(names, functions, strict=True):
+        if not (isinstance(function, types.BuiltinFunctionType) or _is_written_in(function, F)):
             return name
     _known[F] = functions
     return None

@@ -2,8 +2,9 @@
 // 64 bits that change when any byte changes, at the speed of memory.
 //
 // Lane by lane state = mix(state + word), mix being Marsaglia's xorshift (Xorshift RNGs, 2003; 13,
-// 7, 17), which is a bijection: a change of one word never gets lost, a change of several with a
-// chance of 2^-64, wherever and whatever they are, since each is stirred in by all that follow.
+// 7, 17), which is a bijection: a change of one word never gets lost, since each is stirred in by
+// all that follow. mix is linear but for the carries of the addition, so lanes are put together by
+// something that is not: else the same change a step later and a lane earlier would undo it.
 #pragma once
 
 #include "vector.h"
@@ -17,6 +18,13 @@ inline V stir(V state, V words) {
   state ^= state >> 7;
   state ^= state << 17;
   return state;
+}
+
+// The end of splitmix64 (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014).
+inline uint64_t scatter(uint64_t word) {
+  word = (word ^ (word >> 30)) * 0xbf58476d1ce4e5b9;
+  word = (word ^ (word >> 27)) * 0x94d049bb133111eb;
+  return word ^ (word >> 31);
 }
 
 inline uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {
@@ -39,9 +47,9 @@ inline uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {
     std::memcpy(rest, data + at, size_t(bytes - at));
     add(rest);
   }
-  uint64_t all = stir(seed, uint64_t(bytes));
+  uint64_t all = scatter(seed + uint64_t(bytes));
   for (const Words64& words : chain) {
-    for (int lane = 0; lane < kLanes<uint64_t>; ++lane) all = stir(all, uint64_t(words[lane]));
+    for (int lane = 0; lane < kLanes<uint64_t>; ++lane) all = scatter(all + uint64_t(words[lane]));
   }
   return all;
 }
