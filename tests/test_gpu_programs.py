@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from aspp_ext.ops import separable_choice
 from benchmarks import cudnn_baselines, machine, peers, report
 from benchmarks.gpu import calls, counters, device, kernels, problems, run
 from benchmarks.gpu import peers as gpu_peers
 
 CPU = ["--device", "cpu"]
-WAY = "ASPP_EXT_SEPARABLE"
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -182,12 +181,12 @@ def test_a_separable_forward_of_cuda_is_timed_through_memory_too(monkeypatch):
     assert stored.name == "cuda-forward-separable-NHWC-stored"
     seen = []
     monkeypatch.setattr(
-        calls, "forward", lambda call: lambda: seen.append((call.what, os.environ[WAY]))
+        calls, "forward", lambda call: lambda: seen.append((call.what, separable_choice.way))
     )
-    monkeypatch.delenv(WAY, raising=False)
+    before = separable_choice.way
     stored.build()()
     assert seen == [("forward separable NHWC", "stored")]
-    assert WAY not in os.environ
+    assert separable_choice.way == before
 
 
 def test_the_breakdown_adds_up():
