@@ -17,8 +17,8 @@ _OP = "checksums"
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
     """64 bits of each tensor that change with any of its bytes, its sizes, strides or dtype.
 
-    At the speed of memory. A change of one element is never lost; several may undo each other with
-    a chance of about 2^-64.
+    At the speed of memory. A change of one word of 8 bytes is never lost; several can undo each
+    other by accident alone.
 
     Args:
         tensors: one or more on the CPU, of any dtype and memory format.
