@@ -175,7 +175,7 @@ def test_the_result_lies_in_memory_as_asked(head, asked, backend) -> None:
             got = aspp_ext.aspp_inference(*call, backend=backend, channels_last=asked)
         composed = aspp_inference(x, depthwise, weights, rates, *rest, channels_last=asked)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            fake = head.native(x, depthwise, weights, rates, *rest, 1, None, asked)
+            fake = head.native(x, depthwise, weights, rates, *rest, channels_last=asked)
         assert torch.equal(got, expected)
         for result in (got, composed, fake):
             assert is_channels_last(result) == (last if asked is None else asked)

@@ -97,7 +97,8 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
     else:
         y = atrous_pyramid(x, weights, rates, bias=bias, polyphase=polyphase)
     y = joint_norm(norms, y, mean, squares) if joined else _norm_each(norms, y)
-    y = y.relu_()
+    # What a subclass of Tensor makes inside an autograd function is a view, not to be written over.
+    y = y.relu_() if type(y) is Tensor else y.relu()
 
     pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
     if pool_by_running_stats:
