@@ -55,13 +55,12 @@ def panorama(conv: nn.Module) -> None:
     conv._conv_forward = types.MethodType(wrap_around, conv)
 
 
-def last_conv(aspp: nn.Module) -> nn.Module:
-    *_, conv = (m for m in aspp.convs[1].modules() if isinstance(m, nn.Conv2d))
-    return conv
+def atrous_conv(aspp: nn.Module) -> nn.Module:
+    return next(m for m in aspp.convs[1].modules() if isinstance(m, nn.Conv2d))
 
 
 PARTS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], None]]] = {
-    "_conv_forward of an atrous convolution": (last_conv, panorama),
+    "_conv_forward of an atrous convolution": (atrous_conv, panorama),
     "_conv_forward of the projection": (lambda m: m.project[0], on_instance("_conv_forward")),
     "forward of a convolution": (lambda m: m.convs[0][0], on_instance("forward")),
     "forward of a norm": (lambda m: m.convs[0][1], on_instance("forward")),
@@ -80,10 +79,13 @@ PARTS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], N
 def agree(original: nn.Module, ours: nn.Module) -> Tensor:
     """In training, in eval, and in eval with gradients; returns the result in eval."""
     original.project[3].p = ours.project[3].p = 0
+    before = copy.deepcopy(original.state_dict())
     for training, grad in ((True, True), (False, True), (False, False)):
         with torch.set_grad_enabled(grad):
             expected, got = (m.train(training)(features()) for m in (original, ours))
         torch.testing.assert_close(got, expected, **TIGHT)
+        for module in (original, ours):
+            module.load_state_dict(before)
     return got
 
 
@@ -259,9 +261,58 @@ def test_weights_of_other_layouts_are_refused_by_the_layers(layout) -> None:
     assert said[0] == said[1]
 
 
+def compiled(module: nn.Module) -> Callable[[], Tensor]:
+    run = torch.compile(module.eval(), backend="eager", fullgraph=True)
+    return torch.no_grad()(lambda: run(features()))
+
+
 def test_what_was_replaced_is_compiled_too(fresh_compiler) -> None:
-    ours = ASPP(CHANNELS, RATES, WIDTH).double().eval()
+    ours = ASPP(CHANNELS, RATES, WIDTH).double()
     panorama(ours.convs[1][0])
-    with torch.no_grad():
-        got = torch.compile(ours, backend="aot_eager", fullgraph=True)(features())
-        torch.testing.assert_close(got, LayeredASPP.forward(ours, features()), **TIGHT)
+    got = compiled(ours)()
+    torch.testing.assert_close(got, LayeredASPP.forward(ours, features()), **TIGHT)
+
+
+def check_after_compiling(name: str, part: str) -> None:
+    find, change = PARTS[part]
+    original, ours = PAIRS[name].build()
+    run = compiled(ours)
+    before = run()
+    for module in (original.eval(), ours):
+        change(find(module))
+    expected = original(features())
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(run(), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_method_replaced_after_compiling(part: str, fresh_compiler) -> None:
+    check_after_compiling("fused torchvision", part)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_convolution_replaced_after_compiling(name: str, fresh_compiler) -> None:
+    check_after_compiling(name, "_conv_forward of an atrous convolution")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (nn.Conv2d, "forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.BatchNorm2d, "forward"),
+        (nn.ReLU, "forward"),
+        (LayeredASPP, "forward"),
+        (F, "conv2d"),
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_replaced_for_all_after_compiling(owner, name, fresh_compiler, monkeypatch) -> None:
+    ours = randomise(ASPP(CHANNELS, RATES, WIDTH)).double()
+    run = compiled(ours)
+    before = run()
+    method = getattr(owner, name)  # Dynamo takes what functools.wraps makes for the function itself
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2 * method(*args, **kwargs))
+    expected = LayeredASPP.forward(ours, features())
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(run(), expected, **TIGHT)

@@ -38,8 +38,23 @@ def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _guard(owner: Any, names: tuple[str, ...]) -> None:
+    """Lets Dynamo compile again once one of these is replaced: it guards what it sees compared."""
+    for name in names:
+        _ = getattr(owner, name) is None
+
+
+@_known_when_compiling
+def _guarded(kind: type) -> tuple[str, ...]:
+    """Of what Dynamo reads as Python does, what a class has: absence is guarded slowly."""
+    names = ("_call_impl", "forward", "_conv_forward", "_check_input_dim")
+    return tuple(name for name in names if hasattr(kind, name))
+
+
 def changed_methods(module: nn.Module) -> list[str]:
     """The names of the methods that are replaced on the instance."""
+    if torch.compiler.is_compiling():
+        _guard(module, _guarded(type(module)))
     return _methods_among(type(module), *module.__dict__)
 
 
@@ -54,9 +69,15 @@ def _methods(kind: Any) -> frozenset[str]:
     return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
 
 
-@_known_when_compiling
 def changed_class(kind: type[nn.Module]) -> str | None:
     """The name of a method of the class, or of a class above it, that is not its author's."""
+    if torch.compiler.is_compiling():
+        _guard(kind, _guarded(kind))
+    return _changed_class(kind)
+
+
+@_known_when_compiling
+def _changed_class(kind: type[nn.Module]) -> str | None:
     methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
     if methods == _known.get(kind):
         return None
@@ -67,9 +88,16 @@ def changed_class(kind: type[nn.Module]) -> str | None:
     return None
 
 
-@_known_when_compiling
 def changed_function() -> str | None:
     """The name of a function that the layers call and that is not PyTorch's."""
+    if torch.compiler.is_compiling():
+        _guard(F, _FUNCTIONS)
+        _guard(torch, _OPERATORS)
+    return _changed_function()
+
+
+@_known_when_compiling
+def _changed_function() -> str | None:
     functions = [getattr(F, name) for name in _FUNCTIONS]
     functions += [getattr(torch, name) for name in _OPERATORS]
     if functions == _known.get(F):
