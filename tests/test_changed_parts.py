@@ -200,6 +200,31 @@ def test_a_mode_that_sees_functions(pair: Pair) -> None:
         assert reasons(ours) == [None]
 
 
+TENSORS = {
+    "weight": lambda m: (m.convs[1][0], "weight"),
+    "projection": lambda m: (m.project[0], "weight"),
+    "scale": lambda m: (m.convs[0][1], "weight"),
+    "variance": lambda m: (m.convs[-1][2], "running_var"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_of_another_dtype(name, dtype) -> None:
+    """PyTorch mixes no others than low precision with norms in float32."""
+    ours = ASPP(CHANNELS, RATES, WIDTH).eval().requires_grad_(False)
+    ours(features().float())
+    layer, attribute = TENSORS[name](ours)
+    getattr(layer, attribute).data = getattr(layer, attribute).to(dtype)
+    said = []
+    for run in (ours, functools.partial(LayeredASPP.forward, ours)):
+        with pytest.raises(Exception) as error:
+            run(features().float())
+        said.append((type(error.value), str(error.value)))
+    assert said[0] == said[1]
+    assert reasons(ours)[0] is not None
+
+
 @pytest.mark.parametrize(
     "change",
     [

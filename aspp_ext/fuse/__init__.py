@@ -18,7 +18,7 @@ from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.fused import FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
-from aspp_ext.modules.parts import Unfusable, check_shapes
+from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.ops.checks import check_flag, check_module
 
 from .restore import restore
@@ -202,7 +202,7 @@ def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "its forward is replaced"
     try:
-        check_shapes(fused.read(module))
+        check_tensors(fused.read(module))
     except Unfusable as reason:
         return str(reason)
     return None

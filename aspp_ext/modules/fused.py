@@ -19,12 +19,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
+from aspp_ext.ops.checks import check_tensor
 from aspp_ext.ops.registration import is_autocast_on
 
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
 from .head import Head, forward_layers, gives_channels_last
-from .parts import Unfusable, check_classes, check_shapes
+from .parts import Unfusable, check_classes, check_tensors
 from .untouched import changed_methods
 
 # What is ours in an instance, beside attributes that may be the user's.
@@ -94,7 +95,7 @@ class FusedForward(nn.Module):
             layers = differentiable or _trains(head)
             cache = None if traced or layers else self._cache(head, _dtype(head, x))
             if cache is None:
-                check_shapes(head)
+                check_tensors(head)
         except Unfusable:
             return super().forward(x)
         _check_features(self, head, x)
@@ -110,7 +111,7 @@ class FusedForward(nn.Module):
             folded = fold(head, dtype)
         else:
             folded = cache.folded
-            if self.polyphase and x.device.type == "cpu":
+            if self.polyphase and x.device.type == "cpu" and x.numel():
                 prepared = cache.prepared.of(*x.shape[-2:])
         last = gives_channels_last(head)
         return head.dropout(
@@ -138,7 +139,7 @@ class FusedForward(nn.Module):
         frozen = bool(self.__dict__.get(FROZEN))
         if not can_keep(head, frozen=frozen):
             return None
-        check_shapes(head)
+        check_tensors(head)
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             cache = FoldCache(head, dtype, frozen=frozen)
@@ -232,11 +233,10 @@ def _dtype(head: Head, x: Tensor) -> torch.dtype:
 
 
 def _check_features(module: nn.Module, head: Head, x: Tensor) -> None:
-    channels = head.pool.weight.shape[1]
+    name, channels = type(module).__name__, head.pool.weight.shape[1]
+    check_tensor(name, "x", x)
     if x.dim() != 4 or x.shape[1] != channels:
-        raise ValueError(
-            f"{type(module).__name__}: x must be [N, {channels}, H, W], got {list(x.shape)}"
-        )
+        raise ValueError(f"{name}: x must be [N, {channels}, H, W], got {list(x.shape)}")
 
 
 def _wants_gradient(head: Head, x: Tensor) -> bool:

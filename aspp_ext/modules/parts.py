@@ -181,25 +181,35 @@ def check_channels(head: Head) -> None:
         raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
 
 
-def check_shapes(head: Head) -> None:
-    """Refuses a layer that computes with other shapes than it says of itself."""
+def check_tensors(head: Head) -> None:
+    """Refuses a layer that computes with other shapes than it says of itself, and mixed dtypes.
+
+    PyTorch takes norms in float32 beside convolutions in a lower precision, and no others.
+    """
+    dtype = head.project.weight.dtype
     for conv in head.convs():
         inputs = conv.in_channels // conv.groups
-        _check_shape(conv, "weight", conv.out_channels, inputs, *conv.kernel_size)
+        _check_tensor(conv, "weight", (conv.out_channels, inputs, *conv.kernel_size), dtype)
+        _check_tensor(conv, "bias", (conv.out_channels,), dtype)
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     for norm in head.norms():
         for name in ("weight", "bias", "running_mean", "running_var"):
-            _check_shape(norm, name, norm.num_features)
+            _check_tensor(norm, name, (norm.num_features,), dtype, wide)
 
 
-def _check_shape(module: nn.Module, name: str, *sizes: int) -> None:
+def _check_tensor(
+    module: nn.Module, name: str, shape: tuple[int, ...], *dtypes: torch.dtype
+) -> None:
     tensor: Tensor | None = getattr(module, name)
     if tensor is None:
         return
     if tensor.layout is not torch.strided:
         raise Unfusable(f"the {name} of {module} is {tensor.layout}")
-    if tuple(tensor.shape) != sizes:
-        shapes = f"has the shape {list(tensor.shape)}, not {list(sizes)}"
+    if tuple(tensor.shape) != shape:
+        shapes = f"has the shape {list(tensor.shape)}, not {list(shape)}"
         raise Unfusable(f"the {name} of {module} {shapes}")
+    if tensor.dtype not in dtypes:
+        raise Unfusable(f"the {name} of {module} is {tensor.dtype}, not {dtypes[0]}")
 
 
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
