@@ -28,6 +28,7 @@ except ImportError:  # a GPU machine without it still tests the other pairs
 __all__ = ["deeplabv3_resnet50", "smp", "smp_models", "torchvision"]
 
 CHANNELS, WIDTH, RATES = 12, 8, (1, 3, 9)  # rate 9 leaves the 7 x 9 map with its centre tap only
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
 
 class Pair(NamedTuple):

@@ -236,8 +236,7 @@ def pickled(d: Draws, t: Twins) -> None:
     t.ours = pickle.loads(pickle.dumps(t.ours))
 
 
-def refused(d: Draws, t: Twins) -> None:
-    """And fused again."""
+def unfused_and_fused(d: Draws, t: Twins) -> None:
     unfreeze(d, t)
     t.ours = aspp_ext.unfuse(t.ours)
     compare(d, t)
@@ -292,7 +291,7 @@ def nothing(d: Draws, t: Twins) -> None:
 
 OFTEN: list[Action] = [write, write, nothing, load, train, evaluate, evaluate, channels_last]
 SELDOM: list[Action] = [replace_data, step, contiguous_again, other_dtype, freeze, freeze, unfreeze]
-SELDOM += [deepcopied, pickled, refused, fused_twice, another_norm, other_constants]
+SELDOM += [deepcopied, pickled, unfused_and_fused, fused_twice, another_norm, other_constants]
 LAST: list[Action] = [hook, leaky]
 """After these the layers compute, so that there is less to see."""
 

@@ -11,14 +11,23 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, Pair, features, randomise, smp, torchvision
+from aspp_pairs import (
+    CHANNELS,
+    PAIRS,
+    RATES,
+    TIGHT,
+    WIDTH,
+    Pair,
+    features,
+    randomise,
+    smp,
+    torchvision,
+)
 from torch import Tensor, nn
 
 from aspp_ext.fuse import fuse, fuse_report
 from aspp_ext.modules import ASPP
 from aspp_ext.modules.aspp import ASPPConv, ASPPPooling, ASPPSeparableConv, LayeredASPP
-
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
 
 @pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())

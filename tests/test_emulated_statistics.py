@@ -11,7 +11,7 @@ import copy
 import pytest
 import statistics_checks as checks
 import torch
-from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from aspp_pairs import PAIRS, TIGHT, assert_all_close, features, train_step
 from marks import on_emulated
 from test_emulated_calls import ALLOWED, IN_PLACE, Emulation, kernels
 from torch import nn
@@ -20,7 +20,6 @@ from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS
 
 pytestmark = on_emulated
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 DENSE = [name for name in PAIRS if "separable" not in name]
 
 

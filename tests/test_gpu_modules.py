@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from aspp_pairs import PAIRS, Pair, assert_all_close, features, randomise, train_step
+from aspp_pairs import PAIRS, TIGHT, Pair, assert_all_close, features, randomise, train_step
 from gpu_cases import BY_TRITON, DEVICE, IMPLEMENTATIONS, Kernels
 from torch import nn
 
@@ -17,7 +17,6 @@ from aspp_ext.modules import ASPP, fused
 from aspp_ext.testing import OPS, PROBLEMS, assert_no_worse_than_torch
 
 pytestmark = pytest.mark.gpu
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
 

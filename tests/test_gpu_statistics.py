@@ -8,7 +8,7 @@ import copy
 import pytest
 import statistics_checks as checks
 import torch
-from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from aspp_pairs import PAIRS, TIGHT, assert_all_close, features, train_step
 from gpu_cases import BY_CUDA, DEVICE, IMPLEMENTATIONS, Kernels
 from table import dtype_id
 from test_joint_norm import make_norms, make_y, one_by_one, statistics_of, step
@@ -17,7 +17,6 @@ from aspp_ext.modules.joint_norm import joint_norm
 from aspp_ext.testing import OPS, PROBLEMS
 
 pytestmark = pytest.mark.gpu
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 DENSE = [name for name in PAIRS if "separable" not in name]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from aspp_pairs import PAIRS, TIGHT, assert_all_close, features, train_step
 from marks import on_cpu, on_native, proven_emulated, quick_emulated, varied
 from table import LOW, SEEN, check_error_law, dtype_id, each_dtype
 
@@ -22,7 +22,6 @@ pytestmark = [proven_emulated, on_native, varied]
 
 HEAD = OPS["head"]
 HEADS = {name: OPS[name] for name in ("head", "head_separable")}
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
 STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]

@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from aspp_pairs import PAIRS, assert_all_close, features, train_step
+from aspp_pairs import PAIRS, TIGHT, assert_all_close, features, train_step
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from aspp_ext.modules import head, parts
 from aspp_ext.modules.joint_norm import joinable, joint_norm, uses_statistics
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 WIDTHS = (5, 1, 8)
 LOW = (torch.bfloat16, torch.float16)
 

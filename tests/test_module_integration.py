@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from aspp_pairs import PAIRS, Pair, assert_all_close, features, train_step
+from aspp_pairs import PAIRS, TIGHT, Pair, assert_all_close, features, train_step
 from marks import varied
 from torch import nn
 from torch.autograd import forward_ad
@@ -17,7 +17,6 @@ from torch.nn.utils import parametrizations, prune
 
 pytestmark = varied
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 CHOSEN = ("ours separable", "fused torchvision", "fused smp separable")
 
 

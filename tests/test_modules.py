@@ -13,6 +13,7 @@ from aspp_pairs import (
     CHANNELS,
     PAIRS,
     RATES,
+    TIGHT,
     WIDTH,
     Pair,
     assert_all_close,
@@ -28,8 +29,6 @@ from torch import nn
 from aspp_ext.modules import ASPP, fold_cache, fused
 
 pytestmark = [proven_emulated, on_native, varied]
-
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
 
 @pytest.fixture(params=PAIRS.values(), ids=PAIRS.keys())

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, Pair, features
+from aspp_pairs import CHANNELS, PAIRS, RATES, TIGHT, WIDTH, Pair, features
 from torch import Tensor, nn
 
 import aspp_ext
 from aspp_ext.modules import ASPP, fold_cache, freeze, fused
 from aspp_ext.modules.fold_cache import sources
 from aspp_ext.ops.checksums import checksums
-
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from aspp_pairs import (
     CHANNELS,
     PAIRS,
     RATES,
+    TIGHT,
     WIDTH,
     Pair,
     features,
@@ -29,7 +30,6 @@ from aspp_ext.fuse import fuse, fuse_report, unfuse
 from aspp_ext.modules import ASPP, freeze
 from aspp_ext.modules.fused import FusedForward
 
-TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 quiet = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 
 

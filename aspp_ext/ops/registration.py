@@ -124,7 +124,7 @@ def _register_batched_gradients(op: Any, rule: Callable[..., Any]) -> None:
 
     def kernel(*arguments: Any) -> Any:
         leaves, structure = tree_flatten(arguments)
-        # The first of the levels at which something is batched; what is left finds the rule again.
+        # The innermost level at which something is batched; what is left finds the rule again.
         for level in range(_MAX_LEVEL, 0, -1):
             physical = [_without_level(t, level) for t in leaves]
             sizes = [p.size(0) for p, t in zip(physical, leaves, strict=True) if p is not t]

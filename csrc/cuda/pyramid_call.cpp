@@ -19,6 +19,7 @@ void release_cached_memory(int device) {
   }
 }
 
+// Made with the library: a child forked while a static of a function is made would wait for ever.
 PlanCache& the_plan_cache = *new PlanCache(kPlans, release_cached_memory);
 
 }  // namespace
