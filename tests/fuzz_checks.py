@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import fuzz_oracles as oracles
@@ -26,12 +25,9 @@ MODES = {
 
 
 def rule(problem: Problem, magnitude: Tensor, gradient: bool = False) -> dict[str, Any]:
-    """A pixel is few sums, whose luck differs. float64 is its own oracle. Weights' gradients by
-    minimal filtering where it is not chosen have errors that are relative to the largest values."""
-    roundings = (4 if problem.dtype == torch.float64 else 2) * (2 if gradient else 1)
-    if gradient and os.environ.get("ASPP_EXT_POLYPHASE") == "always" and magnitude.numel():
-        magnitude = torch.full_like(magnitude, magnitude.max().item())
-        roundings *= 8
+    """A pixel is few sums, whose luck differs. float64 is its own oracle, which sums up pixels in a
+    single chain: 30 roundings off where ours was 6, by extended precision."""
+    roundings = (16 if problem.dtype == torch.float64 else 2) * (2 if gradient else 1)
     whole = is_representative(problem)
     return {"magnitude": magnitude, "roundings": roundings, "as_a_whole": whole}
 
@@ -162,6 +158,10 @@ def check_gradients(problem: Problem, d: Draws, got: Tensor, wanted: list[Tensor
     if problem.relu and problem.kind != INTEGERS:
         unsure = torch.finfo(problem.dtype).eps * 16 * magnitude
         grad[problem.plain(**arguments) <= unsure] = 0
+    if grad.numel() and d.maybe(0.2):  # a channel is zero but for one line
+        part = grad.movedim(1, 0)[d.randrange(grad.size(1))].movedim(d.choice([1, -1]), 0)
+        part[part.size(0) // 2 + 1 :] = 0
+        part[: part.size(0) // 2] = 0
     grad = d.laid_out(grad.to(problem.dtype))
     ours = torch.autograd.grad(got, wanted, grad, materialize_grads=True)
     exact = gradients(problem, arguments, places, grad.double())

@@ -26,7 +26,7 @@ from aspp_pairs import (
 from torch import Tensor, nn
 
 from aspp_ext.fuse import fuse, fuse_report
-from aspp_ext.modules import ASPP
+from aspp_ext.modules import ASPP, fused
 from aspp_ext.modules.aspp import ASPPConv, ASPPPooling, ASPPSeparableConv, LayeredASPP
 
 
@@ -205,8 +205,16 @@ def test_a_mode_that_sees_functions(pair: Pair) -> None:
     before = agree(original, ours)
     with Padded():
         assert not torch.allclose(agree(original, ours), before)
-    with torch.device("cpu"):
-        assert reasons(ours) == [None]
+
+
+def test_a_mode_of_pytorch_changes_nothing(pair: Pair, monkeypatch) -> None:
+    _, ours = pair.build()
+    ran = []
+    run = fused.aspp_inference
+    monkeypatch.setattr(fused, "aspp_inference", lambda *a, **k: ran.append(a) or run(*a, **k))
+    with torch.device("cpu"), torch.no_grad():
+        ours.eval()(features())
+    assert ran
 
 
 TENSORS = {
@@ -232,6 +240,22 @@ def test_tensors_of_another_dtype(name, dtype) -> None:
         said.append((type(error.value), str(error.value)))
     assert said[0] == said[1]
     assert reasons(ours)[0] is not None
+
+
+@pytest.mark.parametrize("names", [["running_mean"], ["weight"], ["weight", "bias"]], ids=str)
+def test_norms_in_two_dtypes(names) -> None:
+    """Wholly in float32, beside convolutions in a lower precision, PyTorch takes them."""
+    ours = randomise(ASPP(CHANNELS, RATES, WIDTH)).eval().bfloat16().requires_grad_(False)
+    x = features().bfloat16()
+    ours.convs[0][1].float()
+    ours(x)
+    ours.convs[0][1].bfloat16()
+    for name in names:
+        tensor = getattr(ours.convs[0][1], name)
+        tensor.data = tensor.data.float()
+    for run in (ours, functools.partial(LayeredASPP.forward, ours)):
+        with pytest.raises(RuntimeError, match="scalar type"):
+            run(x)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +286,14 @@ def test_tensors_of_other_shapes_than_a_layer_says(change) -> None:
     [
         lambda m: vars(m.convs[1][0]).update(dilation=3, padding=3),
         lambda m: vars(m.convs[1][0]).update(kernel_size=3),
+        lambda m: vars(m.convs[1][0]).update(dilation=(3,), padding=(3,)),
+        lambda m: vars(m.convs[1][0]).update(kernel_size=()),
+        lambda m: vars(m).update(read=True, compute=nn.Identity()),
         lambda m: delattr(m.convs[1][0], "out_channels"),
         lambda m: vars(m).update(project=lambda y: 2 * y),
         lambda m: setattr(m.convs[0][1], "running_mean", m.convs[0][1].running_mean[:1].expand(8)),
     ],
-    ids=["ints", "an int", "less", "in front", "expanded"],
+    ids=["ints", "an int", "one", "none", "names of ours", "less", "in front", "expanded"],
 )
 def test_what_pytorch_reads_otherwise(pair: Pair, change) -> None:
     original, ours = (m.eval() for m in pair.build())
@@ -276,7 +303,23 @@ def test_what_pytorch_reads_otherwise(pair: Pair, change) -> None:
         change(module)
     with torch.no_grad():
         torch.testing.assert_close(ours(features()), original(features()), **TIGHT)
-    fuse_report(ours)
+    assert len(reasons(ours)) == 1
+
+
+def test_a_list_without_branches() -> None:
+    ours = ASPP(CHANNELS, RATES, WIDTH).eval()
+    ours.convs = nn.ModuleList()
+    assert reasons(ours)[0] is not None
+
+
+def test_a_batch_of_one_that_somebody_allows(monkeypatch) -> None:
+    """A known way around PyTorch's refusal to train a norm on one value."""
+    original, ours = PAIRS["fused torchvision"].build()
+    monkeypatch.setattr(F, "_verify_batch_size", lambda size: None)
+    torch.manual_seed(0)
+    expected = original(features(1))
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours(features(1)), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
@@ -336,6 +379,7 @@ def test_a_convolution_replaced_after_compiling(name: str, fresh_compiler) -> No
         (nn.Conv2d, "_conv_forward"),
         (nn.BatchNorm2d, "forward"),
         (nn.ReLU, "forward"),
+        (nn.Conv2d, "__call__"),
         (LayeredASPP, "forward"),
         (F, "conv2d"),
     ],
@@ -345,8 +389,7 @@ def test_replaced_for_all_after_compiling(owner, name, fresh_compiler, monkeypat
     ours = randomise(ASPP(CHANNELS, RATES, WIDTH)).double()
     run = compiled(ours)
     before = run()
-    method = getattr(owner, name)  # Dynamo takes what functools.wraps makes for the function itself
-    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2 * method(*args, **kwargs))
+    monkeypatch.setattr(owner, name, doubled(getattr(owner, name)))
     expected = LayeredASPP.forward(ours, features())
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(run(), expected, **TIGHT)

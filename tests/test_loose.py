@@ -140,6 +140,52 @@ def test_the_gradient_of_the_weight(shape, case, side) -> None:
     assert why is None, why
 
 
+def weight_gradients(x: Tensor, grad: Tensor, rate: int) -> list[Tensor]:
+    """Ours, PyTorch's and the exact one."""
+    found = []
+    for f, dtype in (
+        (aspp_ext.atrous_pyramid, x.dtype),
+        (reference.atrous_pyramid, x.dtype),
+        (reference.atrous_pyramid, torch.float64),
+    ):
+        w = torch.zeros(grad.size(1), x.size(1), 3, 3, dtype=dtype, requires_grad=True)
+        found += torch.autograd.grad(f(x.to(dtype), [w], [rate]), w, grad.to(dtype))
+    return found
+
+
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("side", ["x", "grad"])
+def test_zeros_of_single_channels(shape, side, dtype) -> None:
+    """Of the gradient of a weight: a channel that only taps beyond the map would read."""
+    size, out_channels, rate = SHAPES[shape]
+    x, grad = torch.randn(size, dtype=dtype), torch.randn(2, out_channels, *size[2:], dtype=dtype)
+    one = x if side == "x" else grad
+    one[:, 3, 1:] = 0
+    one[:, 5, :, :-1] = 0
+    one[0, 7] = 0
+    one[:, 11] = 0
+    got, expected, exact = weight_gradients(x, grad, rate)
+    assert (exact == 0).any()
+    assert ((got == 0) == (exact == 0)).all()
+    # Each element of these channels is few products.
+    allowed = 20 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= max((expected - exact).abs().max() * 4, allowed)
+
+
+@each_shape
+def test_channels_that_are_zero_where_pixels_are_huge(shape) -> None:
+    """As ReLU leaves them: their gradients are made of small pixels alone."""
+    size, out_channels, rate = SHAPES[shape]
+    x, grad = torch.randn(size), torch.randn(2, out_channels, *size[2:])
+    half = size[3] // 2
+    x[..., half:] *= 1e6
+    grad[:, 3, :, max(half - rate, 0) :] = 0
+    got, expected, exact = weight_gradients(x, grad, rate)
+    errors = [(g - exact)[3].abs().max() for g in (got, expected)]
+    assert errors[0] <= 3 * errors[1] + 1e-5
+
+
 # --- Heads and modules
 
 

@@ -220,15 +220,16 @@ def test_depthwise_filters_under_autocast() -> None:
 def test_assigned_parameters_free_the_old_ones(pair: Pair) -> None:
     original, ours = (m.eval() for m in pair.build())
     ours(features())
-    old = weakref.ref(ours.convs[0][0].weight)
+    old = [weakref.ref(p) for p in ours.parameters()]
     gc.disable()
     try:
         ours.load_state_dict(pair.build(seed=1)[0].state_dict(), assign=True)
-        assert old() is None
+        assert all(p() is None for p in old)
         ours(features())
-        old = weakref.ref(ours.convs[0][0].weight)
-        ours.convs[0][0].weight = nn.Parameter(ours.convs[0][0].weight.detach().clone())
-        assert old() is None  # nor does the copy hold what was replaced by hand
+        old = [weakref.ref(conv.weight) for conv in convs(ours)]
+        for conv in convs(ours):
+            conv.weight = nn.Parameter(conv.weight.detach().clone())
+        assert all(p() is None for p in old)  # nor does the copy hold what was replaced by hand
     finally:
         gc.enable()
     original.load_state_dict(ours.state_dict())
@@ -290,7 +291,8 @@ def test_frozen_nothing_is_looked_at(pair: Pair, folds, monkeypatch) -> None:
     expected = ours(features())
     monkeypatch.setattr(type(ours), "read", None)
     monkeypatch.setattr(fold_cache, "checksums", None)
-    ours.convs[0][0].weight.data.zero_()
+    for conv in convs(ours):
+        conv.weight.data.zero_()
     assert torch.equal(ours(features()), expected)
     assert len(folds) == 1
     with pytest.raises(ValueError, match=r"x must be \[N"):

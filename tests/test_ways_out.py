@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import sys
 import warnings
 
 import pytest
@@ -256,6 +257,23 @@ def test_a_class_that_somebody_derived_is_left_with_a_warning(make) -> None:
     with pytest.warns(UserWarning, match="left these modules fused: 0: .*Mine is a subclass of"):
         unfuse(nn.Sequential(model))
     assert type(model) is Mine
+
+
+def test_a_class_inside_another_or_made_anew_is_somebodys(monkeypatch) -> None:
+    model = fuse(torchvision_aspp())
+
+    class Inner(type(model)):
+        def compute(self, x):
+            return super().compute(x) + 1
+
+    here = sys.modules[__name__]
+    outer, other = type("Outer", (), {}), type("Inner", (), {})
+    monkeypatch.setattr(here, "Outer", outer, raising=False)
+    for found in (Inner, other):  # itself, or what a notebook's cell made when it ran again
+        Inner.__qualname__, outer.Inner = "Outer.Inner", found
+        model.__class__ = Inner
+        with pytest.warns(UserWarning, match=r"Outer\.Inner is a subclass of"):
+            assert type(unfuse(model)) is Inner
 
 
 FSDP2 = """

@@ -179,13 +179,14 @@ def test_backends(function, value) -> None:
 
 
 @pytest.mark.parametrize("separable", [False, True], ids=["dense", "separable"])
-@pytest.mark.parametrize("mode", ["training", "eval", "inference"])
+@pytest.mark.parametrize("mode", ["training", "eval", "inference", "autocast"])
 @pytest.mark.parametrize("kind", [*strange(X), "empty", "flat"])
 def test_features_of_a_module(kind, mode, separable) -> None:
     x = {**strange(X), "empty": X[:, :, :0], "flat": X[0]}[kind]
     module = aspp_ext.ASPP(6, [1, 2], 3, separable=separable).train(mode == "training")
     starts = ("ASPP: x ", "atrous_pyramid: ", "atrous_separable_pyramid: ", "aspp_inference: ")
-    with torch.set_grad_enabled(mode != "inference"):
+    casts, grad = mode == "autocast", mode in ("training", "eval")
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=casts):
         sentence = refusal(module, {"x": x}, {})
     assert sentence.startswith(starts), sentence
     assert "\n" not in sentence

@@ -199,7 +199,7 @@ def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
 
 
 def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not isinstance(module, FusedForward):
         return "its forward is replaced"
     try:
         check_tensors(fused.read(module))

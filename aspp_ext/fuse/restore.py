@@ -25,6 +25,16 @@ def restore(module: FusedForward) -> str | None:
     return None
 
 
+def _is_written(kind: type) -> bool:
+    """Whether its module has a class at its place, this one or what a notebook made of it since."""
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = True if name == "<locals>" else getattr(found, name, None)
+        if found in (True, None):
+            break
+    return found is not None
+
+
 @functools.cache
 def _without_fused(kind: Any) -> type[nn.Module] | None:
     """The class made of what ``kind`` is made of, with the original for the fused one.
@@ -35,9 +45,7 @@ def _without_fused(kind: Any) -> type[nn.Module] | None:
     """
     if "original" in vars(kind):
         return kind.original
-    home = sys.modules.get(kind.__module__)
-    written = getattr(home, kind.__name__, None) is kind or "<locals>" in kind.__qualname__
-    if written or "forward" in vars(kind):
+    if _is_written(kind) or "forward" in vars(kind):
         return None
     bases = [
         _without_fused(base) if issubclass(base, FusedForward) else base for base in kind.__bases__

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aspp_ext import _native
 from aspp_ext.ops.checksums import checksums
 
-from .folded import fold
+from .folded import Folded, fold
 from .head import Head
 from .prepared import PreparedWeights
 
@@ -39,7 +39,7 @@ class FoldCache:
         # kept, which would keep the memory of those that are replaced.
         self._evidence = None if frozen else _evidence(head)
         self.head = head if frozen else None
-        self.folded = fold(head, dtype)
+        self.folded = _owned(fold(head, dtype))
         self.prepared = PreparedWeights(self.folded)
 
     def holds(self, head: Head, dtype: torch.dtype) -> bool:
@@ -50,6 +50,12 @@ class FoldCache:
             return True
         settings, sums = self._evidence
         return settings == _settings(head) and torch.equal(sums, checksums(sources(head)))
+
+
+def _owned(folded: Folded) -> Folded:
+    """With copies of the filters, which folding leaves as they are."""
+    filters = [None if w is None else w.detach().clone() for w in folded.depthwise_weights]
+    return folded._replace(depthwise_weights=filters)
 
 
 def sources(head: Head) -> list[Tensor]:

@@ -21,7 +21,8 @@ def freeze(model: Model) -> Model:
     and looks neither at its parameters and buffers nor at its layers again. What was changed all
     the same is not noticed, and results stay those of the folded weights, until the next
     ``train()``, ``eval()``, ``to()``, ``load_state_dict()`` or other conversion of the module or of
-    one that holds it: after those it folds again, and the promise stands. Training is as before.
+    one that holds it, or call in another dtype (autocast): then it folds again, and the promise
+    stands. Training is as before, and so are compiled, traced and exported programs.
 
     Args:
         model: any module with fused ones or :class:`aspp_ext.ASPP` in it, or one of them.

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from aspp_ext.ops import aspp_inference
 from aspp_ext.ops.checks import check_tensor
-from aspp_ext.ops.registration import is_autocast_on
+from aspp_ext.ops.registration import is_autocast_on, under_autocast
 
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
@@ -72,7 +72,7 @@ class FusedForward(nn.Module):
             raise Unfusable(f"its {names[0]} is replaced")
         try:
             return cls.describe(module)
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, ValueError, IndexError) as error:
             # PyTorch reads other things of a layer, an int where we expect a pair for instance.
             raise Unfusable(f"it cannot be read: {error}") from error
 
@@ -89,7 +89,7 @@ class FusedForward(nn.Module):
         if not traced and (frozen := self._frozen_copy(x)) is not None:
             return self._infer(*frozen, x)
         try:
-            head = self.read(self)
+            head = type(self).read(self)  # an instance may have attributes of any name
             # A trace serves calls with and without gradients.
             differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
             layers = differentiable or _trains(head)
@@ -105,8 +105,7 @@ class FusedForward(nn.Module):
 
     def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Tensor:
         dtype, prepared = _dtype(head, x), None
-        if dtype != head.project.weight.dtype:
-            x = x.to(dtype)  # autocast
+        (x,) = under_autocast(x)
         if cache is None:
             folded = fold(head, dtype)
         else:
@@ -185,10 +184,10 @@ def _forward_like(original: type[nn.Module]) -> Any:
     plain = original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compute = getattr(self, "compute", None)
+        compute = getattr(type(self), "compute", None)
         if compute is None:  # unfused, under a wrapper that has kept this
             return plain(self, *args, **kwargs)
-        return compute(*args, **kwargs)
+        return compute(self, *args, **kwargs)
 
     ours = types.FunctionType(
         forward.__code__, plain.__globals__, "forward", None, forward.__closure__

@@ -184,7 +184,7 @@ def check_channels(head: Head) -> None:
 def check_tensors(head: Head) -> None:
     """Refuses a layer that computes with other shapes than it says of itself, and mixed dtypes.
 
-    PyTorch takes norms in float32 beside convolutions in a lower precision, and no others.
+    PyTorch takes norms in float32, wholly, beside convolutions in a lower precision, and no others.
     """
     dtype = head.project.weight.dtype
     for conv in head.convs():
@@ -193,13 +193,13 @@ def check_tensors(head: Head) -> None:
         _check_tensor(conv, "bias", (conv.out_channels,), dtype)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     for norm in head.norms():
+        own = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        kind = wide if all(t is None or t.dtype == wide for t in own) else dtype
         for name in ("weight", "bias", "running_mean", "running_var"):
-            _check_tensor(norm, name, (norm.num_features,), dtype, wide)
+            _check_tensor(norm, name, (norm.num_features,), kind)
 
 
-def _check_tensor(
-    module: nn.Module, name: str, shape: tuple[int, ...], *dtypes: torch.dtype
-) -> None:
+def _check_tensor(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor: Tensor | None = getattr(module, name)
     if tensor is None:
         return
@@ -208,8 +208,8 @@ def _check_tensor(
     if tuple(tensor.shape) != shape:
         shapes = f"has the shape {list(tensor.shape)}, not {list(shape)}"
         raise Unfusable(f"the {name} of {module} {shapes}")
-    if tensor.dtype not in dtypes:
-        raise Unfusable(f"the {name} of {module} is {tensor.dtype}, not {dtypes[0]}")
+    if tensor.dtype != dtype:
+        raise Unfusable(f"the {name} of {module} is {tensor.dtype}, not {dtype}")
 
 
 def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:

@@ -23,7 +23,8 @@ from torch import nn
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 _ON_THE_WAY = (*_CALLING, "forward", "_conv_forward", "_check_input_dim", "__iter__")
 # What the layers call in turn, in torch.nn.functional.
-_FUNCTIONS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
+_LAYERS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
+_FUNCTIONS = (*_LAYERS, "_verify_batch_size")  # of a batch of one
 
 # What those call.
 _OPERATORS = ("batch_norm", "relu", "relu_", "cat")
@@ -47,8 +48,7 @@ def _guard(owner: Any, names: tuple[str, ...]) -> None:
 @_known_when_compiling
 def _guarded(kind: type) -> tuple[str, ...]:
     """Of what Dynamo reads as Python does, what a class has: absence is guarded slowly."""
-    names = ("_call_impl", "forward", "_conv_forward", "_check_input_dim")
-    return tuple(name for name in names if hasattr(kind, name))
+    return tuple(name for name in _ON_THE_WAY if hasattr(kind, name))
 
 
 def changed_methods(module: nn.Module) -> list[str]:

@@ -11,8 +11,6 @@ from torch import Tensor
 from .. import _native
 from .registration import register_fake
 
-_OP = "checksums"
-
 
 def checksums(tensors: Sequence[Tensor]) -> Tensor:
     """64 bits of each tensor that change with any of its bytes, its sizes, strides or dtype.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "loose.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "parallel.h"
@@ -16,6 +17,10 @@ constexpr double kMostNoise = 2.5;
 // A sum whose large terms are fewer is rounded so seldom that the way through products shows,
 // whatever its noise. Of small maps it is a part of the pixels.
 constexpr double kFewTerms = 24;
+
+// Between the largest pixel and an eighth of those that are not zero. ReLU leaves channels of a
+// gradient zero in places: one that is zero where pixels are huge sums up small ones alone.
+constexpr double kMostRange = 0x1p20;
 
 // Of energies. Sums of what is below fit into the compute type: a product of two norms bounds a sum
 // over channels, and the coefficients and the number of products are what is left between this and
@@ -33,6 +38,28 @@ std::vector<double> bounded(const double* energies, int64_t count, bool double_p
 
 plan::NoiseForm noise_form(const MinimalForm& form) {
   return {form.rows, form.columns, form.row_axis, form.column_axis};
+}
+
+bool is_wide(std::vector<double> energies) {
+  std::erase(energies, 0.);
+  if (energies.empty()) return false;
+  const auto small = energies.begin() + int64_t(energies.size() / 8);
+  std::ranges::nth_element(energies, small);
+  return !(*std::ranges::max_element(energies) <= kMostRange * *small);
+}
+
+using Taps = uint32_t;  // bits
+
+// To each channel the taps of the pixels in which it is not zero.
+template <typename T>
+void add_taps(const Image& image, int64_t n, int64_t width, const std::vector<Taps>& taps,
+              int64_t first, int64_t last, Taps* found) {
+  for (int64_t p = 0; p < int64_t(taps.size()); ++p) {
+    const T* pixel = static_cast<const T*>(image.data) + n * image.n_stride +
+                     p / width * image.y_stride + p % width * image.x_stride;
+    for (int64_t c = first; c < last; ++c)
+      found[c] |= pixel[c * image.c_stride] != 0 ? taps[size_t(p)] : 0;
+  }
 }
 
 bool is_loose(double minimal, double direct, bool double_precision) {
@@ -115,6 +142,7 @@ std::vector<LooseOutputs> loose_outputs(const MinimalForms& forms,
 
 bool is_loose(const MinimalForm& form, const std::vector<double>& pixels,
               const std::vector<double>& grads, int64_t batch, bool double_precision) {
+  if (is_wide(pixels)) return true;
   const int64_t size = int64_t(pixels.size()) / batch;
   plan::TapNoise sum;
   for (int64_t n = 0; n < batch; ++n) {
@@ -136,6 +164,55 @@ bool is_loose(const MinimalForm& form, const std::vector<double>& pixels,
     if (!(terms >= std::min(kFewTerms, double(size * batch) / 8))) return true;
   }
   return false;
+}
+
+void clear_zeros(const MinimalForm& form, const Image& x, const std::vector<double>& pixels,
+                 const Image& grad, const std::vector<double>& grads, int64_t batch,
+                 const Tensor& grad_weight, bool double_precision) {
+  constexpr int64_t kBlock = 64;  // channels of a task
+  const int64_t out_channels = grad_weight.size(0), channels = grad_weight.size(1);
+  const size_t size = pixels.size() / size_t(batch);
+  Taps live = 0;
+  std::vector<Taps> of_grad(out_channels, 0), of_x(channels, 0);
+  for (int64_t n = 0; n < batch; ++n) {
+    // Of each pixel those that join it to one that is not zero.
+    std::vector<Taps> from_grad(size, 0), from_x(size, 0);
+    const double *inputs = &pixels[size_t(n) * size], *outputs = &grads[size_t(n) * size];
+    plan::for_each_live_pair(noise_form(form), [&](int64_t tap, int64_t output, int64_t input) {
+      const Taps bit = Taps(1) << tap;
+      live |= bit;
+      if (inputs[input] != 0) from_grad[size_t(output)] |= bit;
+      if (outputs[output] != 0) from_x[size_t(input)] |= bit;
+    });
+    const int64_t blocks = (out_channels + kBlock - 1) / kBlock;
+    run_tasks(blocks + (channels + kBlock - 1) / kBlock, 0, [&](int64_t task, void*) {
+      const bool is_grad = task < blocks;
+      const int64_t first = (is_grad ? task : task - blocks) * kBlock;
+      const int64_t last = std::min(first + kBlock, is_grad ? out_channels : channels);
+      const auto add = double_precision ? add_taps<double> : add_taps<float>;
+      add(is_grad ? grad : x, n, form.column_axis.size, is_grad ? from_grad : from_x, first, last,
+          is_grad ? of_grad.data() : of_x.data());
+    });
+  }
+  const int64_t kernel_h = grad_weight.size(2), kernel_w = grad_weight.size(3);
+  const auto clear = [&](auto* data) {
+    for (int64_t o = 0; o < out_channels; ++o) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const Taps zeros = live & ~(of_grad[size_t(o)] & of_x[size_t(c)]);
+        for (int64_t t = 0; zeros != 0 && t < kernel_h * kernel_w; ++t) {
+          const int64_t i = t / kernel_w, j = t % kernel_w;
+          if ((zeros >> plan::place_of(form.row_axis, i, form.column_axis, j) & 1) == 0) continue;
+          data[o * grad_weight.stride(0) + c * grad_weight.stride(1) + i * grad_weight.stride(2) +
+               j * grad_weight.stride(3)] = 0;
+        }
+      }
+    }
+  };
+  if (double_precision) {
+    clear(static_cast<double*>(grad_weight.mutable_data_ptr()));
+  } else {
+    clear(static_cast<float*>(grad_weight.mutable_data_ptr()));
+  }
 }
 
 }  // namespace aspp

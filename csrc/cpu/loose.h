@@ -5,7 +5,8 @@
 //
 // It is decided by energies (csrc/plan/noise.h), image by image, and costs a pass over the pixels.
 // Not seen are single channels within a pixel and single output channels of a weight: their share
-// in its noise is the average one.
+// in its noise is the average one. Of a weight's gradient at least, what a channel that is zero
+// somewhere leaves: no huge pixels, and no roundings of zero.
 #pragma once
 
 #include "../plan/noise.h"
@@ -33,5 +34,11 @@ std::vector<LooseOutputs> loose_outputs(const MinimalForms& forms,
 // Whether the gradient of a weight is, for the energies of its input and of its output's gradient.
 bool is_loose(const MinimalForm& form, const std::vector<double>& pixels,
               const std::vector<double>& grads, int64_t batch, bool double_precision);
+
+// Writes the zeros of a gradient [O, C, kh, kw] that minimal filtering computed: those of a tap and
+// a channel that is zero wherever the tap joins it to anything.
+void clear_zeros(const MinimalForm& form, const Image& x, const std::vector<double>& pixels,
+                 const Image& grad, const std::vector<double>& grads, int64_t batch,
+                 const Tensor& grad_weight, bool double_precision);
 
 }  // namespace aspp

@@ -174,8 +174,10 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
       const Image part = channels_from(image_of(source), first);
       const bool wide = operands.double_precision();
       const PyramidShape of_grad{shape.batch, out_channels[b], shape.height, shape.width};
-      if (!is_loose(*forms[b], pixels, pixel_energies(part, of_grad, wide), shape.batch, wide)) {
+      const std::vector<double> grads = pixel_energies(part, of_grad, wide);
+      if (!is_loose(*forms[b], pixels, grads, shape.batch, wide)) {
         run_grad_weight(*forms[b], image_of(input), part, shape.batch, result[b], wide);
+        clear_zeros(*forms[b], image_of(input), pixels, part, grads, shape.batch, result[b], wide);
         continue;
       }
     }

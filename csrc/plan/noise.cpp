@@ -29,23 +29,6 @@ double combine_columns(const std::vector<Term>& terms, const std::vector<double>
   return sum;
 }
 
-// body(tap, output, input) for every pair that a live tap joins, as indices into maps.
-template <typename F>
-void for_each_live_pair(const NoiseForm& form, F&& body) {
-  const auto& [height, kernel_h, rate_h] = form.row_axis;
-  const auto& [width, kernel_w, rate_w] = form.column_axis;
-  for (Index i = 0; i < kernel_h; ++i)
-    for (Index j = 0; j < kernel_w; ++j) {
-      const Interval rows = live_positions(form.row_axis, i);
-      const Interval columns = live_positions(form.column_axis, j);
-      const Index tap = 3 * (kernel_h == 3 ? i : 1) + (kernel_w == 3 ? j : 1);
-      const Index shift = offset(form.row_axis, i) * width + offset(form.column_axis, j);
-      for (Index y = rows.begin; y < rows.end; ++y)
-        for (Index x = columns.begin; x < columns.end; ++x)
-          body(tap, y * width + x, y * width + x + shift);
-    }
-}
-
 double denominator(const NoiseForm& form) {
   return squared(static_cast<double>(form.rows.denominator * form.columns.denominator));
 }

@@ -34,6 +34,28 @@ struct NoiseForm {
   Axis row_axis, column_axis;
 };
 
+// Of a tap among the nine.
+constexpr Index place_of(const Axis& rows, Index i, const Axis& columns, Index j) {
+  return 3 * (rows.kernel == 3 ? i : 1) + (columns.kernel == 3 ? j : 1);
+}
+
+// body(tap, output, input) for every pair that a live tap joins, as indices into maps.
+template <typename F>
+void for_each_live_pair(const NoiseForm& form, F&& body) {
+  const auto& [height, kernel_h, rate_h] = form.row_axis;
+  const auto& [width, kernel_w, rate_w] = form.column_axis;
+  for (Index i = 0; i < kernel_h; ++i)
+    for (Index j = 0; j < kernel_w; ++j) {
+      const Interval rows = live_positions(form.row_axis, i);
+      const Interval columns = live_positions(form.column_axis, j);
+      const Index tap = place_of(form.row_axis, i, form.column_axis, j);
+      const Index shift = offset(form.row_axis, i) * width + offset(form.column_axis, j);
+      for (Index y = rows.begin; y < rows.end; ++y)
+        for (Index x = columns.begin; x < columns.end; ++x)
+          body(tap, y * width + x, y * width + x + shift);
+    }
+}
+
 // Of outputs [height, width], for energies of the inputs [height, width] and of the taps.
 Noise output_noise(const NoiseForm& form, std::span<const double> inputs, const TapEnergies& taps);
 
