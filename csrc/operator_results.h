@@ -27,6 +27,22 @@ auto with_memory(const Tensor& like, const F& allocate) {
   return in_torch_words(no_memory(like), allocate);
 }
 
+// An operator's function that tells in PyTorch's words when memory for its own data is short, which
+// the stable ABI would tell as Python's MemoryError, or as a line of C++.
+template <auto function, typename = decltype(function)>
+struct TellsOfMemory;
+template <auto function, typename Result, typename... Arguments>
+struct TellsOfMemory<function, Result (*)(Arguments...)> {
+  static Result call(Arguments... arguments) {
+    try {
+      return function(std::forward<Arguments>(arguments)...);
+    } catch (const std::bad_alloc&) {
+      refuse("aspp_ext: ", "DefaultCPUAllocator: can't allocate memory for working buffers");
+    }
+  }
+};
+#define ASPP_BOX(function) TORCH_BOX((&TellsOfMemory<function>::call))
+
 bool any_channels_last(const std::vector<Tensor>& weights);
 
 // [batch, channels, H, W] with `like`'s dtype and device

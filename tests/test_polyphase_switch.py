@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Minimal filtering: the keyword reaches every operator of a call, and what the modules prepare for
-it is made once for a size, kept for the last two, and dropped with the folded copy."""
+it is made once for a size, kept within a budget, and dropped with the folded copy."""
 
 from __future__ import annotations
 
@@ -234,6 +234,14 @@ def test_a_size_that_turns_out_too_large_is_not_kept(ours, spy, monkeypatch) -> 
     ours(features(height=5))
     assert [height for height, _ in spy.sizes] == [3, 4, 5, 6]
     assert max(m[0].nbytes for m in ours._aspp_ext_folded.prepared._kept.values()) == 1024
+
+
+def test_a_size_that_is_too_large_pushes_none_out(ours, spy, monkeypatch) -> None:
+    monkeypatch.setattr(prepared, "BUDGET", 5000)
+    monkeypatch.setattr(prepared, "STALE", 1)
+    for height, spy.bytes in ((3, 1024), (4, 1024), (5, 1024), (9, 8192), *[(9, 8192)] * 4):
+        ours(features(height=height))
+    assert [size[0] for size in ours._aspp_ext_folded.prepared._kept] == [3, 4, 5]
 
 
 def test_two_sizes_are_kept_whatever_they_take(ours, spy, monkeypatch) -> None:

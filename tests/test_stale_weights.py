@@ -174,6 +174,34 @@ def test_two_changes_do_not_undo_each_other(dtype) -> None:
     assert len(set(sums.tolist())) == len(pairs) + 1
 
 
+EDITS = [-1, 2, 4, 0.5, 0.25, -2, 0, 1 + 2**-7]
+
+
+@pytest.mark.settings("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_unlike_changes_do_not_undo_each_other(dtype) -> None:
+    """Of elements in one place of the vectors, some steps apart, and of neighbours."""
+    torch.manual_seed(0)
+    bytes_each = dtype.itemsize
+    x = torch.randn(2048 // bytes_each).to(dtype)
+    pairs = [
+        (i, i + apart // bytes_each, a, b)
+        for i in torch.randperm(len(x) // 2)[:24].tolist()
+        for apart in (bytes_each, 8, 16, 32, 64, 128, 256, 512, 1024)
+        for a in EDITS
+        for b in EDITS
+    ]
+    edited = x.repeat(len(pairs), 1)
+    for row, (i, j, a, b) in zip(edited, pairs, strict=True):
+        row[i] *= a
+        row[j] *= b
+    sums = checksums([x, *edited])
+    assert (
+        len(set(sums.tolist()))
+        == len({row.view(torch.uint8).numpy().tobytes() for row in edited}) + 1
+    )
+
+
 @pytest.mark.settings("isa")
 def test_a_value_that_moves_is_seen() -> None:
     x = torch.zeros(4096, dtype=torch.int32)

@@ -66,9 +66,9 @@ class PreparedWeights:
         """Of all that is kept."""
         return sum(t.nbytes for tensors in list(self._kept.values()) for t in tensors)
 
-    def _has_room(self, size: Size) -> bool:
+    def _has_room(self, size: Size, *, without: Size | None = None) -> bool:
         """Whether there is room; until a size is known it counts as much as the largest."""
-        taken = [self._bytes.get(kept, 0) for kept in list(self._kept)]
+        taken = [self._bytes.get(kept, 0) for kept in list(self._kept) if kept != without]
         if len(taken) < ALWAYS:
             return True
         return sum(taken) + self._bytes.get(size, max(taken)) <= BUDGET
@@ -77,8 +77,10 @@ class PreparedWeights:
         oldest = next((size for size in list(self._last) if size in self._kept), None)
         if oldest is None or self._calls - self._last.get(oldest, 0) <= STALE:
             return False
+        if not self._has_room(size, without=oldest):
+            return False
         self._forget(oldest)
-        return self._has_room(size)
+        return True
 
     def _forget(self, size: Size) -> None:
         self._last.pop(size, None)

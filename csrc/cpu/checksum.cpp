@@ -57,6 +57,6 @@ Tensor checksums(std::vector<Tensor> tensors) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("checksums", TORCH_BOX(&checksums)); }
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("checksums", ASPP_BOX(&checksums)); }
 
 }  // namespace aspp

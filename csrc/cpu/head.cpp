@@ -189,11 +189,11 @@ std::string cpu_isa() { return kernels().isa; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("aspp_inference", TORCH_BOX(&inference)); }
+STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("aspp_inference", ASPP_BOX(&inference)); }
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("polyphase_weights", TORCH_BOX(&no_polyphase_weights));
+  m.impl("cpu_isa", ASPP_BOX(&cpu_isa));
+  m.impl("polyphase_weights", ASPP_BOX(&no_polyphase_weights));
 }
 
 }  // namespace aspp

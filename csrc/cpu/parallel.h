@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <stdexcept>
 
 namespace aspp {
 
@@ -48,7 +47,7 @@ class Scratch {
   int64_t bytes_ = 0;
 };
 
-// body(task, scratch) for every task in [0, tasks), each exactly once. body does not throw.
+// body(task, scratch) for every task in [0, tasks), each exactly once. It may run out of memory.
 template <typename F>
 void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& body) {
   if (tasks <= 0) return;
@@ -57,21 +56,16 @@ void run_tasks(int64_t tasks, int64_t scratch_bytes, const F& body) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const auto work = [&](int64_t, int64_t) {
     static thread_local Scratch scratch;
-    void* memory = nullptr;
     try {
-      memory = scratch.reserve(scratch_bytes);
+      void* memory = scratch.reserve(scratch_bytes);
+      for (int64_t task = next++; task < tasks; task = next++) body(task, memory);
     } catch (const std::bad_alloc&) {
       out_of_memory = true;
-      return;
     }
-    for (int64_t task = next++; task < tasks; task = next++) body(task, memory);
     scratch.trim();
   };
   torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, work);
-  if (out_of_memory) {
-    throw std::runtime_error(
-        "aspp_ext: DefaultCPUAllocator: can't allocate memory for a thread's working buffers");
-  }
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace aspp

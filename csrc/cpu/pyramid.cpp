@@ -96,9 +96,9 @@ Tensor polyphase_times(const Tensor& x, std::vector<Tensor> weights, std::vector
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
-  m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
-  m.impl("polyphase_weights", TORCH_BOX(&polyphase_weights));
-  m.impl("polyphase_times", TORCH_BOX(&polyphase_times));
+  m.impl("atrous_pyramid", ASPP_BOX(&pyramid));
+  m.impl("polyphase_weights", ASPP_BOX(&polyphase_weights));
+  m.impl("polyphase_times", ASPP_BOX(&polyphase_times));
 }
 
 }  // namespace aspp

@@ -194,8 +194,8 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
-  m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
-  m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("atrous_pyramid_grad_input", ASPP_BOX(&grad_input));
+  m.impl("atrous_pyramid_grad_weight", ASPP_BOX(&grad_weight));
 }
 
 }  // namespace aspp

@@ -193,8 +193,8 @@ Gradients separable_backward(Tensor grad, Tensor x, std::vector<Tensor> depthwis
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
-  m.impl("atrous_separable_pyramid", TORCH_BOX(&separable_pyramid));
-  m.impl("atrous_separable_pyramid_backward", TORCH_BOX(&separable_backward));
+  m.impl("atrous_separable_pyramid", ASPP_BOX(&separable_pyramid));
+  m.impl("atrous_separable_pyramid_backward", ASPP_BOX(&separable_backward));
 }
 
 }  // namespace aspp

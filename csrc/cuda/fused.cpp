@@ -108,7 +108,7 @@ bool fused_forward(Operands& operands, const SeparableProblem& problem, const Ro
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
-  m.impl("separable_way", TORCH_BOX(&separable_way));
+  m.impl("separable_way", ASPP_BOX(&separable_way));
 }
 
 }  // namespace aspp::cuda

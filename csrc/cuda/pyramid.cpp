@@ -117,10 +117,10 @@ std::vector<Tensor> grad_weight(const Tensor& grad, const Tensor& x, std::vector
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, ASPP_DEVICE_KEY, m) {
-  m.impl("atrous_pyramid", TORCH_BOX(&pyramid));
-  m.impl("atrous_pyramid_statistics", TORCH_BOX(&statistics));
-  m.impl("atrous_pyramid_grad_input", TORCH_BOX(&grad_input));
-  m.impl("atrous_pyramid_grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("atrous_pyramid", ASPP_BOX(&pyramid));
+  m.impl("atrous_pyramid_statistics", ASPP_BOX(&statistics));
+  m.impl("atrous_pyramid_grad_input", ASPP_BOX(&grad_input));
+  m.impl("atrous_pyramid_grad_weight", ASPP_BOX(&grad_weight));
 }
 
 }  // namespace aspp::cuda

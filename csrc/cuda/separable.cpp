@@ -88,8 +88,8 @@ Gradients separable_backward(const Tensor& grad, const Tensor& x, std::vector<Te
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, ASPP_DEVICE_KEY, m) {
-  m.impl("atrous_separable_pyramid", TORCH_BOX(&separable_pyramid));
-  m.impl("atrous_separable_pyramid_backward", TORCH_BOX(&separable_backward));
+  m.impl("atrous_separable_pyramid", ASPP_BOX(&separable_pyramid));
+  m.impl("atrous_separable_pyramid_backward", ASPP_BOX(&separable_backward));
 }
 
 }  // namespace aspp::cuda

@@ -166,10 +166,10 @@ Gradients backward(const Tensor& grad, const Tensor& x, std::vector<Tensor> dept
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, ASPP_DEVICE_KEY, m) {
-  m.impl("atrous_depthwise_statistics", TORCH_BOX(&statistics));
-  m.impl("atrous_separable_norm", TORCH_BOX(&forward));
-  m.impl("atrous_separable_norm_sums", TORCH_BOX(&sums));
-  m.impl("atrous_separable_norm_backward", TORCH_BOX(&backward));
+  m.impl("atrous_depthwise_statistics", ASPP_BOX(&statistics));
+  m.impl("atrous_separable_norm", ASPP_BOX(&forward));
+  m.impl("atrous_separable_norm_sums", ASPP_BOX(&sums));
+  m.impl("atrous_separable_norm_backward", ASPP_BOX(&backward));
 }
 
 }  // namespace aspp::cuda

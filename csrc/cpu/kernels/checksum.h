@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // 64 bits that change when any byte changes, at the speed of memory.
 //
-// Lane by lane state = mix(state + word), mix being Marsaglia's xorshift (Xorshift RNGs, 2003; 13,
-// 7, 17), which is a bijection: a change of one word never gets lost, since each is stirred in by
-// all that follow. mix is linear but for the carries of the addition, so lanes are put together by
-// something that is not: else the same change a step later and a lane earlier would undo it.
+// Lane by lane state = mix(state + word), mix(s) = (s ^ s >> 29) * K with an odd K, as hashes end:
+// a bijection, so that a change of one word never gets lost, since each is stirred in by all that
+// follow. A change leaves it as a multiple of K, which no edit of numbers (a sign, a power of two,
+// zero) undoes a step later. (29 is not the distance of two floats in a word.)
 #pragma once
 
 #include "vector.h"
 
 namespace aspp::ASPP_ISA {
 
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15;  // 2^64 / the golden ratio
+
 template <typename V>
 inline V stir(V state, V words) {
   state += words;
-  state ^= state << 13;
-  state ^= state >> 7;
-  state ^= state << 17;
-  return state;
+  state ^= state >> 29;
+  return state * kGolden;
 }
 
 // The end of splitmix64 (Steele, Lea, Flood, Fast Splittable Pseudorandom Number Generators, 2014).
@@ -28,7 +28,7 @@ inline uint64_t scatter(uint64_t word) {
 }
 
 inline uint64_t checksum(const char* data, int64_t bytes, uint64_t seed) {
-  constexpr int kChains = 4;  // hide the latency of a chain's six operations
+  constexpr int kChains = 4;  // hide the latency of a chain
   constexpr ptrdiff_t kStep = kChains * kVectorBytes;
   using Words64 = Vec<uint64_t>;
   Words64 chain[kChains];
