@@ -27,13 +27,28 @@ def read_build_info() -> dict[str, Any]:
         return {}
     try:
         read = json.loads(path.read_text("utf-8"))
-        if not isinstance(read, dict) or not isinstance(read.get("cuda"), (str, type(None))):
-            raise ValueError("expected what setup.py writes")
+        _check_build_info(read)
     except (OSError, ValueError, RecursionError) as error:
         raise RuntimeError(
             f"aspp_ext: {path} must be as it was built, got a broken file ({error}); build again"
         ) from None
     return read
+
+
+def _check_build_info(read: Any) -> None:
+    words = ("compiler", "torch", "version")
+    right = (
+        isinstance(read, dict)
+        and all(isinstance(read.get(name), str) for name in words)
+        and isinstance(read.get("cuda"), (str, type(None)))
+        and isinstance(read.get("emulated"), bool)
+        and all(isinstance(read.get(name), list) for name in ("architectures", "isas"))
+        and all(isinstance(word, str) for word in (*read["architectures"], *read["isas"]))
+        and isinstance(read.get("sources"), dict)
+        and all(isinstance(word, str) for word in read["sources"].values())
+    )
+    if not right:
+        raise ValueError("expected what setup.py writes")
 
 
 def _load(name: str) -> str | None:

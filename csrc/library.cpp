@@ -81,6 +81,11 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
   // CPU. Of each tensor 64 bits that change with any of its bytes, its sizes, strides or dtype:
   // int64 [tensors]
   m.def("checksums(Tensor[] tensors) -> Tensor");
+  // CPU, of channels_last maps y [N, C, H, W] in float32 or float64: the mean [C] over N, H and W
+  // and the sum of squared differences from it
+  m.def("channel_statistics(Tensor y) -> (Tensor, Tensor)");
+  // ... and with the gradient of y the sums of grad and of grad * (y - mean)
+  m.def("channel_sums(Tensor grad, Tensor y, Tensor mean) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   // CUDA, for tests and measurements: the separable forward's way in this process, as
   // ASPP_EXT_SEPARABLE was when the library was loaded, or "" -> what it was

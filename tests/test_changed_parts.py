@@ -24,6 +24,7 @@ from aspp_pairs import (
     torchvision,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspp_ext.fuse import fuse, fuse_report
 from aspp_ext.modules import ASPP, fused
@@ -81,6 +82,10 @@ PARTS: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], N
     "forward of a branch": (lambda m: m.convs[1], on_instance("forward")),
     "forward of the pooled branch": (lambda m: m.convs[-1], on_instance("forward")),
     "forward of the projection": (lambda m: m.project, on_instance("forward")),
+    "_compiled_call_impl of a convolution": (
+        lambda m: m.convs[0][0],
+        lambda conv: setattr(conv, "_compiled_call_impl", doubled(conv._call_impl)),
+    ),
     "_call_impl of a ReLU": (lambda m: m.convs[1][-1], on_instance("_call_impl")),
 }
 
@@ -112,7 +117,7 @@ def test_a_method_replaced_on_an_instance(pair: Pair, name: str) -> None:
     assert not torch.allclose(agree(original, ours), before)
     (reason,) = reasons(ours)
     assert reason is not None
-    assert reason.endswith("replaced")
+    assert reason.endswith(("replaced", "on its own"))
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -122,7 +127,7 @@ def test_a_method_replaced_before_fusing(name: str) -> None:
     ours = copy.deepcopy(original)
     for module in (original, ours):
         change(find(module))
-    with pytest.warns(UserWarning, match="left these modules as they were: the model: .* replaced"):
+    with pytest.warns(UserWarning, match="left these modules as they were: the model: .* (re|own)"):
         assert type(fuse(ours)) is torchvision.ASPP
     agree(original, ours)
 
@@ -194,16 +199,38 @@ def test_a_replaced_function(pair: Pair, module, name: str, monkeypatch) -> None
     assert reasons(ours) == [f"{module.__name__}.{name} is replaced"]
 
 
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [(nn.modules.conv, "conv2d"), (nn.modules.batchnorm, "batch_norm")],
+    ids=["conv", "norm"],
+)
+def test_other_functions_in_the_layers_module(pair: Pair, home, name: str, monkeypatch) -> None:
+    original, ours = pair.build()
+    before = agree(original, ours)
+    others = types.SimpleNamespace(**vars(F))
+    setattr(others, name, doubled(getattr(F, name)))
+    monkeypatch.setattr(home, "F", others)
+    assert not torch.allclose(agree(original, ours), before)
+    assert reasons(ours)[0].endswith("F is replaced")
+
+
+class Doubled(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return 2 * result if func is torch.ops.aten.convolution.default else result
+
+
 class Padded(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         return 2 * result if func is torch.conv2d else result
 
 
-def test_a_mode_that_sees_functions(pair: Pair) -> None:
+@pytest.mark.parametrize("mode", [Padded, Doubled])
+def test_a_mode_that_sees_functions(pair: Pair, mode) -> None:
     original, ours = pair.build()
     before = agree(original, ours)
-    with Padded():
+    with mode():
         assert not torch.allclose(agree(original, ours), before)
 
 
@@ -362,7 +389,10 @@ def check_after_compiling(name: str, part: str) -> None:
     torch.testing.assert_close(run(), expected, **TIGHT)
 
 
-@pytest.mark.parametrize("part", PARTS)
+SEEN = [part for part in PARTS if "_compiled" not in part]  # which PyTorch's compiler passes by
+
+
+@pytest.mark.parametrize("part", SEEN)
 def test_a_method_replaced_after_compiling(part: str, fresh_compiler) -> None:
     check_after_compiling("fused torchvision", part)
 

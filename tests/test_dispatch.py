@@ -197,6 +197,7 @@ def test_the_choice_is_traced(separable, strict, pretended, fresh_compiler) -> N
     assert ours[0].args[-4:] == (None, None, True, True)
 
 
+INFO = _native.read_build_info()
 LOADED = [
     (None, "13.0", "this PyTorch was built without CUDA"),
     ("12.8", "13.0", "libaspp_cuda.so is for CUDA 13.0 but this PyTorch has CUDA 12.8"),
@@ -207,12 +208,17 @@ LOADED = [
 @pytest.mark.parametrize(("torchs", "ours", "sentence"), LOADED)
 def test_why_the_library_is_missing(torchs, ours, sentence, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("ASPP_EXT_LIBRARY_DIR", str(tmp_path))
-    (tmp_path / "_build_info.json").write_text(json.dumps({"cuda": ours}))
+    (tmp_path / "_build_info.json").write_text(json.dumps({**INFO, "cuda": ours}))
     monkeypatch.setattr(torch.version, "cuda", torchs)
     assert _native._load_cuda() == sentence
 
 
-BROKEN = ["", "{", "[]", '{"cuda": 13}', "[" * 100_000, "\xff"]
+WRONG = {"cuda": 13, "sources": 5, "torch": 3, "isas": [3], "version": {}, "emulated": "x"}
+BROKEN = ["", "{", "[]", "{}", "[" * 100_000, "\xff"]
+BROKEN += [json.dumps({**INFO, name: value}) for name, value in WRONG.items()]
+BROKEN += [
+    json.dumps({k: v for k, v in INFO.items() if k != name}) for name in ("compiler", "isas")
+]
 
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))

@@ -73,6 +73,24 @@ first = seen(aspp_ext)
 """
 
 PROGRAMS = {
+    "a model that the old one fused": """
+model = torch.nn.Sequential(aspp_ext.ASPP(3, [2, 3], 4))
+from aspp_ext.compat import import_torchvision
+import_torchvision()
+from torchvision.models.segmentation.deeplabv3 import ASPP
+model.append(aspp_ext.fuse(ASPP(3, [2, 3], 4)))
+kind = type(model[1])
+result = compute(model[1])
+package = again()
+(entry,) = package.fuse_report(model[1])
+assert entry.fused and "imported before" in entry.reason, entry
+assert type(package.unfuse(model)[1]) is ASPP
+assert torch.allclose(compute(model[1]), result, atol=1e-4)
+model[1].__class__ = kind
+package.fuse(model[1])
+assert type(model[1]) is not kind and package.fuse_report(model[1])[0].reason is None
+assert torch.equal(compute(package.freeze(model[1])), result)
+""",
     "the old one is kept": """
 model, before = aspp_ext.ASPP(3, [2, 3], 4), aspp_ext
 result = compute(model)

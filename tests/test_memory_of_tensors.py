@@ -139,6 +139,27 @@ def test_the_weights_of_a_module(separable, spoil) -> None:
                     ours(x)
 
 
+@on_cpu
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("separable", [False, True], ids=["dense", "separable"])
+@pytest.mark.parametrize("spoil", [freed, cut, shifted])
+def test_the_norms_of_a_module(spoil, separable, training, grad) -> None:
+    """As FSDP and offloading leave them. PyTorch's own norm reads what was cut."""
+    x = torch.randn(2, 6, 9, 9)
+    model = aspp_ext.ASPP(6, [2, 3], 16, separable=separable).train(training)
+    pooled = () if spoil is freed else ("convs.3.2.",)
+    names = [n for n, t in model.state_dict().items() if t.dim() == 1]
+    names = [n for n in names if not n.startswith(pooled)]
+    for name in names:
+        ours = copy.deepcopy(model)
+        tensor = ours.state_dict(keep_vars=True)[name]
+        tensor.data = spoil(tensor.data)
+        words = f"{NOT_ALLOCATED}|{OUT_OF_BOUNDS}"
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=words):
+            ours(x)
+
+
 # --- What is prepared
 
 

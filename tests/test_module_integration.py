@@ -195,6 +195,12 @@ def test_function_transforms(evaluated: tuple) -> None:
     assert_all_close(one, expected, **TIGHT)
 
 
+def test_linearize(evaluated: tuple) -> None:
+    original, ours = evaluated
+    got, expected = (torch.func.linearize(m, features())[1](features()) for m in (ours, original))
+    torch.testing.assert_close(got, expected, **TIGHT)
+
+
 def test_functional_call_in_inference(evaluated: tuple) -> None:
     original, ours = evaluated
     state = {name: value * 1.5 for name, value in original.state_dict().items()}

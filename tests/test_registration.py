@@ -45,6 +45,8 @@ SCHEMAS = {
     "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
     "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None) -> Tensor",
     "checksums": "(Tensor[] tensors) -> Tensor",
+    "channel_statistics": "(Tensor y) -> (Tensor, Tensor)",
+    "channel_sums": "(Tensor grad, Tensor y, Tensor mean) -> (Tensor, Tensor)",
     "cpu_isa": "() -> str",
     "separable_way": "(str way) -> str",
 }
@@ -52,7 +54,7 @@ TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
 FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
 WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa", "separable_way"]
-WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
+WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM, "channel_statistics", "channel_sums"]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]

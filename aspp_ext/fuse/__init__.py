@@ -21,7 +21,7 @@ from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.ops.checks import check_flag, check_module
 
-from .restore import restore
+from .restore import is_fused, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -110,6 +110,8 @@ def fuse(
     settings = {name: value for name, value in given.items() if value is not None}
     entries = []
     for name, module in model.named_modules():
+        if _is_of_an_earlier_import(module):
+            restore(module)
         entry = _inspect(name, module)
         if entry is None:
             continue
@@ -159,7 +161,7 @@ def unfuse(model: Model) -> Model:
     check_module("unfuse", model)
     left = []
     for name, module in model.named_modules():
-        if not isinstance(module, FusedForward) or isinstance(module, ASPP):
+        if not is_fused(type(module)) or type(module).__qualname__ == ASPP.__qualname__:
             continue
         if (reason := restore(module)) is not None:
             left.append(f"{name or 'the model'}: {reason}")
@@ -187,6 +189,9 @@ def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
         source = type(module) if isinstance(module, ASPP) else module.original
         return FuseEntry(name, _path(source), True, _reason(type(module), module))
     kind = type(module)
+    if _is_of_an_earlier_import(module):
+        reason = "its class is of an aspp_ext that was imported before this one: fuse it again"
+        return FuseEntry(name, _path(kind), True, reason)
     adapter = _adapter(module)
     if adapter is not None:
         return FuseEntry(name, adapter.source, False, _reason(adapter.fused_class(), module))
@@ -196,6 +201,10 @@ def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
         return None
     reason = f"{kind.__name__} is a subclass of {_path(base)} and may compute something else"
     return FuseEntry(name, _path(kind), False, reason)
+
+
+def _is_of_an_earlier_import(module: nn.Module) -> bool:
+    return is_fused(type(module)) and not isinstance(module, FusedForward)
 
 
 def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:

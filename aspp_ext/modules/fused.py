@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aspp_ext.ops import aspp_inference
 from aspp_ext.ops.checks import check_tensor
@@ -26,6 +25,7 @@ from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
 from .head import Head, forward_layers, gives_channels_last
 from .parts import Unfusable, check_classes, check_tensors
+from .tracing import in_forward_mode, is_traced
 from .untouched import changed_methods
 
 # What is ours in an instance, beside attributes that may be the user's.
@@ -85,7 +85,7 @@ class FusedForward(nn.Module):
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
         if not isinstance(x, Tensor) or _needs_plain_operators():
             return super().forward(x)
-        traced = _is_traced()
+        traced = is_traced()
         if not traced and (frozen := self._frozen_copy(x)) is not None:
             return self._infer(*frozen, x)
         try:
@@ -124,7 +124,7 @@ class FusedForward(nn.Module):
         cache = self.__dict__.get(_CACHE)
         if cache is None or cache.head is None or self.training:
             return None
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or in_forward_mode():
             return None
         if cache.dtype != _dtype(cache.head, x) or cache.device != x.device:
             return None
@@ -201,18 +201,10 @@ def _needs_plain_operators() -> bool:
         return torch.onnx.is_in_onnx_export()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    # A mode may give the functions that the layers call another meaning; PyTorch's own, of devices
-    # and of export, do not.
-    return not all(
-        type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack()
-    )
-
-
-def _is_traced() -> bool:
-    """Whether a graph is being recorded, in which the fold must depend on the parameters."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return _get_current_dispatch_mode() is not None
+    # A mode may give what the layers call another meaning; PyTorch's own, of devices and of export,
+    # do not.
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    return not all(type(mode).__module__.startswith("torch.") for mode in modes)
 
 
 def _trains(head: Head) -> bool:
@@ -239,7 +231,7 @@ def _check_features(module: nn.Module, head: Head, x: Tensor) -> None:
 
 
 def _wants_gradient(head: Head, x: Tensor) -> bool:
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if in_forward_mode():
         return True
     if not torch.is_grad_enabled():
         return False

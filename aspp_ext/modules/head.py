@@ -18,7 +18,8 @@ from aspp_ext.ops.checks import shown
 from aspp_ext.ops.formats import is_channels_last, memory_format, pointwise_as_channels_last
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
-from .joint_norm import Norm, joinable, joint_norm, uses_statistics
+from .joint_norm import Norm, joinable, joint_norm, one_norm, uses_statistics
+from .tracing import in_forward_mode, is_traced
 
 
 class Branch(NamedTuple):
@@ -97,8 +98,7 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
     else:
         y = atrous_pyramid(x, weights, rates, bias=bias, polyphase=polyphase)
     y = joint_norm(norms, y, mean, squares) if joined else _norm_each(norms, y)
-    # What a subclass of Tensor makes inside an autograd function is a view, not to be written over.
-    y = y.relu_() if type(y) is Tensor else y.relu()
+    y = _relu(y)
 
     pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
     if pool_by_running_stats:
@@ -107,9 +107,9 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
         pooled = head.pool_norm(pooled)
     weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
     # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
-    shift = F.conv2d(pooled.relu_(), pool_weight, head.project.bias).flatten(1)
+    shift = F.conv2d(_relu(pooled), pool_weight, head.project.bias).flatten(1)
     y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
-    y = head.project_norm(y).relu_()
+    y = _relu(one_norm(head.project_norm, y))
     return head.dropout(y.contiguous(memory_format=memory_format(gives_channels_last(head))))
 
 
@@ -121,6 +121,14 @@ def gives_channels_last(head: Head) -> bool:
     which draws in the order of the memory.
     """
     return is_channels_last(head.project.weight)
+
+
+def _relu(y: Tensor) -> Tensor:
+    """In place where nobody else has seen y. What a subclass of Tensor makes inside an autograd
+    function is a view, not to be written over, and what is recorded may be kept."""
+    if type(y) is not Tensor or is_traced() or in_forward_mode():
+        return y.relu()
+    return y.relu_()
 
 
 def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:

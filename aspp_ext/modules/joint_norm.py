@@ -14,7 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from aspp_ext import _native
+from aspp_ext.ops.channel_sums import channel_statistics, channel_sums
+
+from .tracing import in_forward_mode, is_traced, is_transformed
 
 Norm = nn.modules.batchnorm._BatchNorm  # BatchNorm2d or SyncBatchNorm
 
@@ -50,9 +54,7 @@ def uses_statistics(norms: Sequence[Norm]) -> bool:
     Not in forward mode, whose derivative only PyTorch's batch norm has, and not with an eps that
     PyTorch's refuses.
     """
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return False
-    return _by_batch(norms[0]) and norms[0].eps > 0
+    return not in_forward_mode() and _by_batch(norms[0]) and norms[0].eps > 0
 
 
 def joint_norm(
@@ -77,14 +79,17 @@ def joint_norm(
     if not _by_batch(first):
         running_mean = _joint([n.running_mean for n in norms], y)
         running_var = _joint([n.running_var for n in norms], y)
+        if eps > 0 and _sums_here(y):
+            return _Normalise.apply(y, weight, bias, running_mean, running_var, eps, False)
         return F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps)
     tracked = first.training and first.track_running_stats
+    if mean is None and eps > 0 and _sums_here(y):
+        mean, squares = channel_statistics(y)
     if mean is not None and squares is not None:
         count = y.shape[0] * y.shape[2] * y.shape[3]
         if tracked:
             _track(norms, mean, squares / (count - 1))
-        invstd = (squares / count + eps).rsqrt()
-        return _Normalise.apply(y, weight, bias, mean, invstd, eps)
+        return _Normalise.apply(y, weight, bias, mean, squares / count, eps, True)
     if not tracked:
         return F.batch_norm(y, None, None, weight, bias, True, 0.0, eps)
     # With momentum 1 the running statistics are the batch's.
@@ -94,8 +99,25 @@ def joint_norm(
     return out
 
 
+def one_norm(norm: Norm, y: Tensor) -> Tensor:
+    """``norm(y)``, by our own sums where those are better."""
+    return joint_norm([norm], y) if _sums_here(y) and joinable([norm], y) else norm(y)
+
+
 def _by_batch(norm: Norm) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _sums_here(y: Tensor) -> bool:
+    """Whether the CPU's own sums are taken, which keep digits that PyTorch's would lose."""
+    if is_traced() or in_forward_mode() or is_transformed(y):
+        return False
+    if _native.cpu_missing is not None or _native.emulated:
+        return False
+    last = torch.channels_last
+    plain = y.device.type == "cpu" and y.numel() > 0
+    dense = plain and y.is_contiguous(memory_format=last) and not y.is_contiguous()
+    return dense and y.dtype in (torch.float32, torch.float64)
 
 
 def _wide(y: Tensor) -> torch.dtype:
@@ -107,8 +129,31 @@ def _joint(vectors: Sequence[Tensor | None], y: Tensor) -> Tensor | None:
     present = _present(vectors)
     if not present:
         return None
+    _check_memory(present)
     joint = torch.cat(present)
     return joint.to(_wide(y)) if joint.dtype == y.dtype else joint
+
+
+def _check_memory(tensors: Sequence[Tensor]) -> None:
+    """In PyTorch's words, of storages that were freed or cut: its ``cat`` would read on."""
+    if is_traced():
+        return
+    for t in tensors:
+        if is_transformed(t) or t.numel() == 0:
+            continue
+        reach = sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+        needed = (t.storage_offset() + reach + 1) * t.element_size()
+        there = t.untyped_storage().nbytes()
+        if there == 0:
+            raise RuntimeError(
+                "The tensor has a non-zero number of elements, but its data is not allocated yet."
+            )
+        if there < needed:
+            raise RuntimeError(
+                f"setStorage: sizes {list(t.shape)}, strides {list(t.stride())}, "
+                f"storage offset {t.storage_offset()}, and itemsize {t.element_size()} requiring "
+                f"a storage size of {needed} are out of bounds for storage of size {there}"
+            )
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
@@ -127,6 +172,7 @@ def _track(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
         running = _present([getattr(n, name) for n in norms])
         if not running:
             continue
+        _check_memory(running)
         wide = [r.to(mean.dtype) for r in running]
         if momentum is not None:
             torch._foreach_lerp_(wide, of_batch.split(sizes), momentum)
@@ -138,7 +184,7 @@ def _track(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
 
 
 class _Normalise(torch.autograd.Function):
-    """``(y - mean) * invstd * weight + bias`` where mean and invstd are those of y itself.
+    """``(y - mean) / sqrt(var + eps) * weight + bias``, with mean and var of y itself or given.
 
     Its gradient is the batch norm's, of every order that PyTorch's has.
     """
@@ -150,11 +196,13 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor,
-        invstd: Tensor,
+        var: Tensor,
         eps: float,
+        of_batch: bool,
     ) -> Tensor:
-        ctx.save_for_backward(y, weight, mean, invstd)
-        ctx.eps = eps
+        invstd = (var + eps).rsqrt()
+        ctx.save_for_backward(y, weight, mean, var, invstd)
+        ctx.eps, ctx.of_batch = eps, of_batch
         real = type(y) is Tensor and not torch.compiler.is_compiling()
         if y.is_cuda and real:  # the operator has no fake
             return torch.batch_norm_elemt(y, weight, bias, mean, invstd, eps)
@@ -165,10 +213,33 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        y, weight, mean, invstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        # An operator with a gradient of its own, which takes mean and invstd as functions of y.
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, y, weight, None, None, mean, invstd, True, ctx.eps, wanted
-        )
-        return (*grads, None, None, None)
+        y, weight, mean, var, invstd = ctx.saved_tensors
+        wanted, of_batch = ctx.needs_input_grad[:3], ctx.of_batch
+        if not torch.is_grad_enabled() and _sums_here(y) and not is_transformed(grad):
+            found = _gradients(grad, y, weight, mean, invstd, of_batch)
+            grads = tuple(g if needed else None for g, needed in zip(found, wanted, strict=True))
+        else:
+            # An operator with a gradient of its own, which takes mean and invstd as functions of y.
+            known = (None, None, mean, invstd) if of_batch else (mean, var, None, None)
+            grads = torch.ops.aten.native_batch_norm_backward(
+                grad, y, weight, *known, of_batch, ctx.eps, wanted
+            )
+        return (*grads, None, None, None, None)
+
+
+def _gradients(
+    grad: Tensor, y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, of_batch: bool
+) -> list[Tensor]:
+    """Of y, weight and bias."""
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    total, product = channel_sums(grad, y, mean)
+    scale = invstd if weight is None else invstd * weight
+    if of_batch:
+        count = y.numel() // y.shape[1]
+        slope = -scale * invstd.square() * product / count
+        offset = -scale * total / count - mean * slope
+        of_y = torch.addcmul(offset[:, None, None], grad, scale[:, None, None])
+        of_y.addcmul_(y, slope[:, None, None])
+    else:
+        of_y = grad * scale[:, None, None]
+    return [of_y, product * invstd, total]

@@ -117,6 +117,8 @@ def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
     if type(module) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise Unfusable(f"{at} is a {type(module).__name__}, not a {names}")
+    if module.__dict__.get("_compiled_call_impl") is not None:
+        raise Unfusable(f"{at} is compiled, or called otherwise, on its own")
     if (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -78,6 +78,9 @@ def changed_class(kind: type[nn.Module]) -> str | None:
 
 @_known_when_compiling
 def _changed_class(kind: type[nn.Module]) -> str | None:
+    # And what the methods know as F.
+    if getattr(sys.modules.get(kind.__module__), "F", F) is not F:
+        return "F"
     methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
     if methods == _known.get(kind):
         return None

@@ -19,6 +19,11 @@ except ImportError:  # a PyTorch without that vmap
     is_legacy_batchedtensor = None  # type: ignore[assignment]
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether it is one of many gradients that ``is_grads_batched`` takes at once."""
+    return is_legacy_batchedtensor is not None and is_legacy_batchedtensor(t)
+
+
 def _cast(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_cast(v, dtype, device_type) for v in value]

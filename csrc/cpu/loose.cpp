@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "parallel.h"
 
@@ -50,15 +51,27 @@ bool is_wide(std::vector<double> energies) {
 
 using Taps = uint32_t;  // bits
 
-// To each channel the taps of the pixels in which it is not zero.
+// To channels [first, last) the taps of the pixels in which they are not zero, until all of them
+// have all: pixels of all parts of the map come first, so that this is soon.
 template <typename T>
 void add_taps(const Image& image, int64_t n, int64_t width, const std::vector<Taps>& taps,
-              int64_t first, int64_t last, Taps* found) {
-  for (int64_t p = 0; p < int64_t(taps.size()); ++p) {
+              int64_t first, int64_t last, Taps all, Taps* found) {
+  const auto size = int64_t(taps.size());
+  int64_t step = size * 5 / 8;
+  while (std::gcd(step, size) != 1) ++step;
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t p = i * step % size;
     const T* pixel = static_cast<const T*>(image.data) + n * image.n_stride +
                      p / width * image.y_stride + p % width * image.x_stride;
-    for (int64_t c = first; c < last; ++c)
-      found[c] |= pixel[c * image.c_stride] != 0 ? taps[size_t(p)] : 0;
+    const Taps here = taps[size_t(p)];
+    Taps common = all;
+    if (image.c_stride == 1) {
+      for (int64_t c = first; c < last; ++c) common &= found[c] |= pixel[c] != 0 ? here : 0;
+    } else {
+      for (int64_t c = first; c < last; ++c)
+        common &= found[c] |= pixel[c * image.c_stride] != 0 ? here : 0;
+    }
+    if (common == all) return;
   }
 }
 
@@ -191,7 +204,7 @@ void clear_zeros(const MinimalForm& form, const Image& x, const std::vector<doub
       const int64_t last = std::min(first + kBlock, is_grad ? out_channels : channels);
       const auto add = double_precision ? add_taps<double> : add_taps<float>;
       add(is_grad ? grad : x, n, form.column_axis.size, is_grad ? from_grad : from_x, first, last,
-          is_grad ? of_grad.data() : of_x.data());
+          live, is_grad ? of_grad.data() : of_x.data());
     });
   }
   const int64_t kernel_h = grad_weight.size(2), kernel_w = grad_weight.size(3);

@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "backward.h"
+#include "channel_sums.h"
 #include "checksum.h"
 #include "energies.h"
 #include "forward.h"
@@ -164,6 +165,15 @@ void pixel_energies(const Image& x, int64_t n, int64_t channels, int64_t width, 
   });
 }
 
+void channel_sums(const void* a, const void* b, const double* centre, int64_t pixels,
+                  int64_t channels, double* sums, double* products, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    add_channel_sums(static_cast<const T*>(a), static_cast<const T*>(b), centre, pixels, channels,
+                     sums, products);
+  });
+}
+
 }  // namespace
 
 #define ASPP_STRING_OF(name) #name
@@ -187,6 +197,7 @@ const Kernels table{ASPP_STRING(ASPP_ISA),
                     polyphase_grad_weight,
                     combine_taps,
                     checksum,
-                    pixel_energies};
+                    pixel_energies,
+                    channel_sums};
 
 }  // namespace aspp::ASPP_ISA

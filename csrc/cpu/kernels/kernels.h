@@ -46,6 +46,9 @@ struct Kernels {
   // sums of squares over channels, of rows [first, last) of image n -> to[rows, W]
   void (*pixel_energies)(const Image& x, int64_t n, int64_t channels, int64_t width, int64_t first,
                          int64_t last, double* to, bool double_precision);
+  // of rows [pixels, channels], without b or centre where null (see channel_sums.h)
+  void (*channel_sums)(const void* a, const void* b, const double* centre, int64_t pixels,
+                       int64_t channels, double* sums, double* products, bool double_precision);
 };
 
 const Kernels& kernels();  // decided once: the best instruction set this machine runs
