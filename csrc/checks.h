@@ -115,8 +115,9 @@ inline void check_size(const char* op, const std::string& name, std::vector<int6
     if (size == 0) return;
     fits = fits && !__builtin_mul_overflow(count, size, &count) && count <= kMaxElements;
   }
-  require(fits, op, ": ", name,
-          " must fit in memory: at most 2^48 elements (DefaultCPUAllocator: can't allocate memory)");
+  require(
+      fits, op, ": ", name,
+      " must fit in memory: at most 2^48 elements (DefaultCPUAllocator: can't allocate memory)");
 }
 
 // [N, C, H, W]
