@@ -264,11 +264,14 @@ def test_assigned_parameters_free_the_old_ones(pair: Pair) -> None:
     torch.testing.assert_close(ours(features()), original(features()), **TIGHT)
 
 
-def test_only_running_var_missing_is_said_as_pytorch_says_it(pair: Pair) -> None:
+@pytest.mark.parametrize("every", [False, True], ids=["one", "all"])
+def test_only_running_var_missing_is_said_as_pytorch_says_it(pair: Pair, every) -> None:
     original, ours = (m.eval() for m in pair.build())
     sentences = []
     for module in (original, ours):
-        module.convs[0][1].running_var = None
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms if every else norms[:1]:
+            norm.running_var = None
         with pytest.raises(RuntimeError) as refusal:
             module(features())
         sentences.append(str(refusal.value))

@@ -259,6 +259,18 @@ def test_a_class_that_somebody_derived_is_left_with_a_warning(make) -> None:
     assert type(model) is Mine
 
 
+def test_our_own_class_stays_whoever_derives_from_it() -> None:
+    class Mine(ASPP):
+        pass
+
+    model = nn.Sequential(Mine(4, [2], 3), ASPP(4, [2], 3))
+    model[1].__class__ = type("FSDPASPP", (ASPP,), {})
+    before = [type(m) for m in model]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [type(m) for m in unfuse(model)] == before
+
+
 def test_a_class_inside_another_or_made_anew_is_somebodys(monkeypatch) -> None:
     model = fuse(torchvision_aspp())
 

@@ -21,7 +21,7 @@ from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.ops.checks import check_flag, check_module
 
-from .restore import is_fused, restore
+from .restore import descends, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -161,7 +161,8 @@ def unfuse(model: Model) -> Model:
     check_module("unfuse", model)
     left = []
     for name, module in model.named_modules():
-        if not is_fused(type(module)) or type(module).__qualname__ == ASPP.__qualname__:
+        kind = type(module)
+        if not descends(kind, FusedForward) or descends(kind, ASPP):
             continue
         if (reason := restore(module)) is not None:
             left.append(f"{name or 'the model'}: {reason}")
@@ -204,7 +205,7 @@ def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
 
 
 def _is_of_an_earlier_import(module: nn.Module) -> bool:
-    return is_fused(type(module)) and not isinstance(module, FusedForward)
+    return descends(type(module), FusedForward) and not isinstance(module, FusedForward)
 
 
 def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:

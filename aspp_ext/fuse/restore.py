@@ -12,10 +12,10 @@ from torch import nn
 from aspp_ext.modules.fused import SETTINGS, FusedForward
 
 
-def is_fused(kind: type) -> bool:
-    """Also by an ``aspp_ext`` that was imported before this one, as notebooks do."""
-    ours = (FusedForward.__module__, FusedForward.__qualname__)
-    return any((base.__module__, base.__qualname__) == ours for base in kind.__mro__)
+def descends(kind: type, ours: type) -> bool:
+    """Also from the class of an ``aspp_ext`` that was imported before this one, as notebooks do."""
+    name = (ours.__module__, ours.__qualname__)
+    return any((base.__module__, base.__qualname__) == name for base in kind.__mro__)
 
 
 def restore(module: FusedForward) -> str | None:
@@ -53,7 +53,9 @@ def _without_fused(kind: Any) -> type[nn.Module] | None:
         return kind.original
     if _is_written(kind) or "forward" in vars(kind):
         return None
-    bases = [_without_fused(base) if is_fused(base) else base for base in kind.__bases__]
+    bases = [
+        _without_fused(base) if descends(base, FusedForward) else base for base in kind.__bases__
+    ]
     if None in bases:
         return None
     body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}

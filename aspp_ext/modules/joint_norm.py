@@ -79,7 +79,8 @@ def joint_norm(
     if not _by_batch(first):
         running_mean = _joint([n.running_mean for n in norms], y)
         running_var = _joint([n.running_var for n in norms], y)
-        if eps > 0 and _sums_here(y):
+        known = running_mean is not None and running_var is not None
+        if known and eps > 0 and _sums_here(y):
             return _Normalise.apply(y, weight, bias, running_mean, running_var, eps, False)
         return F.batch_norm(y, running_mean, running_var, weight, bias, False, 0.0, eps)
     tracked = first.training and first.track_running_stats
