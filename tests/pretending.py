@@ -97,6 +97,8 @@ class Calls(TorchDispatchMode):
     """The operators of ours that run, and their arguments, of which the last are left out where
     they have their defaults."""
 
+    __module__ = "torch.testing"  # looks on, as PyTorch's modes do: under others the layers run
+
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, tuple]] = []

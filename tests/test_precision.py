@@ -78,6 +78,8 @@ def argument(name: str, op: torch._ops.OpOverload, given: Sequence[Any]) -> Any:
 class Settings(TorchDispatchMode):
     """One argument of each of our operators that runs."""
 
+    __module__ = "torch.testing"  # looks on, as PyTorch's modes do: under others the layers run
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
