@@ -86,6 +86,11 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
   m.def("channel_statistics(Tensor y) -> (Tensor, Tensor)");
   // ... and with the gradient of y the sums of grad and of grad * (y - mean)
   m.def("channel_sums(Tensor grad, Tensor y, Tensor mean) -> (Tensor, Tensor)");
+  // ... and the gradient of y through the norm: scale is invstd * weight, total and product are
+  // sums
+  m.def(
+      "channel_gradient(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor scale, "
+      "Tensor total, Tensor product) -> Tensor");
   m.def("cpu_isa() -> str");
   // CUDA, for tests and measurements: the separable forward's way in this process, as
   // ASPP_EXT_SEPARABLE was when the library was loaded, or "" -> what it was

@@ -79,7 +79,7 @@ from aspp_ext.compat import import_torchvision
 import_torchvision()
 from torchvision.models.segmentation.deeplabv3 import ASPP
 model.append(aspp_ext.fuse(ASPP(3, [2, 3], 4)))
-kind = type(model[1])
+kept, kind = (type(m) for m in model)
 result = compute(model[1])
 package = again()
 (entry,) = package.fuse_report(model[1])
@@ -87,7 +87,13 @@ assert entry.fused and "imported before" in entry.reason, entry
 assert type(package.unfuse(model)[1]) is ASPP
 assert torch.allclose(compute(model[1]), result, atol=1e-4)
 model[1].__class__ = kind
-package.fuse(model[1])
+model[1].polyphase = False
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    package.fuse(model)
+assert "0: its class is of an aspp_ext that was imported before" in str(told[0].message)
+assert type(model[0]) is kept and model[1].polyphase is False
+del model[1].polyphase
 assert type(model[1]) is not kind and package.fuse_report(model[1])[0].reason is None
 assert torch.equal(compute(package.freeze(model[1])), result)
 """,

@@ -174,6 +174,20 @@ def test_zeros_of_single_channels(shape, side, dtype) -> None:
 
 
 @each_shape
+def test_no_double_is_too_small(shape) -> None:
+    """Whose square is 0."""
+    size, out_channels, rate = SHAPES[shape]
+    x, grad = torch.randn(size).double() * 1e-165, torch.randn(2, out_channels, *size[2:]).double()
+    got, _, exact = weight_gradients(x, grad, rate)
+    assert (got - exact).norm() <= 1e-13 * exact.norm()
+    y, wanted = (
+        f.atrous_pyramid(x, [grad[:1, :, :3, :3].repeat(size[1], 1, 1, 1).transpose(0, 1)], [rate])
+        for f in (aspp_ext, reference)
+    )
+    assert (y - wanted).norm() <= 1e-13 * wanted.norm()
+
+
+@each_shape
 def test_channels_that_are_zero_where_pixels_are_huge(shape) -> None:
     """As ReLU leaves them: their gradients are made of small pixels alone."""
     size, out_channels, rate = SHAPES[shape]

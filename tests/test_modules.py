@@ -303,17 +303,17 @@ def test_cache_stays_out_of_state_copies_and_pickles(pair: Pair) -> None:
     keys, size = list(ours.state_dict()), len(pickle.dumps(ours))
     with torch.no_grad():
         expected = ours(features())
-        assert fused._CACHE in ours.__dict__
+        assert fused.CACHE in ours.__dict__
         assert list(ours.state_dict()) == keys
         assert len(pickle.dumps(ours)) == size
         for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
             assert type(twin) is type(ours)
-            assert fused._CACHE not in twin.__dict__
+            assert fused.CACHE not in twin.__dict__
             assert torch.equal(twin(features()), expected)
             twin.convs[0][0].weight.zero_()
         assert torch.equal(ours(features()), expected)
         ours.float()
-        assert fused._CACHE not in ours.__dict__
+        assert fused.CACHE not in ours.__dict__
 
 
 def test_folding_is_done_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,18 @@ MAPS = {
     "a constant half": lambda y: y[..., y.size(3) // 2 :].fill_(-0.7),
     "a huge column": lambda y: y[0, ..., 3].mul_(1e6),
     "far from zero": lambda y: y.add_(10),
+    "huge": lambda y: y.mul_(1e16),
 }
+
+
+def results(of, y: Tensor, grad: Tensor, training: bool, dtype: torch.dtype, last: bool) -> list:
+    kept = torch.channels_last if last else torch.contiguous_format
+    norm = nn.BatchNorm2d(y.size(1)).to(dtype).train(training)
+    given = y.to(dtype).clone(memory_format=kept).requires_grad_()
+    found = of(norm, given)
+    found.backward(grad.to(dtype).contiguous(memory_format=kept))
+    sums = [norm.running_mean, norm.running_var] if training else []
+    return [found.detach(), given.grad, norm.weight.grad, norm.bias.grad, *sums]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -32,22 +43,51 @@ def test_norms(shape, case, training) -> None:
     y, grad = torch.randn(shape), torch.randn(shape) + 1
     MAPS[case](y)
 
-    def results(of, dtype: torch.dtype, last: bool) -> list[Tensor]:
-        kept = torch.channels_last if last else torch.contiguous_format
-        norm = nn.BatchNorm2d(shape[1]).to(dtype).train(training)
-        given = y.to(dtype).clone(memory_format=kept).requires_grad_()
-        found = of(norm, given)
-        found.backward(grad.to(dtype).contiguous(memory_format=kept))
-        sums = [norm.running_mean, norm.running_var] if training else []
-        return [found.detach(), given.grad, norm.weight.grad, norm.bias.grad, *sums]
+    check(y, grad, training)
 
-    got = results(one_norm, torch.float32, True)
-    plain = results(lambda norm, t: norm(t), torch.float32, False)
-    exact = results(lambda norm, t: norm(t), torch.float64, False)
+
+@pytest.mark.parametrize("mean", [0, 10, 1000])
+@pytest.mark.parametrize("rest", [1, 0.01])
+@pytest.mark.parametrize("shape", [(2, 40, 65, 65), (2, 16, 16, 16)], ids=str)
+def test_gradients_along_the_map(shape, rest, mean) -> None:
+    """Which the norm takes out but for a rest."""
+    y = torch.randn(shape)
+    check(y + mean, y + rest * torch.randn(shape), True)
+
+
+def check(y: Tensor, grad: Tensor, training: bool) -> None:
+    call = (y, grad, training)
+    got = results(one_norm, *call, torch.float32, True)
+    plain = results(lambda norm, t: norm(t), *call, torch.float32, False)
+    exact = results(lambda norm, t: norm(t), *call, torch.float64, False)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     for ours, theirs, truth in zip(got, plain, exact, strict=True):
         errors = [(t - truth).norm() / truth.norm() for t in (ours, theirs)]
         assert errors[0] <= 2 * errors[1] + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_second_derivatives(training) -> None:
+    y = torch.randn(2, 5, 4, 3, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for of in (one_norm, lambda norm, t: norm(t)):
+        norm = nn.BatchNorm2d(5).double().train(training)
+        torch.manual_seed(1)
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.running_var.uniform_(0.5, 1.5)
+        leaves = [y.clone().requires_grad_(), *norm.parameters()]
+        out = of(norm, leaves[0])
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        found.append([*first, *torch.autograd.grad(total, leaves)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_eps_of_zero_is_refused_as_by_pytorch() -> None:
+    y = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="eps must be positive during training"):
+        one_norm(nn.BatchNorm2d(5, eps=0), y)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])

@@ -47,6 +47,8 @@ SCHEMAS = {
     "checksums": "(Tensor[] tensors) -> Tensor",
     "channel_statistics": "(Tensor y) -> (Tensor, Tensor)",
     "channel_sums": "(Tensor grad, Tensor y, Tensor mean) -> (Tensor, Tensor)",
+    "channel_gradient": "(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor scale, "
+    "Tensor total, Tensor product) -> Tensor",
     "cpu_isa": "() -> str",
     "separable_way": "(str way) -> str",
 }
@@ -54,11 +56,12 @@ TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
 FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
 WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa", "separable_way"]
-WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM, "channel_statistics", "channel_sums"]
+WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
+WITHOUT_SIBLING += ["channel_statistics", "channel_sums", "channel_gradient"]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS
 TENSOR_OPS = [name for name in SCHEMAS if "Tensor x" in SCHEMAS[name] or "grad" in name]
-TENSOR_OPS = [name for name in TENSOR_OPS if name not in FOR_BENCHMARKS]
+TENSOR_OPS = [name for name in TENSOR_OPS if name not in (*FOR_BENCHMARKS, "channel_gradient")]
 ON_CUDA_ALONE = ["atrous_pyramid_statistics", *STEPS_OF_A_NORM]
 WITH_AUTOCAST = ["atrous_pyramid", "atrous_separable_pyramid", "atrous_pyramid_statistics"]
 WITH_AUTOCAST = [*WITH_AUTOCAST, *(f"{name}{TRITON}" for name in WITH_AUTOCAST), "aspp_inference"]

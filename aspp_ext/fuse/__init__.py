@@ -16,7 +16,7 @@ from torch import nn
 from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
-from aspp_ext.modules.fused import FusedForward
+from aspp_ext.modules.fused import SETTINGS, FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.ops.checks import check_flag, check_module
@@ -110,7 +110,9 @@ def fuse(
     settings = {name: value for name, value in given.items() if value is not None}
     entries = []
     for name, module in model.named_modules():
-        if _is_of_an_earlier_import(module):
+        kept = {}
+        if _is_of_an_earlier_import(module) and not descends(type(module), ASPP):
+            kept = {key: value for key, value in vars(module).items() if key in SETTINGS}
             restore(module)
         entry = _inspect(name, module)
         if entry is None:
@@ -118,6 +120,7 @@ def fuse(
         entries.append(entry)
         if not entry.fused and entry.reason is None:
             module.__class__ = _adapter(module).fused_class()  # type: ignore[union-attr]
+            vars(module).update(kept)
         if settings and isinstance(module, FusedForward):
             module.drop_folded()
             vars(module).update(settings)
@@ -191,7 +194,8 @@ def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
         return FuseEntry(name, _path(source), True, _reason(type(module), module))
     kind = type(module)
     if _is_of_an_earlier_import(module):
-        reason = "its class is of an aspp_ext that was imported before this one: fuse it again"
+        remedy = "make it anew" if descends(kind, ASPP) else "fuse it again"
+        reason = f"its class is of an aspp_ext that was imported before this one: {remedy}"
         return FuseEntry(name, _path(kind), True, reason)
     adapter = _adapter(module)
     if adapter is not None:

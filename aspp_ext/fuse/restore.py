@@ -18,7 +18,7 @@ def descends(kind: type, ours: type) -> bool:
     return any((base.__module__, base.__qualname__) == name for base in kind.__mro__)
 
 
-def restore(module: FusedForward) -> str | None:
+def restore(module: Any) -> str | None:
     """Give ``module`` its original class back, or return the reason why that cannot be done."""
     kind: Any = type(module)
     plain = _without_fused(kind)
@@ -27,7 +27,7 @@ def restore(module: FusedForward) -> str | None:
     module.drop_folded()
     for setting in SETTINGS:
         vars(module).pop(setting, None)
-    module.__class__ = plain  # type: ignore[assignment]
+    module.__class__ = plain
     return None
 
 

@@ -25,11 +25,11 @@ from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
 from .head import Head, forward_layers, gives_channels_last
 from .parts import Unfusable, check_classes, check_tensors
-from .tracing import in_forward_mode, is_traced
+from .tracing import in_forward_mode, may_be_traced
 from .untouched import changed_methods
 
 # What is ours in an instance, beside attributes that may be the user's.
-_CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"
+CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"
 SETTINGS = ("pool_batch_of_one", "polyphase", FROZEN)
 
 
@@ -85,7 +85,7 @@ class FusedForward(nn.Module):
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
         if not isinstance(x, Tensor) or _needs_plain_operators():
             return super().forward(x)
-        traced = is_traced()
+        traced = may_be_traced()
         if not traced and (frozen := self._frozen_copy(x)) is not None:
             return self._infer(*frozen, x)
         try:
@@ -121,7 +121,7 @@ class FusedForward(nn.Module):
 
     def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
         """What is used without a look at what it was made of."""
-        cache = self.__dict__.get(_CACHE)
+        cache = self.__dict__.get(CACHE)
         if cache is None or cache.head is None or self.training:
             return None
         if torch.is_grad_enabled() or in_forward_mode():
@@ -132,7 +132,7 @@ class FusedForward(nn.Module):
         return cache.head, cache
 
     def _cache(self, head: Head, dtype: torch.dtype) -> FoldCache | None:
-        cache = self.__dict__.get(_CACHE)
+        cache = self.__dict__.get(CACHE)
         if cache is not None and cache.holds(head, dtype):
             return cache
         frozen = bool(self.__dict__.get(FROZEN))
@@ -145,17 +145,17 @@ class FusedForward(nn.Module):
         if head.project.weight.is_cuda:
             # Another thread may read the copy on another stream.
             torch.cuda.current_stream(head.project.weight.device).synchronize()
-        self.__dict__[_CACHE] = cache
+        self.__dict__[CACHE] = cache
         return cache
 
     def _kept_bytes(self) -> int:
         """Memory of the weights that are prepared for minimal filtering."""
-        cache = self.__dict__.get(_CACHE)
+        cache = self.__dict__.get(CACHE)
         return 0 if cache is None else cache.prepared.nbytes
 
     def drop_folded(self) -> None:
         """Forget the folded weights; the next inference folds again."""
-        self.__dict__.pop(_CACHE, None)
+        self.__dict__.pop(CACHE, None)
 
     def train(self, mode: bool = True) -> FusedForward:
         """Set the training mode and forget the folded weights."""
@@ -167,7 +167,7 @@ class FusedForward(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != _CACHE}
+        return {key: value for key, value in self.__dict__.items() if key != CACHE}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_folded()

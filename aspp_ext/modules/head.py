@@ -19,7 +19,7 @@ from aspp_ext.ops.formats import is_channels_last, memory_format, pointwise_as_c
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 
 from .joint_norm import Norm, joinable, joint_norm, one_norm, uses_statistics
-from .tracing import in_forward_mode, is_traced
+from .tracing import in_forward_mode
 
 
 class Branch(NamedTuple):
@@ -125,10 +125,8 @@ def gives_channels_last(head: Head) -> bool:
 
 def _relu(y: Tensor) -> Tensor:
     """In place where nobody else has seen y. What a subclass of Tensor makes inside an autograd
-    function is a view, not to be written over, and what is recorded may be kept."""
-    if type(y) is not Tensor or is_traced() or in_forward_mode():
-        return y.relu()
-    return y.relu_()
+    function is a view, not to be written over, and what linearize records is kept."""
+    return y.relu() if type(y) is not Tensor or in_forward_mode() else y.relu_()
 
 
 def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:

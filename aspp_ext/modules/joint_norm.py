@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext import _native
-from aspp_ext.ops.channel_sums import channel_statistics, channel_sums
+from aspp_ext.ops.channel_sums import channel_gradient, channel_statistics, channel_sums
 
 from .tracing import in_forward_mode, is_traced, is_transformed
 
@@ -217,8 +217,7 @@ class _Normalise(torch.autograd.Function):
         y, weight, mean, var, invstd = ctx.saved_tensors
         wanted, of_batch = ctx.needs_input_grad[:3], ctx.of_batch
         if not torch.is_grad_enabled() and _sums_here(y) and not is_transformed(grad):
-            found = _gradients(grad, y, weight, mean, invstd, of_batch)
-            grads = tuple(g if needed else None for g, needed in zip(found, wanted, strict=True))
+            grads = _gradients(grad, y, weight, mean, invstd, of_batch, wanted)
         else:
             # An operator with a gradient of its own, which takes mean and invstd as functions of y.
             known = (None, None, mean, invstd) if of_batch else (mean, var, None, None)
@@ -229,18 +228,22 @@ class _Normalise(torch.autograd.Function):
 
 
 def _gradients(
-    grad: Tensor, y: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, of_batch: bool
-) -> list[Tensor]:
+    grad: Tensor,
+    y: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    of_batch: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
     """Of y, weight and bias."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    total, product = channel_sums(grad, y, mean)
     scale = invstd if weight is None else invstd * weight
+    if not of_batch and not any(wanted[1:]):
+        return [grad * scale[:, None, None], None, None]
+    total, product = channel_sums(grad, y, mean)
     if of_batch:
-        count = y.numel() // y.shape[1]
-        slope = -scale * invstd.square() * product / count
-        offset = -scale * total / count - mean * slope
-        of_y = torch.addcmul(offset[:, None, None], grad, scale[:, None, None])
-        of_y.addcmul_(y, slope[:, None, None])
+        of_y = channel_gradient(grad, y, mean, invstd, scale, total, product)
     else:
         of_y = grad * scale[:, None, None]
-    return [of_y, product * invstd, total]
+    return [g if w else None for g, w in zip((of_y, product * invstd, total), wanted, strict=True)]

@@ -12,10 +12,14 @@ from aspp_ext.ops.registration import is_batched
 
 
 def is_traced() -> bool:
-    """Whether a graph is being recorded, in which the fold must depend on the parameters."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return _get_current_dispatch_mode() is not None
+    """Whether the compiler or TorchScript records a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def may_be_traced() -> bool:
+    """Whether anybody may be recording one, in which the fold must depend on the parameters: a
+    dispatch mode may also only count."""
+    return is_traced() or _get_current_dispatch_mode() is not None
 
 
 def is_transformed(t: Tensor) -> bool:

@@ -26,12 +26,13 @@ void check_rows(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+constexpr int64_t kPixels = 1024;  // of a task: no result depends on the threads
+
 struct Sums {
   std::vector<double> of_a, of_products;  // per channel
 };
 
 Sums sums_of(const Tensor& a, const Tensor* b, const double* centre) {
-  constexpr int64_t kPixels = 1024;  // of a task: no result depends on the threads
   const int64_t channels = a.size(1), pixels = a.size(0) * a.size(2) * a.size(3);
   const int64_t tasks = (pixels + kPixels - 1) / kPixels;
   Sums sums{std::vector<double>(size_t(tasks * channels)),
@@ -102,11 +103,53 @@ std::tuple<Tensor, Tensor> sums(const Tensor& grad, const Tensor& y, const Tenso
   return {vector_of(y, found.of_a), vector_of(y, found.of_products)};
 }
 
+Tensor gradient(const Tensor& grad, const Tensor& y, const Tensor& mean, const Tensor& invstd,
+                const Tensor& scale, const Tensor& total, const Tensor& product) {
+  constexpr const char* kOp = "channel_gradient";
+  check_rows(kOp, "y", y);
+  check_rows(kOp, "grad", grad);
+  check_like(kOp, "grad", grad, y);
+  require(shape_of(grad) == shape_of(y), kOp, ": grad must have y's shape ", shape_of(y), ", got ",
+          shape_of(grad));
+  const int64_t channels = y.size(1), pixels = y.size(0) * y.size(2) * y.size(3);
+  const std::pair<const char*, const Tensor*> vectors[] = {{"mean", &mean},
+                                                           {"invstd", &invstd},
+                                                           {"scale", &scale},
+                                                           {"total", &total},
+                                                           {"product", &product}};
+  std::vector<double> values[5];
+  for (int i = 0; i < 5; ++i) {
+    check_vector(kOp, vectors[i].first, *vectors[i].second, y, channels);
+    values[i] = values_of(*vectors[i].second);
+  }
+  std::vector<double> slopes, offsets;
+  for (size_t c = 0; c < size_t(channels); ++c) {
+    slopes.push_back(values[4][c] / double(pixels) * values[1][c] * values[1][c]);
+    offsets.push_back(values[3][c] / double(pixels));
+  }
+  const Tensor given[] = {vector_of(y, values[0]), vector_of(y, slopes), vector_of(y, offsets),
+                          vector_of(y, values[2])};
+  const void* const data[] = {given[0].data_ptr(), given[1].data_ptr(), given[2].data_ptr(),
+                              given[3].data_ptr()};
+  const PyramidShape shape{y.size(0), channels, y.size(2), y.size(3)};
+  const Tensor result = empty_image(y, shape.batch, channels, shape, true);
+  const int64_t bytes = channels * int64_t(y.element_size());
+  run_tasks((pixels + kPixels - 1) / kPixels, 0, [&](int64_t task, void*) {
+    const int64_t at = task * kPixels * bytes;
+    kernels().channel_affine(
+        static_cast<const char*>(grad.data_ptr()) + at, static_cast<const char*>(y.data_ptr()) + at,
+        data, std::min(kPixels, pixels - task * kPixels), channels,
+        static_cast<char*>(result.mutable_data_ptr()) + at, y.scalar_type() == ScalarType::Double);
+  });
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) {
   m.impl("channel_statistics", ASPP_BOX(&statistics));
   m.impl("channel_sums", ASPP_BOX(&sums));
+  m.impl("channel_gradient", ASPP_BOX(&gradient));
 }
 
 }  // namespace aspp

@@ -34,4 +34,19 @@ void add_channel_sums(const T* a, const T* b, const double* centre, int64_t pixe
   }
 }
 
+// to = (a - offset - (b - centre) * slope) * scale
+template <typename T>
+void write_channel_affine(const T* a, const T* b, const T* centre, const T* slope, const T* offset,
+                          const T* scale, int64_t pixels, int64_t channels, T* to) {
+  const int64_t whole = channels / kLanes<T> * kLanes<T>;
+  for (int64_t p = 0; p < pixels; ++p, a += channels, b += channels, to += channels) {
+    for (int64_t c = 0; c < whole; c += kLanes<T>) {
+      const Vec<T> through = (load(b + c) - load(centre + c)) * load(slope + c);
+      store(to + c, (load(a + c) - load(offset + c) - through) * load(scale + c));
+    }
+    for (int64_t c = whole; c < channels; ++c)
+      to[c] = (a[c] - offset[c] - (b[c] - centre[c]) * slope[c]) * scale[c];
+  }
+}
+
 }  // namespace aspp::ASPP_ISA

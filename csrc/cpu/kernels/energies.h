@@ -18,21 +18,27 @@ inline Vec<double> widened(const T* values) {
   return __builtin_convertvector(*reinterpret_cast<const Part*>(values), Vec<double>);
 }
 
+// Of what is not zero not zero either: the squares of small doubles would be.
+inline Vec<double> square_of(Vec<double> v) {
+  constexpr double kLeast = 0x1p-1022;
+  const Vec<double> least = broadcast(kLeast);
+  return v * v + (v != 0 ? least : Vec<double>{});
+}
+
 // to[i] += values[i]^2 for a vector of T.
 template <typename T, typename S>
 inline void add_squares(const S* values, double* to) {
   T block[kLanes<T>];
   store(block, load_as<T>(values));
   for (int i = 0; i < kLanes<T>; i += kHalf<T>) {
-    const Vec<double> v = widened(block + i);
-    store(to + i, load(to + i) + v * v);
+    store(to + i, load(to + i) + square_of(widened(block + i)));
   }
 }
 
 template <typename S>
 inline double square_of(S value) {
   const double v = to_float(value);
-  return v * v;
+  return v * v + (v != 0 ? 0x1p-1022 : 0);
 }
 
 // Of pixels [0, count) of a line, their channels [0, channels) -> to[count].

@@ -174,6 +174,16 @@ void channel_sums(const void* a, const void* b, const double* centre, int64_t pi
   });
 }
 
+void channel_affine(const void* a, const void* b, const void* const (&vectors)[4], int64_t pixels,
+                    int64_t channels, void* to, bool double_precision) {
+  with_compute_type(double_precision, [&](auto t) {
+    using T = decltype(t);
+    const auto vector = [&](int i) { return static_cast<const T*>(vectors[i]); };
+    write_channel_affine(static_cast<const T*>(a), static_cast<const T*>(b), vector(0), vector(1),
+                         vector(2), vector(3), pixels, channels, static_cast<T*>(to));
+  });
+}
+
 }  // namespace
 
 #define ASPP_STRING_OF(name) #name
@@ -198,6 +208,7 @@ const Kernels table{ASPP_STRING(ASPP_ISA),
                     combine_taps,
                     checksum,
                     pixel_energies,
-                    channel_sums};
+                    channel_sums,
+                    channel_affine};
 
 }  // namespace aspp::ASPP_ISA

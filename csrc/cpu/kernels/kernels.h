@@ -49,6 +49,9 @@ struct Kernels {
   // of rows [pixels, channels], without b or centre where null (see channel_sums.h)
   void (*channel_sums)(const void* a, const void* b, const double* centre, int64_t pixels,
                        int64_t channels, double* sums, double* products, bool double_precision);
+  // to = (a - offset - (b - centre) * slope) * scale, of rows and vectors of T
+  void (*channel_affine)(const void* a, const void* b, const void* const (&vectors)[4],
+                         int64_t pixels, int64_t channels, void* to, bool double_precision);
 };
 
 const Kernels& kernels();  // decided once: the best instruction set this machine runs
