@@ -92,7 +92,7 @@ def instruction_sets() -> list[Step]:
     for isa in INSTRUCTION_SETS[:-1]:
         narrower = INSTRUCTION_SETS.index(isa) < INSTRUCTION_SETS.index(own)
         why = None if narrower else f"the other steps run {own}"
-        found.append(suite(f"isa {isa}", 0.8, "--setting=isa", why=why, ASPP_EXT_ISA=isa))
+        found.append(suite(f"isa {isa}", 3.3, "--setting=isa", why=why, ASPP_EXT_ISA=isa))
     return found
 
 
