@@ -76,7 +76,7 @@ def argument(name: str, op: torch._ops.OpOverload, given: Sequence[Any]) -> Any:
 
 
 class Settings(TorchDispatchMode):
-    """One argument of each of our operators that runs."""
+    """One argument of each of our operators that runs and has it."""
 
     __module__ = "torch.testing"  # looks on, as PyTorch's modes do: under others the layers run
 
@@ -86,7 +86,8 @@ class Settings(TorchDispatchMode):
         self.seen: list[tuple[str, Any]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "aspp_ext":
+        has = any(a.name == self.name for a in function._schema.arguments)
+        if function.namespace == "aspp_ext" and has:
             value = argument(self.name, function, args)
             self.seen.append((function._schema.name.split("::")[1], value))
         return function(*args, **(kwargs or {}))
