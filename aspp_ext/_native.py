@@ -91,3 +91,16 @@ cuda_missing: str | None = _load_cuda()
 def picked_isa() -> str:
     """The instruction set of the CPU's kernels, which is picked when they are loaded."""
     return torch.ops.aspp_ext.cpu_isa().removeprefix("isa_")
+
+
+def use_isa(isa: str) -> str:
+    """Run another instruction set's kernels, while nothing else is called.
+
+    Args:
+        isa: as ``ASPP_EXT_ISA``, or "" for this machine's best.
+
+    Returns:
+        What is picked: the baseline where this processor has not what was asked for.
+    """
+    torch.ops.aspp_ext.use_cpu_isa(isa)
+    return picked_isa()

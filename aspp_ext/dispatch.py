@@ -306,7 +306,7 @@ def explain(
     Where the CPU computes a dense one, also which branches it filters minimally, and why.
 
     Args:
-        x: ``[N, C, H, W]``.
+        x: ``[N, C, H, W]``, or ``[N, C, L]`` for dense branches in one dimension.
         weights: per branch ``[O_b, C, kh, kw]``; pointwise ``[O_b, C, 1, 1]`` with
             ``depthwise_weights``.
         atrous_rates: per branch an int or a pair.

@@ -218,6 +218,7 @@ def explain_pyramid(
         spatial = [d if d.numel() else p for d, p in zip(depthwise, weights, strict=True)]
         given = tuple(d for d in depthwise if d.numel())
     else:
+        x, weights = checks.as_rows(op, x, weights)
         channels = checks.check_dense(op, x, weights, rates)
         spatial, given = list(weights), ()
     kernels = [(int(s.size(2)), int(s.size(3))) for s in spatial]

@@ -92,6 +92,9 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "channel_gradient(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor scale, "
       "Tensor total, Tensor product) -> Tensor");
   m.def("cpu_isa() -> str");
+  // CPU, for tests and measurements, while nothing else is called: the kernels' instruction set, as
+  // ASPP_EXT_ISA would have been when the library was loaded, "" for the best -> what it was
+  m.def("use_cpu_isa(str isa) -> str");
   // CUDA, for tests and measurements: the separable forward's way in this process, as
   // ASPP_EXT_SEPARABLE was when the library was loaded, or "" -> what it was
   m.def("separable_way(str way) -> str");

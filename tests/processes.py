@@ -24,3 +24,9 @@ def said_by_python(code: str, **variables: str | None) -> str:
     done = run_python("-c", code, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def isa(limit: str | None = None) -> str:
+    """What the CPU's kernels run under ``ASPP_EXT_ISA``."""
+    code = "import torch, aspp_ext; print(torch.ops.aspp_ext.cpu_isa())"
+    return said_by_python(code, ASPP_EXT_ISA=limit).removeprefix("isa_")

@@ -203,6 +203,17 @@ def test_one_dimension(backend) -> None:
     assert torch.equal(got, reference.atrous_pyramid(x, weights, [4, 1, (9, 20)], **keywords))
 
 
+@pytest.mark.parametrize("call", [aspp_ext.atrous_pyramid, aspp_ext.explain])
+def test_an_image_without_a_batch_is_no_line(call) -> None:
+    """Also where as many rows as channels would let it pass for one."""
+    words = (
+        r"x must be \[N, C, H, W\] for weights\[1\] of shape \[4, 6, 3, 3\], got shape \[6, 6, 9\]"
+    )
+    with pytest.raises(ValueError, match=words):
+        call(integers(6, 6, 9), [integers(4, 6, 3), integers(4, 6, 3, 3)], [2, 2])
+    assert "1x3" in aspp_ext.explain(integers(2, 6, 9), [integers(4, 6, 3)], [2])
+
+
 @quick_interpreted()
 @each_backend
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])

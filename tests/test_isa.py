@@ -7,19 +7,25 @@ import os
 
 import pytest
 import torch
-from processes import said_by_python
+from processes import isa
+
+from aspp_ext import _native
 
 LADDER = ["baseline", "avx2", "avx512", "avx512bf16"]
-
-
-def isa(limit: str | None = None) -> str:
-    code = "import torch, aspp_ext; print(torch.ops.aspp_ext.cpu_isa())"
-    return said_by_python(code, ASPP_EXT_ISA=limit).removeprefix("isa_")
 
 
 def test_an_unknown_name_does_not_raise_the_ceiling() -> None:
     assert isa("avx9000") in LADDER
     assert isa("") == isa()
+
+
+def test_another_may_be_asked_for_later() -> None:
+    before = _native.picked_isa()
+    try:
+        for name in ("", *LADDER, "avx9000"):
+            assert _native.use_isa(name) == isa(name)
+    finally:
+        assert _native.use_isa(before) == before
 
 
 @pytest.mark.settings("isa")

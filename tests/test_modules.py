@@ -379,6 +379,20 @@ def test_bad_input(pair: Pair, shape: tuple, got: str, training: bool) -> None:
     assert str(error.value).endswith(f"x must be [N, {CHANNELS}, H, W], got {got}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64])
+@pytest.mark.parametrize("training", [False, True])
+def test_features_of_another_dtype(pair: Pair, dtype: torch.dtype, training: bool) -> None:
+    """In the module's words, also where autocast would cast them to yet another one."""
+    original, ours = (module.train(training) for module in pair.build())
+    x, words = features(2).to(dtype), f"x must be float64, in which it computes, got {dtype}"
+    for autocast in (False, True):
+        with torch.autocast("cpu", enabled=autocast), torch.set_grad_enabled(training):
+            with pytest.raises(RuntimeError):
+                original(x)
+            with pytest.raises(TypeError, match=words.replace("torch.", "")):
+                ours(x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [

@@ -50,13 +50,14 @@ SCHEMAS = {
     "channel_gradient": "(Tensor grad, Tensor y, Tensor mean, Tensor invstd, Tensor scale, "
     "Tensor total, Tensor product) -> Tensor",
     "cpu_isa": "() -> str",
+    "use_cpu_isa": "(str isa) -> str",
     "separable_way": "(str way) -> str",
 }
 TRITON = "_triton"
 STEPS_OF_A_NORM = [n for n in SCHEMAS if "_norm" in n or "depthwise_statistics" in n]
 FOR_BENCHMARKS = ["polyphase_times"]  # called on plain tensors alone
-WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "cpu_isa", "separable_way"]
-WITHOUT_SIBLING += [*FOR_BENCHMARKS, *STEPS_OF_A_NORM]
+WITHOUT_SIBLING = ["aspp_inference", "polyphase_weights", "checksums", "separable_way"]
+WITHOUT_SIBLING += ["cpu_isa", "use_cpu_isa", *FOR_BENCHMARKS, *STEPS_OF_A_NORM]
 WITHOUT_SIBLING += ["channel_statistics", "channel_sums", "channel_gradient"]
 SIBLINGS = {f"{name}{TRITON}": SCHEMAS[name] for name in SCHEMAS if name not in WITHOUT_SIBLING}
 SCHEMAS |= SIBLINGS

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from marks import on_cpu, on_emulated, on_interpreted
+from processes import isa
 from table import INTERPRETED
 
+from aspp_ext import _native
 from aspp_ext.evidence import entry, store
 from aspp_ext.evidence.entry import Cell
 from aspp_ext.testing import PROBLEMS
@@ -58,7 +60,8 @@ class Ran:
 
 
 def planted(folder: Path, fault: str) -> Ran:
-    return Ran(folder, PLANTED, fault, "verify", "--device", "cpu")
+    """On the device that is there unasked, which is the CPU."""
+    return Ran(folder, PLANTED, fault, "verify", CUDA_VISIBLE_DEVICES="")
 
 
 # Faults
@@ -137,7 +140,7 @@ def test_the_cpu_s_kernels_are_right(tmp_path) -> None:
     assert ran.done.returncode == 0, ran.text + ran.done.stderr
     results = {row["result"] for row in ran.rows}
     assert results <= {"right", "unavailable"}
-    ours = [row for row in ran.rows if row["implementation"] == "cpu"]
+    ours = [row for row in ran.rows if row["implementation"].partition(" ")[2] in here()]
     assert {row["result"] for row in ours} == {"right"}
     assert any("medium" in row["speeds"] for row in ours)  # not where PyTorch takes too long
     assert {row["mode"] for row in ours} == {"inference", "training"}
@@ -197,6 +200,46 @@ def test_a_cell_is_judged_by_all_that_it_has_to_satisfy() -> None:
         "head_separable",
         "head_without_pool",
     }
+
+
+def here() -> set[str]:
+    """Instruction sets of this machine; "" is what it picks."""
+    names = {isa.removeprefix("isa_") for isa in _native.read_build_info()["isas"]}
+    return {"", *(name for name in names if isa(name) == name)}
+
+
+SAYS_WHAT_RUNS = """
+import sys
+from aspp_ext import _native
+from aspp_ext.ops import separable_choice
+from aspp_ext.verify import command
+
+def judge(subject):
+    with open(sys.argv[1], "a") as log:
+        print(subject.cell.implementation, _native.picked_isa(), separable_choice.way, file=log)
+    return 1.0
+
+command.judge = judge
+command.contest = lambda subject, size: {"result": "timed", "ratio": 2.0, "says": "faster"}
+sys.exit(command.main(sys.argv[2:]))
+"""
+
+
+@on_cpu
+def test_each_instruction_set_is_the_one_that_runs(tmp_path) -> None:
+    """Whatever our variables were on import."""
+    log = tmp_path / "log"
+    variables = {"ASPP_EXT_ISA": "baseline", "ASPP_EXT_SEPARABLE": "no such"}
+    ran = Ran(
+        tmp_path, "-c", SAYS_WHAT_RUNS, log, "verify", "--device", "cpu", "--quick", **variables
+    )
+    assert ran.done.returncode == 0, ran.text + ran.done.stderr
+    ran_as = {line.rstrip() for line in log.read_text().splitlines()}
+    best = isa("")
+    expected = {f"cpu {best}", *(f"cpu {n} {n}" for n in here() - {"", best})}
+    assert ran_as == expected
+    lacking = {row["implementation"] for row in ran.rows if row["result"] == "unavailable"}
+    assert not {name.partition(" ")[2] for name in lacking} & here()
 
 
 # What is known already

@@ -18,7 +18,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aspp_ext.ops import aspp_inference
-from aspp_ext.ops.checks import check_tensor
+from aspp_ext.ops.checks import check_tensor, dtype_name
 from aspp_ext.ops.registration import is_autocast_on, under_autocast
 
 from .fold_cache import FoldCache, can_keep, sources
@@ -228,6 +228,12 @@ def _check_features(module: nn.Module, head: Head, x: Tensor) -> None:
     check_tensor(name, "x", x)
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{name}: x must be [N, {channels}, H, W], got {list(x.shape)}")
+    dtype, given = _dtype(head, x), x.dtype
+    if given.is_floating_point and given != torch.float64 and is_autocast_on(x):
+        given = torch.get_autocast_dtype(x.device.type)
+    if given != dtype:
+        rule = f"x must be {dtype_name(dtype)}, in which it computes"
+        raise TypeError(f"{name}: {rule}, got {dtype_name(x.dtype)}")
 
 
 def _wants_gradient(head: Head, x: Tensor) -> bool:

@@ -99,6 +99,19 @@ def check_image(op: str, name: str, x: Tensor) -> None:
         )
 
 
+def as_rows(op: str, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """One dimension as images of a row: x ``[N, C, L]`` and weights ``[O, C, k]``; others as is."""
+    if x.dim() != 3:
+        return x, weights
+    for b, w in enumerate(weights):
+        if w.dim() != 3:  # an image without a batch, most likely
+            raise ValueError(
+                f"{op}: x must be [N, C, H, W] for weights[{b}] of shape {_shape(w)}, "
+                f"got shape {_shape(x)}"
+            )
+    return x.unsqueeze(2), [w.unsqueeze(2) for w in weights]
+
+
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
     if t.dtype != x.dtype:
         raise TypeError(

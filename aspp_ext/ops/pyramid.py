@@ -81,9 +81,7 @@ def atrous_pyramid(
         checks.check_tensor(_OP, f"weights[{b}]", w)
     rates = checks.flat_rates(_OP, atrous_rates)
     line = x.dim() == 3
-    if line:
-        x = x.unsqueeze(2)
-        weights = [w.unsqueeze(2) if w.dim() == 3 else w for w in weights]
+    x, weights = checks.as_rows(_OP, x, weights)
     x, weights, bias, scale, shift = under_autocast(x, list(weights), bias, scale, shift)
     channels = checks.check_dense(_OP, x, weights, rates)
     checks.check_vector(_OP, "bias", bias, x, channels)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .. import _plan
 
 WAY = "ASPP_EXT_SEPARABLE"
-"""Read when the package is imported; :func:`separable_way` changes what was read."""
+"""Read when the package is imported; :func:`use_separable_way` changes what was read."""
 
 way = os.environ.get(WAY, "")
 
@@ -31,23 +31,30 @@ EMULATED_SHARED_BYTES = 227 << 10
 """Shared memory of a block where csrc/cuda/emulation takes the device's place."""
 
 
-@contextlib.contextmanager
-def separable_way(asked: str) -> Iterator[None]:
-    """Which way CUDA's separable forward takes inside, on all threads.
+def use_separable_way(asked: str) -> str:
+    """Which way CUDA's separable forward takes from now on, on all threads.
 
     Args:
         asked: "fused", "stored", or "" for its own choice.
+
+    Returns:
+        What it was.
     """
     global way
-    kernels = _native.emulated or _native.cuda_missing is None
+    if _native.emulated or _native.cuda_missing is None:
+        torch.ops.aspp_ext.separable_way(asked)
     before, way = way, asked
-    loaded = torch.ops.aspp_ext.separable_way(asked) if kernels else ""
+    return before
+
+
+@contextlib.contextmanager
+def separable_way(asked: str) -> Iterator[None]:
+    """:func:`use_separable_way` inside."""
+    before = use_separable_way(asked)
     try:
         yield
     finally:
-        way = before
-        if kernels:
-            torch.ops.aspp_ext.separable_way(loaded)
+        use_separable_way(before)
 
 
 def fused_choice(

@@ -27,6 +27,7 @@ from .. import _cuda, _native, _triton
 from ..evidence import store
 from ..evidence.entry import BAD, Cell, Entry, Speed, Verdict
 from ..evidence.environment import PACKAGE, Environment, environment_of, hyphenated
+from ..ops.separable_choice import use_separable_way
 from . import isolation, report
 from .cases import OPERATORS, RIGHT, Case, cases, timed
 from .contest import contest
@@ -124,11 +125,10 @@ def describe(device: str | None, beat: Beat) -> dict[str, Any]:
 def solve(given: tuple[Case, str], beat: Beat) -> dict[str, Any]:
     """A case on a device. Runs in a child, which computes cases of one instruction set only."""
     case, device = given
-    if wanted := case.instruction_set:
-        os.environ["ASPP_EXT_ISA"] = wanted
-        if _native.picked_isa() != wanted:
-            why = f"this processor has no {wanted}"
-            return {"result": "unavailable", "why": why, FINAL: True}
+    wanted = case.instruction_set
+    if wanted and _native.use_isa(wanted) != wanted:
+        why = f"this processor has no {wanted}"
+        return {"result": "unavailable", "why": why, FINAL: True}
     subject = Subject(case.cell, device, beat)
     if device != "cpu":
         torch.cuda.set_device(device)
@@ -167,8 +167,7 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is known is kept
-    for name in [n for n in os.environ if n.startswith("ASPP_EXT_") and n not in KEPT]:
-        del os.environ[name]
+    _choose_nothing()
     found = isolation.ask(describe, options.device, QUIET_S)
     if "result" in found:
         found = {"error": f"the device cannot be asked: {found['why']}\n{found['output']}"}
@@ -176,6 +175,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"aspp_ext verify: {found['error']}", file=sys.stderr)
         return 2
     return Run(options, found).main()
+
+
+def _choose_nothing() -> None:
+    """Forgets our variables, those that were read on import included."""
+    for name in [n for n in os.environ if n.startswith("ASPP_EXT_") and n not in KEPT]:
+        del os.environ[name]
+    if _native.cpu_missing is None:
+        _native.use_isa("")
+    use_separable_way("")
 
 
 class Run:

@@ -187,12 +187,20 @@ std::vector<Tensor> no_polyphase_weights(std::vector<Tensor> weights,
 
 std::string cpu_isa() { return kernels().isa; }
 
+// Returns what it was.
+std::string use_cpu_isa(std::string isa) {
+  std::string before = cpu_isa();
+  use_kernels(isa);
+  return before;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CPU, m) { m.impl("aspp_inference", ASPP_BOX(&inference)); }
 
 STABLE_TORCH_LIBRARY_IMPL(aspp_ext, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", ASPP_BOX(&cpu_isa));
+  m.impl("use_cpu_isa", ASPP_BOX(&use_cpu_isa));
   m.impl("polyphase_weights", ASPP_BOX(&no_polyphase_weights));
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Picks the kernels once, by what the processor says it can run.
+// Picks the kernels by what the processor says it can run.
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
+#include <string_view>
 
 #include "kernels/kernels.h"
 
@@ -24,13 +25,10 @@ extern const Kernels table;
 
 namespace {
 
-const Kernels& pick() {
+const Kernels& pick(std::string_view limit) {
   // ASPP_EXT_ISA=avx512|avx2|baseline steps down, to test the narrower kernels on a wider machine;
   // a name this machine cannot run gives the baseline.
-  const char* limit = std::getenv("ASPP_EXT_ISA");
-  const auto allowed = [limit](const char* isa) {
-    return limit == nullptr || *limit == 0 || std::strcmp(limit, isa) == 0;
-  };
+  const auto allowed = [limit](std::string_view isa) { return limit.empty() || limit == isa; };
 #if defined(ASPP_X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -47,15 +45,18 @@ const Kernels& pick() {
   return isa_baseline::table;
 }
 
-}  // namespace
-
-namespace {
+std::string_view given_limit() {
+  const char* const text = std::getenv("ASPP_EXT_ISA");
+  return text == nullptr ? "" : text;
+}
 
 // When the library is loaded: no call reads the environment, which another thread may be writing.
-const Kernels& picked = pick();
+std::atomic<const Kernels*> picked{&pick(given_limit())};
 
 }  // namespace
 
-const Kernels& kernels() { return picked; }
+const Kernels& kernels() { return *picked.load(std::memory_order_relaxed); }
+
+void use_kernels(std::string_view limit) { picked = &pick(limit); }
 
 }  // namespace aspp

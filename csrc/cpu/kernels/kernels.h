@@ -2,6 +2,8 @@
 // The functions every instruction set provides, and the one that is picked for this machine.
 #pragma once
 
+#include <string_view>
+
 #include "params.h"
 #include "polyphase_params.h"
 
@@ -54,6 +56,10 @@ struct Kernels {
                          int64_t pixels, int64_t channels, void* to, bool double_precision);
 };
 
-const Kernels& kernels();  // decided once: the best instruction set this machine runs
+// Of the best instruction set this machine runs, or of what ASPP_EXT_ISA was when the library was
+// loaded.
+const Kernels& kernels();
+// ... or of another from now on, "" for the best: while no call runs.
+void use_kernels(std::string_view limit);
 
 }  // namespace aspp
