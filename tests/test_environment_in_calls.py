@@ -5,7 +5,9 @@ minimal filtering is allowed travels with the call. A fork finds no lock held.""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
+import types
 from functools import partial
 from pathlib import Path
 
@@ -256,3 +258,23 @@ print(was, torch.ops.aspp_ext.separable_way(""))
     words = "ASPP_EXT_SEPARABLE must be fused or stored, got 'yes'"
     expected = [f"atrous_separable_pyramid: {words}", f"separable_way: {words}", "yes stored"]
     assert said == expected
+
+
+class Written(dict):
+    """An environment in which another thread writes after each look."""
+
+    def __init__(self) -> None:
+        self.values = itertools.cycle(("always", "0", "1", "0"))
+
+    def get(self, name: str, otherwise: str = "") -> str:
+        return next(self.values)
+
+
+@on_native
+def test_a_call_of_a_module_has_one_policy(monkeypatch) -> None:
+    model, x = aspp_ext.ASPP(3, [2, 3], 4).eval(), torch.randn(1, 3, 17, 17)
+    with torch.inference_mode():
+        expected = model(x)
+        monkeypatch.setattr(polyphase_choice, "os", types.SimpleNamespace(environ=Written()))
+        for _ in range(8):
+            torch.testing.assert_close(model(x), expected)

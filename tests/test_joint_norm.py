@@ -330,3 +330,17 @@ def test_compiled_training_step(momentum, fresh_compiler, given_statistics) -> N
             assert_all_close(got, expected, **TIGHT)
             ours.zero_grad()
             twin.zero_grad()
+
+
+@pytest.mark.parametrize("shared", ["num_batches_tracked", "running_mean", "running_var"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_norms_that_share_a_buffer(name, shared) -> None:
+    """With momentum None each weighs a batch by how many there were."""
+    found = []
+    for module in PAIRS[name].build():
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None
+        setattr(norms[1], shared, getattr(norms[0], shared))
+        found.append(train_step(module, features()))
+    assert_all_close(found[1], found[0], **TIGHT)

@@ -277,3 +277,20 @@ def test_synchronised_norms(pair: Pair) -> None:
     with torch.no_grad():
         torch.testing.assert_close(ours(features()), original(features()), **TIGHT)
     assert_all_close(train_step(ours, features()), train_step(original, features()), **TIGHT)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+def test_saved_tensors_that_may_be_written(pair: Pair, training: bool) -> None:
+    """Parameters written between forward and backward: gradients are of what they were."""
+    original, ours = (m.train(training) for m in pair.build())
+    original.project[3].p = ours.project[3].p = 0.0
+    x = features()
+    expected = train_step(original, x)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        y = ours(x)
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.mul_(1.1)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[f"{name}.grad"], **TIGHT)

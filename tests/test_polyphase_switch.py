@@ -178,7 +178,7 @@ class Spy:
         self.bytes = 0  # of a size's weights
         real = fused.aspp_inference
 
-        def prepare(weights, rates, *size):
+        def prepare(weights, rates, *size, polyphase):
             self.sizes.append(size)
             self.made.append([w.new_empty(self.bytes // w.itemsize) for w in weights[:1]])
             return self.made[-1]
@@ -317,7 +317,12 @@ def test_nothing_is_prepared_where_it_is_of_no_use(ours, spy, fresh_compiler) ->
 def test_prepared_in_inference_mode_they_serve_outside(ours, monkeypatch) -> None:
     made = []
     real = prepared.polyphase_weights
-    monkeypatch.setattr(prepared, "polyphase_weights", lambda *a: made.append(real(*a)) or made[-1])
+
+    def spy(*arguments, **keywords):
+        made.append(real(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(prepared, "polyphase_weights", spy)
     with torch.inference_mode():
         expected = ours(features())
     assert torch.equal(ours(features()), expected)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aspp_pairs import torchvision
 
 import aspp_ext
 from aspp_ext import compat
@@ -20,18 +21,26 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")
 def test_example_runs():
     compat.import_torchvision()
-    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     torch.testing.assert_close(names["logits"], names["expected"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_ways_out_run():
-    _, ways = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    model, x = aspp_ext.ASPP(8, [2], 4).eval(), torch.randn(1, 8, 9, 9)
+    """Each by itself, of a model that is fused."""
+    _, unfused, decomposed = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model, x = aspp_ext.fuse(torchvision.ASPP(8, [2], 4)).eval(), torch.randn(1, 8, 9, 9)
+    expected = model(x)
     names: dict = {"aspp_ext": aspp_ext, "torch": torch, "model": model, "x": x}
-    exec(compile(ways, "README.md", "exec"), names)
-    torch.testing.assert_close(names["program"].module()(x), model(x))
+    exec(compile(decomposed, "README.md", "exec"), names)
+    torch.testing.assert_close(names["program"].module()(x), expected)
+    operators = {str(node.target) for node in names["program"].graph.nodes}
+    assert not [name for name in operators if "aspp_ext" in name or "norm" in name]
+    exec(compile(unfused, "README.md", "exec"), names)
+    assert type(model) is torchvision.ASPP
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_links_exist():

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from aspp_pairs import PAIRS, features, train_step
+import torch.nn.functional as F
+from aspp_pairs import PAIRS, TIGHT, features, train_step
 from marks import on_native, proven_emulated
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import aspp_ext
 from aspp_ext.ops import atrous_separable_pyramid_batch_norm
@@ -96,6 +98,13 @@ def test_heads() -> None:
     assert aspp_ext.explain(x.as_subclass(Image), [p], [2], depthwise_weights=[None])
 
 
+@pytest.fixture
+def known(monkeypatch) -> None:
+    """As a class of a package whose subclasses only carry something along."""
+    monkeypatch.setattr(Image, "__module__", "monai.data.meta_tensor")
+
+
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", PAIRS)
@@ -113,3 +122,79 @@ def test_modules(name, last, training) -> None:
         module.train(training)
     for key, value in found[1].items():
         assert torch.equal(found[0][key].as_subclass(Tensor), value), key
+
+
+def doubled(function: Any, result: Any) -> Any:
+    return 2 * result if function in (F.conv2d, torch.ops.aten.convolution.default) else result
+
+
+class Function(Tensor):
+    """Gives ``conv2d`` another meaning, as images on a sphere do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return doubled(func, super().__torch_function__(func, types, args, kwargs or {}))
+
+
+class Weight(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = torch._C._disabled_torch_function_impl
+        return doubled(func, run(func, types, args, kwargs or {}))
+
+
+class Operator(Tensor):
+    """Gives an operator another meaning, as quantized weights do."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Operator:
+        made = Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype)
+        made.held = held
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        args, kwargs = tree_map(plain, (args, kwargs or {}))
+        return doubled(func, func(*args, **kwargs))
+
+
+def plain(value: Any) -> Any:
+    return value.held if isinstance(value, Operator) else value
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("kind", [Function, Operator])
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_image_that_gives_functions_a_meaning(name, kind, training) -> None:
+    original, ours = (m.train(training) for m in PAIRS[name].build())
+    for module in (original, ours):
+        module.project[3].p = 0.0
+    x = features()
+    before = ours(x)
+    wrapped = kind(x) if kind is Operator else x.as_subclass(kind)
+    with torch.set_grad_enabled(training):
+        expected, got = (m(wrapped).detach().as_subclass(Tensor) for m in (original, ours))
+    torch.testing.assert_close(got, expected, **TIGHT)
+    assert not torch.allclose(got, before)
+
+
+@pytest.mark.parametrize("kind", [Weight, lambda w: nn.Parameter(Operator(w.data))])
+@pytest.mark.parametrize("part", ["convs.0.0", "project.0"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_weight_that_gives_functions_a_meaning(name, part, kind) -> None:
+    original, ours = (m.eval().requires_grad_(False) for m in PAIRS[name].build())
+    before = ours(features())
+    for module in (original, ours):
+        layer = module.get_submodule(part)
+        layer.weight = kind(layer.weight.data).requires_grad_(False)
+    got = ours(features())
+    torch.testing.assert_close(got, original(features()), **TIGHT)
+    assert not torch.allclose(got, before)
+    (entry,) = aspp_ext.fuse_report(ours)
+    assert "gives functions another meaning" in str(entry.reason)

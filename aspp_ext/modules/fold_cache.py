@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aspp_ext import _native
 from aspp_ext.ops.checksums import checksums
 
-from .folded import Folded, fold
+from .folded import Folded, fold, in_range
 from .head import Head
 from .prepared import PreparedWeights
 
@@ -29,6 +29,7 @@ class FoldCache:
     Attributes:
         head: whose copy it is, if it is frozen.
         folded: the copy.
+        in_range: whether it computes what the head would, whatever the numbers.
         prepared: its weights as minimal filtering takes them, several times their memory.
     """
 
@@ -40,6 +41,7 @@ class FoldCache:
         self._evidence = None if frozen else _evidence(head)
         self.head = head if frozen else None
         self.folded = _owned(fold(head, dtype))
+        self.in_range = in_range(head, self.folded)
         self.prepared = PreparedWeights(self.folded)
 
     def holds(self, head: Head, dtype: torch.dtype) -> bool:

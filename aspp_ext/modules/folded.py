@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,15 +53,52 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
     )
 
 
+def in_range(head: Head, folded: Folded) -> bool:
+    """Whether the folded weights are as good as their factors, which multiply the pixels one after
+    the other: finite, and not so small that their dtype has few digits left for them."""
+    info = torch.finfo(folded.project_weight.dtype)
+    least = 4 * info.tiny
+    convs, norms = [b.conv for b in head.branches], [b.norm for b in head.branches]
+    rows = _largest([*convs, head.pool], [*norms, head.pool_norm], least)
+    projection = _largest([head.project], [head.project_norm], least)
+    read = _norm(head.project.weight.flatten(1), 0)
+    # What is small beside the other rows may lose its digits.
+    lost = rows.small & (least * read > (rows.product * read).max())
+    lost_there = projection.small.any() & (projection.product.max() < least)
+    whole = torch.cat([rows.product, projection.product]) <= info.max
+    shifts = torch.cat([folded.shift, folded.pool_shift, folded.project_shift])
+    return bool(whole.all() & shifts.isfinite().all() & ~lost.any() & ~lost_there)
+
+
+class _Largest(NamedTuple):
+    """Of each row of folded weights, in double."""
+
+    product: Tensor  # the largest magnitude
+    small: Tensor  # whether it is too small, though neither of its factors is zero
+
+
+def _largest(convs: Sequence[nn.Conv2d], norms: Sequence[Norm], least: float) -> _Largest:
+    weight = torch.cat([_norm(c.weight.flatten(1), 1) for c in convs])
+    scale = torch.cat([_scale(n, torch.float64).abs() for n in norms])
+    product = weight * scale
+    return _Largest(product, (product < least) & (weight != 0) & (scale != 0))
+
+
+def _norm(matrix: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(matrix, torch.inf, dim).double()
+
+
+def _scale(norm: Norm, wide: torch.dtype) -> Tensor:
+    assert norm.running_var is not None
+    scale = (norm.running_var.to(wide) + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.to(wide)
+
+
 def _fold_one(conv: nn.Conv2d, norm: Norm) -> tuple[Tensor, Tensor]:
-    weight = conv.weight
-    mean, var = norm.running_mean, norm.running_var
+    weight, mean = conv.weight, norm.running_mean
     assert mean is not None
-    assert var is not None
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    scale = (var.to(wide) + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.to(wide)
+    scale = _scale(norm, wide)
     shift = -mean.to(wide)
     if conv.bias is not None:
         shift = shift + conv.bias.to(wide)

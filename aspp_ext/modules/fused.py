@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aspp_ext.ops import aspp_inference
 from aspp_ext.ops.checks import check_tensor, dtype_name
+from aspp_ext.ops.polyphase_choice import NEVER, Decided, policy
 from aspp_ext.ops.registration import is_autocast_on, under_autocast
 
 from .fold_cache import FoldCache, can_keep, sources
@@ -26,7 +27,7 @@ from .folded import fold
 from .head import Head, forward_layers, gives_channels_last
 from .parts import Unfusable, check_classes, check_tensors
 from .tracing import in_forward_mode, may_be_traced
-from .untouched import changed_methods
+from .untouched import changed_methods, gives_meaning
 
 # What is ours in an instance, beside attributes that may be the user's.
 CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"
@@ -83,7 +84,7 @@ class FusedForward(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
-        if not isinstance(x, Tensor) or _needs_plain_operators():
+        if not isinstance(x, Tensor) or gives_meaning(type(x)) or _needs_plain_operators():
             return super().forward(x)
         traced = may_be_traced()
         if not traced and (frozen := self._frozen_copy(x)) is not None:
@@ -96,6 +97,8 @@ class FusedForward(nn.Module):
             cache = None if traced or layers else self._cache(head, _dtype(head, x))
             if cache is None:
                 check_tensors(head)
+            elif not cache.in_range:
+                layers = True
         except Unfusable:
             return super().forward(x)
         _check_features(self, head, x)
@@ -105,24 +108,24 @@ class FusedForward(nn.Module):
 
     def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Tensor:
         dtype, prepared = _dtype(head, x), None
+        way: bool | Decided = self.polyphase
         (x,) = under_autocast(x)
         if cache is None:
             folded = fold(head, dtype)
         else:
             folded = cache.folded
-            if self.polyphase and x.device.type == "cpu" and x.numel():
-                prepared = cache.prepared.of(*x.shape[-2:])
+            way = Decided(policy(way))
+            if way != NEVER and x.device.type == "cpu" and x.numel():
+                prepared = cache.prepared.of(x.shape[-2], x.shape[-1], way)
         last = gives_channels_last(head)
         return head.dropout(
-            aspp_inference(
-                x, *folded, polyphase=self.polyphase, prepared=prepared, channels_last=last
-            )
+            aspp_inference(x, *folded, polyphase=way, prepared=prepared, channels_last=last)
         )
 
     def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
         """What is used without a look at what it was made of."""
         cache = self.__dict__.get(CACHE)
-        if cache is None or cache.head is None or self.training:
+        if cache is None or cache.head is None or self.training or not cache.in_range:
             return None
         if torch.is_grad_enabled() or in_forward_mode():
             return None

@@ -107,7 +107,8 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
         pooled = head.pool_norm(pooled)
     weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
     # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
-    shift = F.conv2d(_relu(pooled), pool_weight, head.project.bias).flatten(1)
+    # A copy: who lets saved tensors be written to tells them by their addresses.
+    shift = F.conv2d(_relu(pooled), pool_weight.clone(), head.project.bias).flatten(1)
     y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
     y = _relu(one_norm(head.project_norm, y))
     return head.dropout(y.contiguous(memory_format=memory_format(gives_channels_last(head))))

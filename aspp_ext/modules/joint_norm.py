@@ -42,10 +42,20 @@ def joinable(norms: Sequence[Norm], x: Tensor) -> bool:
             *(None if t is None else (t.dtype, t.device) for t in tensors),
             norm.num_batches_tracked is None,
         )
+        # Of what serves two, the second finds what the first has left.
+        if any(_shares(norm, other) for other in norms[:i]):
+            return False
         first = setting if first is None else first
         if setting != first:
             return False
     return True
+
+
+def _shares(norm: Norm, other: Norm) -> bool:
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return any(
+        getattr(norm, n) is not None and getattr(norm, n) is getattr(other, n) for n in names
+    )
 
 
 def uses_statistics(norms: Sequence[Norm]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .head import Branch, Head, Norm
-from .untouched import changed_class, changed_function, changed_methods
+from .untouched import changed_class, changed_function, changed_methods, gives_meaning
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
@@ -205,6 +205,11 @@ def _check_tensor(module: nn.Module, name: str, shape: tuple[int, ...], dtype: t
     tensor: Tensor | None = getattr(module, name)
     if tensor is None:
         return
+    if gives_meaning(type(tensor)):
+        kind = type(tensor).__name__
+        raise Unfusable(
+            f"the {name} of {module} is a {kind}, which gives functions another meaning"
+        )
     if tensor.layout is not torch.strided:
         raise Unfusable(f"the {name} of {module} is {tensor.layout}")
     if tuple(tensor.shape) != shape:

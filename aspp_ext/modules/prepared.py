@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aspp_ext.ops import polyphase_weights
-from aspp_ext.ops.polyphase_choice import policy
+from aspp_ext.ops.polyphase_choice import Decided
 
 from .folded import Folded
 
@@ -16,7 +16,7 @@ ALWAYS = 2  # sizes, whatever they take: images upright and across
 STALE = 16  # calls that did not ask for a size, after which another may take its place
 REMEMBERED = 128  # sizes
 
-Size = tuple[int, int, int]
+Size = tuple[int, int, Decided]
 """H and W of x, and what minimal filtering is allowed."""
 
 
@@ -39,9 +39,9 @@ class PreparedWeights:
         self._bytes: dict[Size, int] = {}  # what a size took when it was prepared
         self._calls = 0
 
-    def of(self, height: int, width: int) -> list[Tensor] | None:
+    def of(self, height: int, width: int, way: Decided) -> list[Tensor] | None:
         """The weights for x ``[N, C, height, width]``, or None: to be made within the call."""
-        size = (height, width, policy())
+        size = (height, width, way)
         self._calls += 1
         again = size in self._last
         self._last.pop(size, None)
@@ -55,7 +55,8 @@ class PreparedWeights:
             return None
         # Outside inference mode, as the folded copy.
         with torch.inference_mode(False), torch.no_grad():
-            made = polyphase_weights(self._folded.weights, self._folded.atrous_rates, height, width)
+            weights, rates = self._folded.weights, self._folded.atrous_rates
+            made = polyphase_weights(weights, rates, height, width, polyphase=way)
         self._bytes[size] = sum(t.nbytes for t in made)
         if self._has_room(size):
             self._kept[size] = made

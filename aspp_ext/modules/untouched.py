@@ -2,8 +2,8 @@
 """Whether a layer still computes what its class was written to compute.
 
 People replace methods, of one instance or of a class, before or after ``fuse``: wrap-around padding
-of a Conv2d's ``_conv_forward``, a BatchNorm2d.forward that logs, a counting ``F.conv2d``. The fused
-path would pass them by without a word.
+of a Conv2d's ``_conv_forward``, a BatchNorm2d.forward that logs, a counting ``F.conv2d``; or only
+the code in them, as reloaders do. The fused path would pass them by without a word.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # Methods on the way from calling a module to its result. PyTorch's tracers replace the first ones
 # for a while, by functions that call what was there.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
 _ON_THE_WAY = (*_CALLING, "forward", "_conv_forward", "_check_input_dim", "__iter__")
+_TRACERS = ("torch.fx.", "torch.export.", "torch._export.", "torch.onnx.", "torch.jit.")
+
 # What the layers call in turn, in torch.nn.functional.
 _LAYERS = ("conv2d", "batch_norm", "relu", "adaptive_avg_pool2d", "interpolate")
 _FUNCTIONS = (*_LAYERS, "_verify_batch_size")  # of a batch of one
 
 # What those call.
 _OPERATORS = ("batch_norm", "relu", "relu_", "cat")
+_BUILTINS = ("adaptive_avg_pool2d", "upsample_bilinear2d")
+_CALLED = ((F, _FUNCTIONS), (torch, _OPERATORS), (torch._C._nn, _BUILTINS))
 
-# class or module -> what was found to be the author's own
-_known: dict[Any, list[Any]] = {}
+# class or module -> functions that were found to be the author's own, and their code
+_known: dict[Any, tuple[list[Any], tuple[tuple[types.FunctionType, types.CodeType], ...]]] = {}
 
 
 def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,15 +84,19 @@ def changed_class(kind: type[nn.Module]) -> str | None:
 @_known_when_compiling
 def _changed_class(kind: type[nn.Module]) -> str | None:
     # And what the methods know as F.
-    if getattr(sys.modules.get(kind.__module__), "F", F) is not F:
-        return "F"
+    home = sys.modules.get(kind.__module__)
+    for name, module in (("F", F), ("torch", torch)):
+        if getattr(home, name, module) is not module:
+            return name
+    if kind.__getattribute__ is not object.__getattribute__:
+        return "__getattribute__"
     methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
-    if methods == _known.get(kind):
+    if _are_known(kind, methods):
         return None
     for name, method in zip(_ON_THE_WAY, methods, strict=True):
         if not _is_of_its_class(kind, name, method):
             return name
-    _known[kind] = methods
+    _know(kind, methods)
     return None
 
 
@@ -101,25 +110,58 @@ def changed_function() -> str | None:
 
 @_known_when_compiling
 def _changed_function() -> str | None:
-    functions = [getattr(F, name) for name in _FUNCTIONS]
-    functions += [getattr(torch, name) for name in _OPERATORS]
-    if functions == _known.get(F):
-        return None
-    names = [f"torch.nn.functional.{name}" for name in _FUNCTIONS]
-    names += [f"torch.{name}" for name in _OPERATORS]
-    for name, function in zip(names, functions, strict=True):
-        if not (isinstance(function, types.BuiltinFunctionType) or _is_written_in(function, F)):
-            return name
-    _known[F] = functions
+    for module, names in _CALLED:
+        functions = [getattr(module, name) for name in names]
+        if _are_known(module, functions):
+            continue
+        for name, function in zip(names, functions, strict=True):
+            builtin = isinstance(function, types.BuiltinFunctionType)
+            own = builtin or _is_written_in(function, module)
+            if not own or function.__name__ != name:
+                return f"{module.__name__}.{name}"
+        _know(module, functions)
     return None
+
+
+def _are_known(owner: Any, functions: list[Any]) -> bool:
+    known, codes = _known.get(owner, (None, ()))
+    return functions == known and all(f.__code__ is code for f, code in codes)
+
+
+def _know(owner: Any, functions: list[Any]) -> None:
+    codes = {f: f.__code__ for f in functions if isinstance(f, types.FunctionType)}
+    _known[owner] = functions, tuple(codes.items())
+
+
+# Whose subclasses of Tensor carry something along and compute what tensors do.
+_CARRYING = ("torch", "torchvision", "monai", "fastai")
+
+
+@_known_when_compiling
+def gives_meaning(kind: type[Tensor]) -> bool:
+    """Whether a subclass of Tensor may give the functions and operators that layers call another
+    meaning, as modes do."""
+    return kind not in (Tensor, nn.Parameter) and _gives_meaning(kind)
+
+
+@functools.cache
+def _gives_meaning(kind: type[Tensor]) -> bool:
+    for name in ("__torch_function__", "__torch_dispatch__"):
+        owner = next(base for base in kind.__mro__ if name in vars(base))
+        disabled = getattr(kind, name) is torch._C._disabled_torch_function_impl
+        if owner.__module__.partition(".")[0] not in _CARRYING and not disabled:
+            return True
+    return False
 
 
 def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
     owner = next((base for base in kind.__mro__ if name in vars(base)), None)
     if owner is None:
         return True
-    if name in _CALLING and _is_of_pytorch(method):
+    if name in _CALLING and _is_of_a_tracer(method):
         return True
+    if owner.__module__.partition(".")[0] not in ("torch", kind.__module__.partition(".")[0]):
+        return False  # put among its bases
     home = sys.modules.get(owner.__module__)
     if home is None or not _is_written_in(method, home):
         return False
@@ -128,11 +170,16 @@ def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
 
 
 def _is_written_in(function: Callable[..., Any], home: types.ModuleType) -> bool:
-    """Not by its name, which functools.wraps passes on."""
-    return isinstance(function, types.FunctionType) and function.__globals__ is vars(home)
+    """Not by its name, which functools.wraps passes on; nor with code from elsewhere in it."""
+    if not isinstance(function, types.FunctionType) or function.__globals__ is not vars(home):
+        return False
+    code, file = function.__code__, getattr(home, "__file__", None)
+    # Frozen programs have other folders and endings in one than in the other.
+    of_file = file is None or Path(code.co_filename).stem == Path(file).stem
+    return of_file and code.co_name == function.__name__
 
 
-def _is_of_pytorch(function: Any) -> bool:
+def _is_of_a_tracer(function: Any) -> bool:
     if not isinstance(function, types.FunctionType):
         return False
-    return str(function.__globals__.get("__name__")).startswith("torch.")
+    return f"{function.__globals__.get('__name__')}.".startswith(_TRACERS)

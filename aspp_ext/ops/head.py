@@ -16,7 +16,7 @@ from . import checks, head_composed
 from .checks import Rate
 from .family import NATIVE
 from .formats import empty_image
-from .polyphase_choice import BY_COST, policy
+from .polyphase_choice import BY_COST, Decided, policy
 from .registration import (
     register_autocast,
     register_fake,
@@ -40,7 +40,7 @@ def aspp_inference(
     project_shift: Tensor,
     *,
     backend: str | None = None,
-    polyphase: bool = True,
+    polyphase: bool | Decided = True,
     prepared: Sequence[Tensor] | None = None,
     channels_last: bool | None = None,
 ) -> Tensor:
@@ -97,7 +97,8 @@ def aspp_inference(
         checks.check_tensor(_OP, name, value)
     if pool_weight is not None:
         checks.check_tensor(_OP, "pool_weight", pool_weight)
-    checks.check_flag(_OP, "polyphase", polyphase)
+    if not isinstance(polyphase, Decided):
+        checks.check_flag(_OP, "polyphase", polyphase)
     if channels_last is not None:
         checks.check_flag(_OP, "channels_last", channels_last)
     rates = checks.flat_rates(_OP, atrous_rates)
@@ -190,7 +191,7 @@ def polyphase_weights(
     height: int,
     width: int,
     *,
-    polyphase: bool = True,
+    polyphase: bool | Decided = True,
 ) -> list[Tensor]:
     """The weights of a pyramid as minimal filtering takes them: ``prepared`` of a head.
 
@@ -221,7 +222,8 @@ def polyphase_weights(
     width = checks.check_int(_WEIGHTS, "width", width)
     x = weights[0].new_empty((1,)).expand((1, weights[0].size(1), height, width))
     checks.check_dense(_WEIGHTS, x, weights, rates)
-    checks.check_flag(_WEIGHTS, "polyphase", polyphase)
+    if not isinstance(polyphase, Decided):
+        checks.check_flag(_WEIGHTS, "polyphase", polyphase)
     wish = policy(polyphase)
     if _native.cpu_missing is not None:
         return [w.new_empty((0,)) for w in weights]

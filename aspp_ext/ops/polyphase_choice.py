@@ -25,7 +25,11 @@ NEVER, BY_COST, ALWAYS = range(3)
 _NAMES = {"": BY_COST, "0": NEVER, "1": BY_COST, "always": ALWAYS}
 
 
-def policy(polyphase: bool = True) -> int:
+class Decided(int):
+    """What :func:`policy` has said, for the other functions of a call, in place of the keyword."""
+
+
+def policy(polyphase: bool | Decided = True) -> int:
     """What a call's operators are told, of its keyword and of ``ASPP_EXT_POLYPHASE``.
 
     Read once in a call, so that its gradients keep it, as a trace does. No kernel reads the
@@ -34,6 +38,8 @@ def policy(polyphase: bool = True) -> int:
     Raises:
         ValueError: the environment has another value than 0, 1 or always.
     """
+    if isinstance(polyphase, Decided):
+        return int(polyphase)
     name = os.environ.get(POLICY, "")
     if name not in _NAMES:
         raise ValueError(f"{POLICY} must be 0, 1 or always, got '{name}'")
