@@ -100,6 +100,14 @@ def anew(kind: type, name: str, text: str) -> Change:
     return lambda: put(kind, name, made[name])
 
 
+def reloaded(kind: type, name: str, text: str) -> Callable[..., Tensor]:
+    """From the file that the class is from, which has changed since."""
+    home, made = importlib.import_module(kind.__module__), {}
+    exec(compile(text, str(home.__file__), "exec"), vars(home), made)
+    return made[name]
+
+
+OTHER = "def forward(self, input):\n    return input.sigmoid()"
 CHANGES: dict[str, Change] = {
     "another of PyTorch's functions": function(F, "relu", F.silu),
     "another of its builtins": function(torch, "relu", torch.sigmoid),
@@ -111,8 +119,9 @@ CHANGES: dict[str, Change] = {
     "code of a function": code(F.relu, sigmoid_of),
     "code of another function": code(F.relu, F.silu),
     "code of _conv_forward": code(nn.Conv2d._conv_forward, doubled),
-    "a method of the same name": anew(
-        nn.ReLU, "forward", "def forward(self, input):\n    return input.sigmoid()"
+    "a method of the same name": anew(nn.ReLU, "forward", OTHER),
+    "torch of the functions": function(
+        F, "torch", types.SimpleNamespace(**{**vars(torch), "relu": torch.sigmoid})
     ),
     "attributes": function(nn.ReLU, "__getattribute__", found),
     "torch of the norms": function(
@@ -162,6 +171,13 @@ def test_what_passes_for_the_author_s(pair: Pair, name: str) -> None:
 @pytest.mark.parametrize("name", OF_TORCHVISION)
 def test_what_passes_for_torchvision_s(name: str) -> None:
     check(PAIRS["fused torchvision"], name, OF_TORCHVISION[name])
+
+
+@pytest.mark.parametrize("way", ["code", "function"])
+def test_a_method_reloaded_after_the_first_call(pair: Pair, way: str) -> None:
+    new = reloaded(nn.ReLU, "forward", OTHER)
+    change = code(nn.ReLU.forward, new) if way == "code" else function(nn.ReLU, "forward", new)
+    check(pair, way, change)
 
 
 @pytest.mark.parametrize("name", {**CHANGES, **OF_TORCHVISION})

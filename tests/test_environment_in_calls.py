@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import on_all, on_emulated, on_native
+from marks import on_all, on_cpu, on_emulated, on_native
 from processes import ROOT, run_python, said_by_python
 from table import FAMILY
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -270,7 +270,7 @@ class Written(dict):
         return next(self.values)
 
 
-@on_native
+@on_cpu
 def test_a_call_of_a_module_has_one_policy(monkeypatch) -> None:
     model, x = aspp_ext.ASPP(3, [2, 3], 4).eval(), torch.randn(1, 3, 17, 17)
     with torch.inference_mode():

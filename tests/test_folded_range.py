@@ -104,6 +104,23 @@ def test_float16_by_large_activations(name, spread) -> None:
     assert fused <= 2 * plain
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_float16_beside_rows_that_are_large_and_do_nothing(name) -> None:
+    """A dead pooled branch, whose weights have all their digits."""
+    original, ours = (m.float().eval() for m in PAIRS[name].build())
+    for module in (original, ours):
+        *branches, (conv, norm) = blocks(module)[:-1]
+        norm.bias.data.fill_(-1e3)
+        for conv, norm in branches:
+            conv.weight.data *= 0.02
+            norm.running_var *= 1e8
+            norm.running_mean *= 1e4
+    x = features(2, height=17, width=19).float() * 1e4
+    with torch.autocast("cpu", torch.float16):
+        plain, fused = errors(original, ours, x)
+    assert fused <= 2 * plain
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_channels_that_died_are_folded(dtype) -> None:
     """Weight decay leaves rows that are next to nothing: they may lose digits."""

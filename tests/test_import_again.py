@@ -73,6 +73,13 @@ first = seen(aspp_ext)
 """
 
 PROGRAMS = {
+    "a module that had not been called": """
+module = aspp_ext.ASPP(3, [2, 3], 4).eval()
+again()
+with torch.no_grad():
+    module(x)
+assert module._aspp_ext_folded.in_range
+""",
     "a model that the old one fused": """
 model = torch.nn.Sequential(aspp_ext.ASPP(3, [2, 3], 4))
 from aspp_ext.compat import import_torchvision

@@ -12,9 +12,15 @@ import torch.nn.functional as F
 from aspp_pairs import PAIRS, TIGHT, features, train_step
 from marks import on_native, proven_emulated
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.distributed.tensor import DTensor
+from torch.masked import MaskedTensor
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils._pytree import tree_map
 
 import aspp_ext
+from aspp_ext.modules.untouched import gives_meaning
 from aspp_ext.ops import atrous_separable_pyramid_batch_norm
 
 pytestmark = [on_native, proven_emulated]
@@ -166,6 +172,13 @@ class Operator(Tensor):
 
 def plain(value: Any) -> Any:
     return value.held if isinstance(value, Operator) else value
+
+
+def test_which_of_pytorch_s_own_are_fused() -> None:
+    """Those that record; others know PyTorch's operators alone."""
+    fused = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
+    assert not any(gives_meaning(kind) for kind in fused)
+    assert all(gives_meaning(kind) for kind in (DTensor, NestedTensor, MaskedTensor))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

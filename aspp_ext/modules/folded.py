@@ -13,6 +13,9 @@ from aspp_ext.ops.formats import pointwise_as_channels_last
 
 from .head import Head, Norm
 
+# Times the smallest normal number: a row with a largest weight below has too many subnormal ones.
+_FEW = 8
+
 
 class Folded(NamedTuple):
     """The arguments of ``aspp_inference`` after x."""
@@ -57,31 +60,36 @@ def in_range(head: Head, folded: Folded) -> bool:
     """Whether the folded weights are as good as their factors, which multiply the pixels one after
     the other: finite, and not so small that their dtype has few digits left for them."""
     info = torch.finfo(folded.project_weight.dtype)
-    least = 4 * info.tiny
+    least = _FEW * info.tiny
     convs, norms = [b.conv for b in head.branches], [b.norm for b in head.branches]
-    rows = _largest([*convs, head.pool], [*norms, head.pool_norm], least)
-    projection = _largest([head.project], [head.project_norm], least)
+    rows = _largest([*convs, head.pool], [*norms, head.pool_norm], info)
+    projection = _largest([head.project], [head.project_norm], info)
     read = _norm(head.project.weight.flatten(1), 0)
-    # What is small beside the other rows may lose its digits.
-    lost = rows.small & (least * read > (rows.product * read).max())
-    lost_there = projection.small.any() & (projection.product.max() < least)
+    lost, lost_there = rows.small, projection.small
+    if info.dtype != "float16":
+        # No features make up for so small numbers, unless all the others are as small.
+        lost = lost & (least * read > (rows.product * read).max())
+        lost_there = lost_there & (projection.product.max() < least)
     whole = torch.cat([rows.product, projection.product]) <= info.max
     shifts = torch.cat([folded.shift, folded.pool_shift, folded.project_shift])
-    return bool(whole.all() & shifts.isfinite().all() & ~lost.any() & ~lost_there)
+    return bool(whole.all() & shifts.isfinite().all() & ~lost.any() & ~lost_there.any())
 
 
 class _Largest(NamedTuple):
     """Of each row of folded weights, in double."""
 
     product: Tensor  # the largest magnitude
-    small: Tensor  # whether it is too small, though neither of its factors is zero
+    small: Tensor  # whether it is too small, though neither of its factors is
 
 
-def _largest(convs: Sequence[nn.Conv2d], norms: Sequence[Norm], least: float) -> _Largest:
+def _largest(convs: Sequence[nn.Conv2d], norms: Sequence[Norm], info: torch.finfo) -> _Largest:
     weight = torch.cat([_norm(c.weight.flatten(1), 1) for c in convs])
     scale = torch.cat([_scale(n, torch.float64).abs() for n in norms])
     product = weight * scale
-    return _Largest(product, (product < least) & (weight != 0) & (scale != 0))
+    # Nothing is left of a weight, or of what a scale makes of the largest number, in their dtype.
+    subnormal = info.tiny * info.eps
+    nothing = (weight < subnormal) | (scale * info.max < subnormal)
+    return _Largest(product, (product < _FEW * info.tiny) & ~nothing)
 
 
 def _norm(matrix: Tensor, dim: int) -> Tensor:

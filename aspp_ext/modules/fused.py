@@ -114,7 +114,8 @@ class FusedForward(nn.Module):
             folded = fold(head, dtype)
         else:
             folded = cache.folded
-            way = Decided(policy(way))
+            if isinstance(way, bool):
+                way = Decided(policy(way))
             if way != NEVER and x.device.type == "cpu" and x.numel():
                 prepared = cache.prepared.of(x.shape[-2], x.shape[-1], way)
         last = gives_channels_last(head)

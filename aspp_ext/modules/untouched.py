@@ -34,8 +34,10 @@ _OPERATORS = ("batch_norm", "relu", "relu_", "cat")
 _BUILTINS = ("adaptive_avg_pool2d", "upsample_bilinear2d")
 _CALLED = ((F, _FUNCTIONS), (torch, _OPERATORS), (torch._C._nn, _BUILTINS))
 
-# class or module -> functions that were found to be the author's own, and their code
-_known: dict[Any, tuple[list[Any], tuple[tuple[types.FunctionType, types.CodeType], ...]]] = {}
+# class or module -> functions that were found to be the author's own, and their code. What differs
+# from it later is not the author's, though a reloader makes it look so.
+_Known = tuple[list[Any], tuple[tuple[types.FunctionType, types.CodeType], ...]]
+_known: dict[Any, _Known] = {}
 
 
 def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,13 +93,7 @@ def _changed_class(kind: type[nn.Module]) -> str | None:
     if kind.__getattribute__ is not object.__getattribute__:
         return "__getattribute__"
     methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
-    if _are_known(kind, methods):
-        return None
-    for name, method in zip(_ON_THE_WAY, methods, strict=True):
-        if not _is_of_its_class(kind, name, method):
-            return name
-    _know(kind, methods)
-    return None
+    return _first_changed(kind, _ON_THE_WAY, methods, functools.partial(_is_of_its_class, kind))
 
 
 def changed_function() -> str | None:
@@ -110,31 +106,48 @@ def changed_function() -> str | None:
 
 @_known_when_compiling
 def _changed_function() -> str | None:
+    if vars(F).get("torch", torch) is not torch:
+        return "torch.nn.functional.torch"
     for module, names in _CALLED:
         functions = [getattr(module, name) for name in names]
-        if _are_known(module, functions):
-            continue
-        for name, function in zip(names, functions, strict=True):
-            builtin = isinstance(function, types.BuiltinFunctionType)
-            own = builtin or _is_written_in(function, module)
-            if not own or function.__name__ != name:
-                return f"{module.__name__}.{name}"
-        _know(module, functions)
+        name = _first_changed(module, names, functions, functools.partial(_is_in_module, module))
+        if name is not None:
+            return f"{module.__name__}.{name}"
     return None
 
 
-def _are_known(owner: Any, functions: list[Any]) -> bool:
+def _first_changed(
+    owner: Any, names: tuple[str, ...], functions: list[Any], is_own: Callable[[str, Any], bool]
+) -> str | None:
     known, codes = _known.get(owner, (None, ()))
-    return functions == known and all(f.__code__ is code for f, code in codes)
+    if functions == known and all(f.__code__ is code for f, code in codes):
+        return None
+    of_tracers = [f for n, f in zip(names, functions, strict=True) if _is_of_a_tracer(n, f)]
+    if known is None:
+        for name, function in zip(names, functions, strict=True):
+            if function not in of_tracers and not is_own(name, function):
+                return name
+        if not of_tracers:
+            written = {f: f.__code__ for f in functions if isinstance(f, types.FunctionType)}
+            _known[owner] = functions, tuple(written.items())
+        return None
+    code_of = dict(codes)
+    for name, function, before in zip(names, functions, known, strict=True):
+        same = function is before and getattr(function, "__code__", None) is code_of.get(function)
+        if not same and function not in of_tracers:
+            return name
+    return None
 
 
-def _know(owner: Any, functions: list[Any]) -> None:
-    codes = {f: f.__code__ for f in functions if isinstance(f, types.FunctionType)}
-    _known[owner] = functions, tuple(codes.items())
+def _is_in_module(module: types.ModuleType, name: str, function: Any) -> bool:
+    builtin = isinstance(function, types.BuiltinFunctionType)
+    return (builtin or _is_written_in(function, module)) and function.__name__ == name
 
 
-# Whose subclasses of Tensor carry something along and compute what tensors do.
-_CARRYING = ("torch", "torchvision", "monai", "fastai")
+# Whose subclasses of Tensor carry something along, or record, and compute what tensors do.
+_CARRYING = ("torchvision.", "monai.", "fastai.")
+_RECORDING = ("torch._subclasses.", "torch._functorch.", "torch.fx.", "torch.testing.")
+_PLAIN = ("torch.", "torch._C.", "torch._tensor.", "torch.nn.parameter.")
 
 
 @_known_when_compiling
@@ -149,7 +162,9 @@ def _gives_meaning(kind: type[Tensor]) -> bool:
     for name in ("__torch_function__", "__torch_dispatch__"):
         owner = next(base for base in kind.__mro__ if name in vars(base))
         disabled = getattr(kind, name) is torch._C._disabled_torch_function_impl
-        if owner.__module__.partition(".")[0] not in _CARRYING and not disabled:
+        home = f"{owner.__module__}."
+        harmless = home in _PLAIN or home.startswith((*_CARRYING, *_RECORDING))
+        if not harmless and not disabled:
             return True
     return False
 
@@ -158,20 +173,22 @@ def _is_of_its_class(kind: type, name: str, method: Any) -> bool:
     owner = next((base for base in kind.__mro__ if name in vars(base)), None)
     if owner is None:
         return True
-    if name in _CALLING and _is_of_a_tracer(method):
-        return True
     if owner.__module__.partition(".")[0] not in ("torch", kind.__module__.partition(".")[0]):
         return False  # put among its bases
     home = sys.modules.get(owner.__module__)
-    if home is None or not _is_written_in(method, home):
+    if home is None or not _is_written_in(method, home, owner):
         return False
     # An alias, as Module.__call__ is of _wrapped_call_impl, has the other's name.
     return method.__qualname__.rpartition(".")[0] in ("", owner.__qualname__)
 
 
-def _is_written_in(function: Callable[..., Any], home: types.ModuleType) -> bool:
+def _is_written_in(function: Any, home: types.ModuleType, owner: type | None = None) -> bool:
     """Not by its name, which functools.wraps passes on; nor with code from elsewhere in it."""
-    if not isinstance(function, types.FunctionType) or function.__globals__ is not vars(home):
+    if not isinstance(function, types.FunctionType):
+        return False
+    # Of an owner whose module was imported anew since, its own: that which has the class.
+    has_owner = owner is not None and function.__globals__.get(owner.__name__) is owner
+    if function.__globals__ is not vars(home) and not has_owner:
         return False
     code, file = function.__code__, getattr(home, "__file__", None)
     # Frozen programs have other folders and endings in one than in the other.
@@ -179,7 +196,7 @@ def _is_written_in(function: Callable[..., Any], home: types.ModuleType) -> bool
     return of_file and code.co_name == function.__name__
 
 
-def _is_of_a_tracer(function: Any) -> bool:
-    if not isinstance(function, types.FunctionType):
+def _is_of_a_tracer(name: str, function: Any) -> bool:
+    if name not in _CALLING or not isinstance(function, types.FunctionType):
         return False
     return f"{function.__globals__.get('__name__')}.".startswith(_TRACERS)
