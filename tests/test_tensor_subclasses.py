@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.tensor import DTensor
 from torch.masked import MaskedTensor
-from torch.nested._internal.nested_tensor import NestedTensor
 from torch.utils._pytree import tree_map
 
 import aspp_ext
@@ -178,7 +177,7 @@ def test_which_of_pytorch_s_own_are_fused() -> None:
     """Those that record; others know PyTorch's operators alone."""
     fused = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
     assert not any(gives_meaning(kind) for kind in fused)
-    assert all(gives_meaning(kind) for kind in (DTensor, NestedTensor, MaskedTensor))
+    assert all(gives_meaning(kind) for kind in (DTensor, MaskedTensor))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])

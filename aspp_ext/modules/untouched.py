@@ -148,6 +148,7 @@ def _is_in_module(module: types.ModuleType, name: str, function: Any) -> bool:
 _CARRYING = ("torchvision.", "monai.", "fastai.")
 _RECORDING = ("torch._subclasses.", "torch._functorch.", "torch.fx.", "torch.testing.")
 _PLAIN = ("torch.", "torch._C.", "torch._tensor.", "torch.nn.parameter.")
+_REFUSED = ("torch.nested.",)  # by the layers, too, in words about something else
 
 
 @_known_when_compiling
@@ -163,7 +164,7 @@ def _gives_meaning(kind: type[Tensor]) -> bool:
         owner = next(base for base in kind.__mro__ if name in vars(base))
         disabled = getattr(kind, name) is torch._C._disabled_torch_function_impl
         home = f"{owner.__module__}."
-        harmless = home in _PLAIN or home.startswith((*_CARRYING, *_RECORDING))
+        harmless = home in _PLAIN or home.startswith((*_CARRYING, *_RECORDING, *_REFUSED))
         if not harmless and not disabled:
             return True
     return False
