@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from aspp_pairs import PAIRS, TIGHT, Pair, features, torchvision
 from torch import Tensor, nn
 
 from aspp_ext.fuse import fuse, fuse_report
+from aspp_ext.modules import untouched
 
 Change = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -180,9 +182,22 @@ def test_a_method_reloaded_after_the_first_call(pair: Pair, way: str) -> None:
     check(pair, way, change)
 
 
-@pytest.mark.parametrize("name", {**CHANGES, **OF_TORCHVISION})
-def test_before_fusing(name: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"), [(F, "conv2d"), (torch, "relu"), (torch._C._nn, "adaptive_avg_pool2d")]
+)
+def test_a_builtin_of_somebody_else_s(module: Any, name: str, monkeypatch) -> None:
     original, _ = without_dropout(PAIRS["fused torchvision"])
+    monkeypatch.setattr(untouched, "_known", {})
+    monkeypatch.setattr(module, name, math.exp)
+    with pytest.warns(UserWarning, match=f"{name} is replaced"):
+        fuse(original)
+
+
+@pytest.mark.parametrize("name", {**CHANGES, **OF_TORCHVISION})
+def test_before_fusing(name: str, monkeypatch) -> None:
+    """Nothing having been looked at before."""
+    original, _ = without_dropout(PAIRS["fused torchvision"])
+    monkeypatch.setattr(untouched, "_known", {})
     words = "left these modules as they were.* is replaced"
     with {**CHANGES, **OF_TORCHVISION}[name](), pytest.warns(UserWarning, match=words):
         assert type(fuse(copy.deepcopy(original))) is torchvision.ASPP
@@ -209,6 +224,7 @@ def test_a_call_without_gradients(pair: Pair, kind: type, monkeypatch) -> None:
             y.sum().backward()
         reached.append([p.grad is not None for p in module.parameters()])
     assert reached[0] == reached[1]
+    assert not all(reached[0])
 
 
 def test_a_call_under_autocast(pair: Pair, monkeypatch) -> None:

@@ -8,12 +8,11 @@ import copy
 
 import pytest
 import torch
-from aspp_pairs import CHANNELS, PAIRS, RATES, WIDTH, features
+from aspp_pairs import PAIRS, features
 from marks import on_native
 from torch import Tensor, nn
 
 import aspp_ext
-from aspp_ext.modules import ASPP
 
 pytestmark = on_native
 
@@ -74,6 +73,11 @@ def test_products_beyond_float32(name, weight, norm, image, projection, frozen) 
     for _ in range(2):
         plain, fused = errors(original, ours, features().float() * image)
         assert fused <= 2 * plain
+    held = weight * norm == 1
+    assert ours._aspp_ext_folded.in_range is held
+    (entry,) = aspp_ext.fuse_report(ours)
+    words = "torch.float32 cannot hold the products of its norms and weights"
+    assert entry.reason == (None if held else words)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -109,8 +113,8 @@ def test_float16_beside_rows_that_are_large_and_do_nothing(name) -> None:
     """A dead pooled branch, whose weights have all their digits."""
     original, ours = (m.float().eval() for m in PAIRS[name].build())
     for module in (original, ours):
-        *branches, (conv, norm) = blocks(module)[:-1]
-        norm.bias.data.fill_(-1e3)
+        *branches, (_, dead) = blocks(module)[:-1]
+        dead.bias.data.fill_(-1e3)
         for conv, norm in branches:
             conv.weight.data *= 0.02
             norm.running_var *= 1e8
@@ -122,14 +126,16 @@ def test_float16_beside_rows_that_are_large_and_do_nothing(name) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_channels_that_died_are_folded(dtype) -> None:
-    """Weight decay leaves rows that are next to nothing: they may lose digits."""
-    ours = ASPP(CHANNELS, RATES, WIDTH).eval().requires_grad_(False)
+@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 1e-6, 1e-12, 1e-38, 0.0])
+@pytest.mark.parametrize("name", PAIRS)
+def test_channels_that_died_are_folded(name, left, dtype) -> None:
+    """Weight decay leaves channels that are next to nothing: they may lose digits."""
+    ours = PAIRS[name].build()[1].float().eval().requires_grad_(False)
     for conv, norm in blocks(ours):
-        conv.weight.data[0] *= 1e-38
-        conv.weight.data[1] = 0
-        norm.weight.data[2] = 0
-        norm.weight.data[3] *= 1e-38
+        norm.weight.data[0] *= left
+        norm.bias.data[0] *= left
+        conv.weight.data[1] *= left
+        norm.running_var[1] *= left**2
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         ours(features().float())
     assert ours._aspp_ext_folded.in_range

@@ -19,7 +19,7 @@ from torch.masked import MaskedTensor
 from torch.utils._pytree import tree_map
 
 import aspp_ext
-from aspp_ext.modules.untouched import gives_meaning
+from aspp_ext.modules.meaning import gives_meaning
 from aspp_ext.ops import atrous_separable_pyramid_batch_norm
 
 pytestmark = [on_native, proven_emulated]

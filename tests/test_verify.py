@@ -140,7 +140,8 @@ def test_the_cpu_s_kernels_are_right(tmp_path) -> None:
     assert ran.done.returncode == 0, ran.text + ran.done.stderr
     results = {row["result"] for row in ran.rows}
     assert results <= {"right", "unavailable"}
-    ours = [row for row in ran.rows if row["implementation"].partition(" ")[2] in here()]
+    known = here()
+    ours = [row for row in ran.rows if row["implementation"].partition(" ")[2] in known]
     assert {row["result"] for row in ours} == {"right"}
     assert any("medium" in row["speeds"] for row in ours)  # not where PyTorch takes too long
     assert {row["mode"] for row in ours} == {"inference", "training"}
@@ -204,7 +205,7 @@ def test_a_cell_is_judged_by_all_that_it_has_to_satisfy() -> None:
 
 def here() -> set[str]:
     """Instruction sets of this machine; "" is what it picks."""
-    names = {isa.removeprefix("isa_") for isa in _native.read_build_info()["isas"]}
+    names = {name.removeprefix("isa_") for name in _native.read_build_info()["isas"]}
     return {"", *(name for name in names if isa(name) == name)}
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
-from aspp_ext.modules.fused import SETTINGS, FusedForward
+from aspp_ext.modules.fused import CACHE, SETTINGS, FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.ops.checks import check_flag, check_module
@@ -219,6 +219,9 @@ def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
         check_tensors(fused.read(module))
     except Unfusable as reason:
         return str(reason)
+    cache = module.__dict__.get(CACHE)
+    if cache is not None and not cache.in_range:
+        return f"{cache.dtype} cannot hold the products of its norms and weights"
     return None
 
 

@@ -29,7 +29,7 @@ class FoldCache:
     Attributes:
         head: whose copy it is, if it is frozen.
         folded: the copy.
-        in_range: whether it computes what the head would, whatever the numbers.
+        in_range: whether its dtype holds it well enough to be used (see :func:`in_range`).
         prepared: its weights as minimal filtering takes them, several times their memory.
     """
 

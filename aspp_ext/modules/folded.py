@@ -13,9 +13,6 @@ from aspp_ext.ops.formats import pointwise_as_channels_last
 
 from .head import Head, Norm
 
-# Times the smallest normal number: a row with a largest weight below has too many subnormal ones.
-_FEW = 8
-
 
 class Folded(NamedTuple):
     """The arguments of ``aspp_inference`` after x."""
@@ -58,42 +55,42 @@ def fold(head: Head, dtype: torch.dtype) -> Folded:
 
 def in_range(head: Head, folded: Folded) -> bool:
     """Whether the folded weights are as good as their factors, which multiply the pixels one after
-    the other: finite, and not so small that their dtype has few digits left for them."""
-    info = torch.finfo(folded.project_weight.dtype)
-    least = _FEW * info.tiny
-    convs, norms = [b.conv for b in head.branches], [b.norm for b in head.branches]
-    rows = _largest([*convs, head.pool], [*norms, head.pool_norm], info)
-    projection = _largest([head.project], [head.project_norm], info)
-    read = _norm(head.project.weight.flatten(1), 0)
-    lost, lost_there = rows.small, projection.small
-    if info.dtype != "float16":
-        # No features make up for so small numbers, unless all the others are as small.
-        lost = lost & (least * read > (rows.product * read).max())
-        lost_there = lost_there & (projection.product.max() < least)
-    whole = torch.cat([rows.product, projection.product]) <= info.max
+    the other: finite, and with so many digits left in their dtype that rows of subnormal numbers
+    add less than other roundings do, if the features are as the norms' statistics say."""
+    branches = [b.conv for b in head.branches], [b.norm for b in head.branches]
+    convs, norms = [*branches[0], head.pool], [*branches[1], head.pool_norm]
+    columns = torch.linalg.vector_norm(head.project.weight.flatten(1), dim=0, dtype=torch.double)
     shifts = torch.cat([folded.shift, folded.pool_shift, folded.project_shift])
-    return bool(whole.all() & shifts.isfinite().all() & ~lost.any() & ~lost_there.any())
+    info = torch.finfo(folded.project_weight.dtype)
+    good = _have_digits(convs, norms, columns, info)
+    last = _have_digits([head.project], [head.project_norm], torch.ones_like(columns[:1]), info)
+    return bool(good & last & shifts.isfinite().all())
 
 
-class _Largest(NamedTuple):
-    """Of each row of folded weights, in double."""
-
-    product: Tensor  # the largest magnitude
-    small: Tensor  # whether it is too small, though neither of its factors is
-
-
-def _largest(convs: Sequence[nn.Conv2d], norms: Sequence[Norm], info: torch.finfo) -> _Largest:
-    weight = torch.cat([_norm(c.weight.flatten(1), 1) for c in convs])
-    scale = torch.cat([_scale(n, torch.float64).abs() for n in norms])
+def _have_digits(
+    convs: Sequence[nn.Conv2d], norms: Sequence[Norm], columns: Tensor, info: torch.finfo
+) -> Tensor:
+    """Of the rows of all these, read by the next convolution's ``columns``."""
+    largest = [torch.linalg.vector_norm(c.weight.flatten(1), torch.inf, 1) for c in convs]
+    weight = torch.cat(largest).double()
+    scale = torch.cat([_scale(n, torch.double).abs() for n in norms])
     product = weight * scale
-    # Nothing is left of a weight, or of what a scale makes of the largest number, in their dtype.
-    subnormal = info.tiny * info.eps
-    nothing = (weight < subnormal) | (scale * info.max < subnormal)
-    return _Largest(product, (product < _FEW * info.tiny) & ~nothing)
+    # Relative to a row; beside the ReLU, what is zero in either factor is so in the product.
+    lost = (info.tiny * info.eps / product).clamp(max=1)
+    lost = torch.where((weight == 0) | (scale == 0), 0, lost)
+    shares = torch.cat([_deviation(n) for n in norms]) * columns
+    noise, limit = (lost * shares).norm(), info.eps / 4 * shares.norm()
+    return (product <= info.max).all() & (noise <= limit)
 
 
-def _norm(matrix: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(matrix, torch.inf, dim).double()
+def _deviation(norm: Norm) -> Tensor:
+    """[O], of a norm's results from their mean, where the ReLU leaves them."""
+    assert norm.running_var is not None
+    var = norm.running_var.double()
+    gamma = torch.ones_like(var) if norm.weight is None else norm.weight.double().abs()
+    beta = torch.zeros_like(var) if norm.bias is None else norm.bias.double()
+    gamma = gamma * (var / (var + norm.eps)).sqrt()
+    return torch.where(gamma > 0, gamma * torch.special.ndtr(beta / gamma).sqrt(), 0)
 
 
 def _scale(norm: Norm, wide: torch.dtype) -> Tensor:

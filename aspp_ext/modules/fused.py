@@ -25,9 +25,10 @@ from aspp_ext.ops.registration import is_autocast_on, under_autocast
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
 from .head import Head, forward_layers, gives_channels_last
+from .meaning import gives_meaning
 from .parts import Unfusable, check_classes, check_tensors
 from .tracing import in_forward_mode, may_be_traced
-from .untouched import changed_methods, gives_meaning
+from .untouched import changed_methods
 
 # What is ours in an instance, beside attributes that may be the user's.
 CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"

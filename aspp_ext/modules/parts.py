@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .head import Branch, Head, Norm
-from .untouched import changed_class, changed_function, changed_methods, gives_meaning
+from .meaning import gives_meaning
+from .untouched import changed_class, changed_function, changed_methods
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Part = TypeVar("Part", bound=nn.Module)

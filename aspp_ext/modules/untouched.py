@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 # Methods on the way from calling a module to its result. PyTorch's tracers replace the first ones
 # for a while, by functions that call what was there.
@@ -40,7 +40,7 @@ _Known = tuple[list[Any], tuple[tuple[types.FunctionType, types.CodeType], ...]]
 _known: dict[Any, _Known] = {}
 
 
-def _known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+def known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compiler.assume_constant_result``, which would import the compiler for it."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -52,7 +52,7 @@ def _guard(owner: Any, names: tuple[str, ...]) -> None:
         _ = getattr(owner, name) is None
 
 
-@_known_when_compiling
+@known_when_compiling
 def _guarded(kind: type) -> tuple[str, ...]:
     """Of what Dynamo reads as Python does, what a class has: absence is guarded slowly."""
     return tuple(name for name in _ON_THE_WAY if hasattr(kind, name))
@@ -65,7 +65,7 @@ def changed_methods(module: nn.Module) -> list[str]:
     return _methods_among(type(module), *module.__dict__)
 
 
-@_known_when_compiling
+@known_when_compiling
 def _methods_among(kind: type, *names: str) -> list[str]:
     methods = _methods(kind)
     return [] if methods.isdisjoint(names) else sorted(methods.intersection(names))
@@ -83,7 +83,7 @@ def changed_class(kind: type[nn.Module]) -> str | None:
     return _changed_class(kind)
 
 
-@_known_when_compiling
+@known_when_compiling
 def _changed_class(kind: type[nn.Module]) -> str | None:
     # And what the methods know as F.
     home = sys.modules.get(kind.__module__)
@@ -99,12 +99,13 @@ def _changed_class(kind: type[nn.Module]) -> str | None:
 def changed_function() -> str | None:
     """The name of a function that the layers call and that is not PyTorch's."""
     if torch.compiler.is_compiling():
-        _guard(F, _FUNCTIONS)
-        _guard(torch, _OPERATORS)
+        _guard(F, ("torch",))
+        for module, names in _CALLED:
+            _guard(module, names)
     return _changed_function()
 
 
-@_known_when_compiling
+@known_when_compiling
 def _changed_function() -> str | None:
     if vars(F).get("torch", torch) is not torch:
         return "torch.nn.functional.torch"
@@ -140,34 +141,10 @@ def _first_changed(
 
 
 def _is_in_module(module: types.ModuleType, name: str, function: Any) -> bool:
-    builtin = isinstance(function, types.BuiltinFunctionType)
-    return (builtin or _is_written_in(function, module)) and function.__name__ == name
-
-
-# Whose subclasses of Tensor carry something along, or record, and compute what tensors do.
-_CARRYING = ("torchvision.", "monai.", "fastai.")
-_RECORDING = ("torch._subclasses.", "torch._functorch.", "torch.fx.", "torch.testing.")
-_PLAIN = ("torch.", "torch._C.", "torch._tensor.", "torch.nn.parameter.")
-_REFUSED = ("torch.nested.",)  # by the layers, too, in words about something else
-
-
-@_known_when_compiling
-def gives_meaning(kind: type[Tensor]) -> bool:
-    """Whether a subclass of Tensor may give the functions and operators that layers call another
-    meaning, as modes do."""
-    return kind not in (Tensor, nn.Parameter) and _gives_meaning(kind)
-
-
-@functools.cache
-def _gives_meaning(kind: type[Tensor]) -> bool:
-    for name in ("__torch_function__", "__torch_dispatch__"):
-        owner = next(base for base in kind.__mro__ if name in vars(base))
-        disabled = getattr(kind, name) is torch._C._disabled_torch_function_impl
-        home = f"{owner.__module__}."
-        harmless = home in _PLAIN or home.startswith((*_CARRYING, *_RECORDING, *_REFUSED))
-        if not harmless and not disabled:
-            return True
-    return False
+    if isinstance(function, types.BuiltinFunctionType):
+        known = getattr(torch._C._VariableFunctions, name, None)
+        return function is known or (function.__self__, function.__name__) == (module, name)
+    return _is_written_in(function, module) and function.__name__ == name
 
 
 def _is_of_its_class(kind: type, name: str, method: Any) -> bool:

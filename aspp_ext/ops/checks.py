@@ -104,12 +104,12 @@ def as_rows(op: str, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequ
     if x.dim() != 3:
         return x, weights
     for b, w in enumerate(weights):
-        if w.dim() != 3:  # an image without a batch, most likely
+        if w.dim() == 4:  # an image without a batch, most likely
             raise ValueError(
                 f"{op}: x must be [N, C, H, W] for weights[{b}] of shape {_shape(w)}, "
                 f"got shape {_shape(x)}"
             )
-    return x.unsqueeze(2), [w.unsqueeze(2) for w in weights]
+    return x.unsqueeze(2), [w.unsqueeze(2) if w.dim() == 3 else w for w in weights]
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:

@@ -178,7 +178,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _choose_nothing() -> None:
-    """Forgets our variables, those that were read on import included."""
+    """Forgets our variables in this process, those that were read on import included."""
     for name in [n for n in os.environ if n.startswith("ASPP_EXT_") and n not in KEPT]:
         del os.environ[name]
     if _native.cpu_missing is None:
