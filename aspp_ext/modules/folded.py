@@ -75,7 +75,7 @@ def _have_digits(
     weight = torch.cat(largest).double()
     scale = torch.cat([_scale(n, torch.double).abs() for n in norms])
     product = weight * scale
-    # Relative to a row; beside the ReLU, what is zero in either factor is so in the product.
+    # The part of a row that roundings of subnormal numbers are; of a zero in a factor, none.
     lost = (info.tiny * info.eps / product).clamp(max=1)
     lost = torch.where((weight == 0) | (scale == 0), 0, lost)
     shares = torch.cat([_deviation(n) for n in norms]) * columns
