@@ -57,8 +57,8 @@ def in_range(head: Head, folded: Folded) -> bool:
     """Whether the folded weights are as good as their factors, which multiply the pixels one after
     the other: finite, and with so many digits left in their dtype that rows of subnormal numbers
     add less than other roundings do, if the features are as the norms' statistics say."""
-    branches = [b.conv for b in head.branches], [b.norm for b in head.branches]
-    convs, norms = [*branches[0], head.pool], [*branches[1], head.pool_norm]
+    convs = [*(b.conv for b in head.branches), head.pool]
+    norms = [*(b.norm for b in head.branches), head.pool_norm]
     columns = torch.linalg.vector_norm(head.project.weight.flatten(1), dim=0, dtype=torch.double)
     shifts = torch.cat([folded.shift, folded.pool_shift, folded.project_shift])
     info = torch.finfo(folded.project_weight.dtype)

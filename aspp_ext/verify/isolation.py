@@ -26,7 +26,7 @@ Beat = Callable[..., None]
 """``beat(doing="", patience=1)``, to be called with what is done next, if that is not the same, and
 how many times as long it may be quiet as a kernel of ours, which hangs then."""
 Work = Callable[[T, Beat], dict[str, Any]]
-NO_MORE: Any = object()
+_NO_MORE: Any = object()
 CUT = "cut"
 """The result of a case that the deadline ended."""
 BROKEN, FINAL = "broken", "final"
@@ -191,7 +191,7 @@ def run(
     waiting, busy, free = iter(cases), {}, []  # type: ignore[var-annotated]
     try:
         while time.monotonic() < deadline:
-            while len(busy) < at_once and (case := next(waiting, NO_MORE)) is not NO_MORE:
+            while len(busy) < at_once and (case := next(waiting, _NO_MORE)) is not _NO_MORE:
                 kind = alike(case)
                 child = next((c for k, c in free if k == kind), None)
                 for _, other in free:
