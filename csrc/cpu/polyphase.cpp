@@ -166,6 +166,14 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
   return rest;
 }
 
+void run_branches(const PyramidParams& params, const MinimalForms& forms,
+                  const std::vector<Tensor>& matrices, const std::vector<Tensor>& weights,
+                  Operands& operands) {
+  const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
+  run_directly(params, run_minimal(params, forms, matrices, weights, loose, operands), weights,
+               operands);
+}
+
 void run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,
                      const Tensor& grad_weight, bool double_precision) {
   const Kernels& k = kernels();

@@ -32,6 +32,11 @@ std::vector<size_t> run_minimal(const PyramidParams& params, const MinimalForms&
                                 const std::vector<LooseOutputs>& loose, Operands& operands,
                                 std::vector<MinimalTimes>* times = nullptr);
 
+// All branches of params, those with a form by it.
+void run_branches(const PyramidParams& params, const MinimalForms& forms,
+                  const std::vector<Tensor>& matrices, const std::vector<Tensor>& weights,
+                  Operands& operands);
+
 // The gradient of one branch's weight, [O, C, kh, kw] contiguous in the compute type, from images
 // of its input and of its output's gradient.
 void run_grad_weight(const MinimalForm& form, const Image& x, const Image& grad, int64_t batch,

@@ -38,10 +38,7 @@ Tensor pyramid(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> rates
   set_epilogue(params, operands, branches, scale, shift, relu);
   params.out = written;
   const MinimalForms forms = minimal_forms(shape, branches, operands, Polyphase(polyphase), false);
-  const std::vector<Tensor> matrices = minimal_weights(forms, weights, operands);
-  const auto loose = loose_outputs(params, forms, matrices, operands.double_precision());
-  run_directly(params, run_minimal(params, forms, matrices, weights, loose, operands), weights,
-               operands);
+  run_branches(params, forms, minimal_weights(forms, weights, operands), weights, operands);
   return out;
 }
 
