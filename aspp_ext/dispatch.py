@@ -211,9 +211,29 @@ def _reference_separable(
     )
 
 
-def _reference_head(x: Tensor, depthwise: Any, weights: Any, rates: Any, *rest: Any) -> Tensor:
-    head = (_or_none(depthwise), weights, pairs(rates), *rest[:5])  # polyphase is the CPU kernel's
-    return like(x, reference.aspp_inference(x, *head), *rest[7:])
+def _reference_head(
+    x: Tensor,
+    depthwise: Any,
+    weights: Any,
+    rates: Any,
+    shift: Tensor,
+    pool_weight: Tensor | None,
+    pool_shift: Tensor | None,
+    project_weight: Tensor | None,
+    project_shift: Tensor | None,
+    polyphase: int = 1,
+    prepared: Any = None,
+    channels_last: bool | None = None,
+    relu: bool = True,
+    project_relu: bool = True,
+) -> Tensor:
+    y = reference.aspp_inference(
+        *(x, _or_none(depthwise), weights, pairs(rates), shift),
+        *(pool_weight, pool_shift, project_weight, project_shift),
+        activation="relu" if relu else None,
+        project_activation="relu" if project_relu else None,
+    )
+    return like(x, y, channels_last)
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {

@@ -60,7 +60,8 @@ def _formulas(counter: ModuleType) -> dict[str, Callable[..., int]]:
     def head(x: Shape, depthwise: Any, weights: Any, *rest: Any, **_: Any) -> int:
         pool, project = rest[2], rest[4]
         pooled = conv([*x[:2], 1, 1], [*pool, 1, 1]) if pool is not None else 0
-        return separable(x, depthwise, weights) + pooled + conv(x, [*project, 1, 1])
+        projected = conv(x, [*project, 1, 1]) if project is not None else 0
+        return separable(x, depthwise, weights) + pooled + projected
 
     return {
         "atrous_pyramid": pyramid,

@@ -188,14 +188,18 @@ def aspp_inference(
     shift: Tensor,
     pool_weight: Tensor | None,
     pool_shift: Tensor | None,
-    project_weight: Tensor,
-    project_shift: Tensor,
+    project_weight: Tensor | None,
+    project_shift: Tensor | None,
+    *,
+    activation: str | None = "relu",
+    project_activation: str | None = "relu",
 ) -> Tensor:
     """A whole ASPP head whose batch norms are already folded into its weights.
 
-    ``y = relu(project_weight @ concat(branches, pooled) + project_shift)`` where branch b is
-    ``relu(conv_b(x) + shift_b)`` and pooled is ``relu(pool_weight @ mean_hw(x) + pool_shift)``,
-    the same at every pixel.
+    ``y = project_activation(project_weight @ concat(branches, pooled) + project_shift)`` where
+    branch b is ``activation(conv_b(x) + shift_b)`` and pooled is
+    ``activation(pool_weight @ mean_hw(x) + pool_shift)``, the same at every pixel. Without a
+    projection ``y = concat(branches)``.
 
     Args:
         x: [N, C, H, W].
@@ -205,11 +209,12 @@ def aspp_inference(
         shift: [sum O_b].
         pool_weight: [O_p, C], or None when there is no pooled branch.
         pool_shift: [O_p], or None.
-        project_weight: [P, sum O_b + O_p].
-        project_shift: [P].
+        project_weight: [P, sum O_b + O_p], or None when there is no projection.
+        project_shift: [P] or [N, P], or None.
+        activation, project_activation: None or "relu".
 
     Returns:
-        [N, P, H, W].
+        [N, P, H, W], or without a projection [N, sum O_b, H, W].
     """
     branches = []
     for depthwise, weight, rate in zip(depthwise_weights, weights, atrous_rates, strict=True):
@@ -218,10 +223,13 @@ def aspp_inference(
         else:
             mid = _same_conv(x, depthwise, rate, groups=x.shape[1])
             branches.append(_same_conv(mid, weight, 1))
-    y = torch.relu(torch.cat(branches, 1) + _per_channel(shift, x.dim()))
+    y = _finish(torch.cat(branches, 1), None, None, shift, activation)
+    if project_weight is None or project_shift is None:
+        return y
     if pool_weight is not None:
         pooled = F.linear(x.mean((2, 3)), pool_weight, pool_shift)
-        pooled = _per_channel(torch.relu(pooled), x.dim()).expand((-1, -1, *x.shape[2:]))
-        y = torch.cat([y, pooled], 1)
-    y = F.conv2d(y, project_weight[:, :, None, None], project_shift)
-    return torch.relu(y)
+        pooled = _per_channel(_activate(pooled, activation), x.dim())
+        y = torch.cat([y, pooled.expand((-1, -1, *x.shape[2:]))], 1)
+    bias, rows = (project_shift, None) if project_shift.dim() == 1 else (None, project_shift)
+    y = F.conv2d(y, project_weight[:, :, None, None], bias)
+    return _finish(y, None, None, rows, project_activation)

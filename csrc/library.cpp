@@ -71,13 +71,15 @@ STABLE_TORCH_LIBRARY(aspp_ext, m) {
       "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
       "-> (Tensor, Tensor[], Tensor[])");
   // The folded head: shift [sum O], pool_weight [Q, C], pool_shift [Q],
-  // project_weight [P, sum O + Q], project_shift [P] -> [N, P, H, W]; prepared: polyphase_weights
-  // of weights for x's size and the same polyphase, without which each call transforms them itself;
-  // channels_last: the result's memory format, else x's
+  // project_weight [P, sum O + Q], project_shift [P] or [N, P] -> [N, P, H, W], or without both
+  // [N, sum O, H, W], the branches alone; prepared: polyphase_weights of weights for x's size and
+  // the same polyphase, without which each call transforms them itself; channels_last: the result's
+  // memory format, else x's; relu: of the branches and of the pooled one
   m.def(
       "aspp_inference(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
-      "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-      "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None) -> Tensor");
+      "Tensor? pool_weight, Tensor? pool_shift, Tensor? project_weight, Tensor? project_shift, "
+      "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None, bool relu=True, "
+      "bool project_relu=True) -> Tensor");
   // CPU. Of each tensor 64 bits that change with any of its bytes, its sizes, strides or dtype:
   // int64 [tensors]
   m.def("checksums(Tensor[] tensors) -> Tensor");

@@ -29,6 +29,7 @@ def calls(x, backend):
         "pyramid": aspp_ext.atrous_pyramid(x, [w], [2], shift=v, backend=backend),
         "separable": aspp_ext.atrous_separable_conv2d(x, d, p, 2, bias=v, backend=backend),
         "head": aspp_ext.aspp_inference(*head, backend=backend),
+        "branches": aspp_ext.aspp_inference(*head[:7], None, None, backend=backend),
     }
 
 

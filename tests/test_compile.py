@@ -57,8 +57,9 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, project: bool = True) -> None:
         super().__init__()
+        self.projects = project
         self.register_buffer("d", torch.randn(5, 1, 3, 3))
         self.register_buffer("w", torch.randn(4, 5, 1, 1))
         self.register_buffer("shift", torch.randn(8))
@@ -68,9 +69,11 @@ class Head(nn.Module):
         self.register_buffer("project_shift", torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
+        end = (self.pool, self.pool_shift, self.project, self.project_shift)
         return aspp_ext.aspp_inference(
             *(x, [None, self.d], [self.w, self.w], [1, 2], self.shift),
-            *(self.pool, self.pool_shift, self.project, self.project_shift),
+            *(end if self.projects else [None] * 4),
+            activation=None,
         )
 
 
@@ -208,10 +211,11 @@ def test_export_for_training_has_gradients(separable) -> None:
 @on_cpu
 @pytest.mark.prove
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("name", ["pyramid", "separable", "head"])
+@pytest.mark.parametrize("name", ["pyramid", "separable", "head", "head_no_projection"])
 def test_aot_inductor(name, tmp_path) -> None:
     """A package that runs without Python's half of the package."""
-    layer = {"pyramid": Layer(False), "separable": Layer(True), "head": Head()}[name].eval()
+    layers = {"pyramid": Layer(False), "separable": Layer(True), "head": Head()}
+    layer = (layers | {"head_no_projection": Head(project=False)})[name].eval()
     shapes = ({0: Dim("n", min=2), 2: Dim("h", min=2), 3: Dim("w", min=2)},)
     with torch.no_grad():
         program = torch.export.export(layer, (torch.randn(2, 5, 7, 9),), dynamic_shapes=shapes)

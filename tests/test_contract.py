@@ -61,8 +61,9 @@ def call_public(op: str, arguments: dict[str, Any], backend: str | None) -> Any:
         pairs = zip(a.pop("between_scale"), a.pop("between_shift"), strict=True)
         a["between"] = [p if p[0].numel() + p[1].numel() else None for p in pairs]
         a["between_activation"] = "relu" if a.pop("between_relu") else None
-    if "relu" in a:
-        a["activation"] = "relu" if a.pop("relu") else None
+    for flag, name in (("relu", "activation"), ("project_relu", "project_activation")):
+        if flag in a:
+            a[name] = "relu" if a.pop(flag) else None
     return getattr(aspp_ext, op)(**a, backend=backend)
 
 
@@ -246,8 +247,14 @@ PYTHON_ONLY = {
     "head weights": (head(weights=W), TypeError, H + f"weights {LIST} Tensor"),
     "head shift": (head(shift=None), TypeError, H + "shift must be a tensor, got NoneType"),
     "head pool": (head(pool=([1.0], V)), TypeError, H + "pool_weight must be a tensor, got list"),
-    "head project": (head(project=(None, V)), TypeError,
-        H + "project_weight must be a tensor, got NoneType"),
+    "head project": (head(project=([1.0], V)), TypeError,
+        H + "project_weight must be a tensor, got list"),
+    "head project_shift": (head(project=(zeros(2, 4), 1.0)), TypeError,
+        H + "project_shift must be a tensor, got float"),
+    "head activation": (head(activation="gelu"), ValueError,
+        H + "activation must be None or 'relu', got 'gelu'"),
+    "head project_activation": (head(project_activation=True), ValueError,
+        H + "project_activation must be None or 'relu', got True"),
     "polyphase a number": (pyramid(polyphase=1), TypeError,
         A + "polyphase must be True or False, got 1"),
     "head polyphase": (head(polyphase="always"), TypeError,

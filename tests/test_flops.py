@@ -44,6 +44,10 @@ def head(module, x, w, d, p, s, q, t, project):
     return module.aspp_inference(x, [None, d], [w, p], [2, 3], s, q, t, project, t)
 
 
+def branches(module, x, w, d, p, s):
+    return module.aspp_inference(x, [None, d], [w, p], [2, 3], s, None, None, None, None)
+
+
 X = (2, 3, 5, 7)
 KINDS = {
     "pyramid": (pyramid, [X, (4, 3, 1, 1), (2, 3, 3, 3), (2, 3, 1, 5)]),
@@ -54,7 +58,11 @@ each_kind = pytest.mark.parametrize(("call", "shapes"), KINDS.values(), ids=KIND
 
 
 @pytest.mark.parametrize(
-    ("call", "shapes"), [*KINDS.values(), pytest.param(head, HEAD, marks=on_cpu)]
+    ("call", "shapes"),
+    [
+        *KINDS.values(),
+        *(pytest.param(*h, marks=on_cpu) for h in ((head, HEAD), (branches, HEAD[:5]))),
+    ],
 )
 def test_operators(call, shapes) -> None:
     tensors = values(*shapes)

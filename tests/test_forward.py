@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import aspp_ext
 from aspp_ext import reference
+from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.testing import OPS, PROBLEMS, laid_out
 from aspp_ext.testing.checks import (
     check_float64,
@@ -214,19 +215,50 @@ def test_an_image_without_a_batch_is_no_line(call) -> None:
     assert "1x3" in aspp_ext.explain(integers(2, 6, 9), [integers(4, 6, 3)], [2])
 
 
+PARTS = [(pool, end) for pool in (True, False) for end in ("relu", "linear", "per sample")]
+
+
 @quick_interpreted()
 @each_backend
-@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])
-def test_head(pool, backend) -> None:
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize(("pool", "end"), [*PARTS, (False, "none")])
+def test_head(pool, end, activation, backend) -> None:
     x, rates = integers(2, 6, 4, 8), [1, 2, 3]
+    shift = integers(2, 9) if end == "per sample" else integers(9)
     arguments = (
         *(x, [None, integers(6, 1, 3, 3), None]),
         *([integers(5, 6, 1, 1), integers(4, 6, 1, 1), integers(3, 6, 3, 3)], rates, integers(12)),
         *((integers(7, 6), integers(7)) if pool else (None, None)),
-        *(integers(9, 19 if pool else 12), integers(9)),
+        *((None, None) if end == "none" else (integers(9, 19 if pool else 12), shift)),
     )
-    got = aspp_ext.aspp_inference(*arguments, backend=backend)
-    assert torch.equal(got, reference.aspp_inference(*arguments))
+    last = None if end == "linear" else "relu"
+    keywords = {"activation": activation, "project_activation": last}
+    got = aspp_ext.aspp_inference(*arguments, **keywords, backend=backend)
+    assert torch.equal(got, reference.aspp_inference(*arguments, **keywords))
+
+
+@on_native
+@pytest.mark.parametrize("separable", [False, True], ids=["dense", "separable"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_a_head_without_projection_is_a_pyramid(layout, separable) -> None:
+    """Bit for bit, in x's memory format whatever the weights'."""
+    x, rates, shift = laid_out(torch.randn(2, 6, 9, 8), layout), [2, 1], torch.randn(8)
+    depthwise = [torch.randn(6, 1, 3, 3) if separable else None, None]
+    kernel = 1 if separable else 3
+    weights = [torch.randn(5, 6, kernel, kernel), torch.randn(3, 6, 1, 1)]
+    weights = [laid_out(w, "channels_last") for w in weights]
+    for activation in (None, "relu"):
+        keywords = {"shift": shift, "activation": activation}
+        if separable:
+            own = aspp_ext.atrous_separable_pyramid(x, depthwise, weights, rates, **keywords)
+        else:
+            own = aspp_ext.atrous_pyramid(x, weights, rates, **keywords)
+        branches = (x, depthwise, weights, rates, shift, None, None, None, None)
+        for asked in (None, False, True):
+            got = aspp_ext.aspp_inference(*branches, activation=activation, channels_last=asked)
+            assert torch.equal(got, own)
+            last = is_channels_last(x) if asked is None else asked
+            assert is_channels_last(got) == last
 
 
 @quick_interpreted(lambda layout: layout == "sliced")

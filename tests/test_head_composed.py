@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from aspp_ext.testing.checks import check_float64, check_integers, check_reach, 
 pytestmark = [proven_emulated, on_native, varied]
 
 HEAD = OPS["head"]
-HEADS = {name: OPS[name] for name in ("head", "head_separable")}
+HEADS = {name: op for name, op in OPS.items() if name.startswith("head")}
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 each_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.name)
 STATISTICS = [p for p in PROBLEMS.values() if is_representative(p)]
@@ -88,20 +90,37 @@ def chosen(monkeypatch) -> None:
     monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "aspp_inference", tuple(composed))
 
 
+def flags(rest: list[Any]) -> dict[str, bool]:
+    """Of a head's arguments behind the rates those that turn activations off."""
+    return dict(zip(("relu", "project_relu"), rest[8:] or (True, True), strict=True))
+
+
+def activations(rest: list[Any]) -> dict[str, str | None]:
+    """The same as the public function takes them."""
+    names = {"relu": "activation", "project_relu": "project_activation"}
+    return {names[name]: "relu" if on else None for name, on in flags(rest).items()}
+
+
 class Layer(torch.nn.Module):
     def __init__(self, head: Op = HEAD) -> None:
         super().__init__()
         _, depthwise, weights, self.rates, *rest = head.make(PROBLEMS["aspp"], torch.float32)
         self.depthwise = torch.nn.ParameterList(depthwise).requires_grad_(False)
         self.weights = torch.nn.ParameterList(weights).requires_grad_(False)
-        self.rest = torch.nn.ParameterList(rest).requires_grad_(False)
+        *others, shift = rest[:5]
+        if shift is not None and shift.dim() == 2:  # of a batch, which is of another size here
+            shift = shift[0]
+        self.rest = torch.nn.ParameterList([*others, shift]).requires_grad_(False)
+        self.activations = activations(rest)
 
     def forward(self, x):
         given, pairs = (
             [d if d.numel() else None for d in self.depthwise],
             dispatch.pairs(self.rates),
         )
-        return aspp_ext.aspp_inference(x, given, list(self.weights), pairs, *self.rest)
+        return aspp_ext.aspp_inference(
+            x, given, list(self.weights), pairs, *self.rest, **self.activations
+        )
 
 
 SIZES = [(2, 17, 19), (3, 8, 12), (4, 31, 5)]
@@ -126,7 +145,8 @@ def test_export(head, strict, chosen, fresh_compiler) -> None:
         x = torch.randn(2, 16, 17, 17)
         program = torch.export.export(layer, (x,), dynamic_shapes=(dims,), strict=strict)
         targets = [str(n.target) for n in program.graph.nodes]
-        assert sum("aspp_ext.atrous_" in target for target in targets) == 2
+        pyramids = 1 if layer.rest[3] is None else 2
+        assert sum("aspp_ext.atrous_" in target for target in targets) == pyramids
         for n, h, w in SIZES:
             x = torch.randn(n, 16, h, w)
             torch.testing.assert_close(program.module()(x), layer(x))
@@ -168,13 +188,16 @@ def test_the_result_lies_in_memory_as_asked(head, asked, backend) -> None:
     pairs = list(zip(rates[::2], rates[1::2], strict=True))
     for last in (False, True):
         x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        call = (x, none, weights, pairs, *rest)
-        expected = aspp_ext.aspp_inference(*call, backend=backend)
+        public = partial(
+            aspp_ext.aspp_inference, x, none, weights, pairs, *rest[:5], **activations(rest)
+        )
+        expected = public(backend=backend)
         with torch.no_grad():
-            got = aspp_ext.aspp_inference(*call, backend=backend, channels_last=asked)
-        composed = aspp_inference(x, depthwise, weights, rates, *rest, channels_last=asked)
+            got = public(backend=backend, channels_last=asked)
+        direct = {"channels_last": asked, **flags(rest)}
+        composed = aspp_inference(x, depthwise, weights, rates, *rest[:5], **direct)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            fake = head.native(x, depthwise, weights, rates, *rest, channels_last=asked)
+            fake = head.native(x, depthwise, weights, rates, *rest[:5], **direct)
         assert torch.equal(got, expected)
         for result in (got, composed, fake):
             assert is_channels_last(result) == (last if asked is None else asked)

@@ -215,32 +215,36 @@ def test_one_dimension() -> None:
     assert torch.equal(got, reference.atrous_pyramid(x, [weight], [4]))
 
 
-def head(pool: bool, kernels: tuple[int, ...]) -> tuple:
+def head(pool: bool, kernels: tuple[int, ...], project: bool = True) -> tuple:
     outs = [5, 17, 3][: len(kernels)]
     weights = [integers(o, 6, k, k) for o, k in zip(outs, kernels, strict=True)]
     before = integers(2, 6, 8, 4), [None] * len(outs), weights, [2, 3, 1][: len(outs)]
     of_pool = (integers(7, 6), integers(7)) if pool else (None, None)
-    project = integers(9, sum(outs) + 7 * pool), integers(9)
-    return *before, integers(sum(outs)), *of_pool, *project
+    of_project = (integers(9, sum(outs) + 7 * pool), integers(9)) if project else (None, None)
+    return *before, integers(sum(outs)), *of_pool, *of_project
 
 
 @each_dtype
 @pytest.mark.parametrize("kernels", [(1, 3, 3), (3, 3, 1), (3, 3), (3,)], ids=str)
-@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no_pool"])
-def test_head(pool, kernels, dtype) -> None:
+@pytest.mark.parametrize("parts", [(True, True), (False, True), (False, False)], ids=str)
+def test_head(parts, kernels, dtype) -> None:
     """Where every branch has a form and there is a pool, one is computed directly for its sums."""
-    arguments = head(pool, kernels)
+    pool, project = parts
+    arguments = head(pool, kernels, project)
     x, none, weights, rates, *rest = arguments
     typed = [None if t is None else t.to(dtype) for t in rest]
     given = x.to(dtype), none, [w.to(dtype) for w in weights], rates, *typed
     double = [None if t is None else t.double() for t in rest]
-    exact = reference.aspp_inference(
-        x.double(), none, [w.double() for w in weights], rates, *double
-    )
-    assert torch.equal(aspp_ext.aspp_inference(*given), exact.to(dtype))
     prepared = polyphase_weights(given[2], rates, 8, 4)
     assert [p.numel() > 0 for p in prepared] == [k == 3 for k in kernels]
-    assert torch.equal(aspp_ext.aspp_inference(*given, prepared=prepared), exact.to(dtype))
+    for activation, last in (("relu", "relu"), (None, "relu"), (None, None)):
+        ends = {"activation": activation, "project_activation": last}
+        exact = reference.aspp_inference(
+            x.double(), none, [w.double() for w in weights], rates, *double, **ends
+        )
+        assert torch.equal(aspp_ext.aspp_inference(*given, **ends), exact.to(dtype))
+        got = aspp_ext.aspp_inference(*given, prepared=prepared, **ends)
+        assert torch.equal(got, exact.to(dtype))
 
 
 # --- Bits
@@ -267,7 +271,7 @@ def test_it_is_not_the_direct_computation() -> None:
     torch.testing.assert_close(got, direct, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("call", ["pyramid", "head", "head_without_pool"])
+@pytest.mark.parametrize("call", ["pyramid", *(name for name in OPS if name.startswith("head"))])
 def test_threads_and_repetition_change_no_bit(call) -> None:
     arguments = OPS[call].make(PROBLEMS["aspp"], torch.float32)
     results = []

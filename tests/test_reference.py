@@ -112,14 +112,18 @@ def test_between_touches_only_the_branches_that_have_it(between_activation: str 
     assert torch.equal(y, torch.cat(expected, 1))
 
 
+@pytest.mark.parametrize("activations", [("relu", "relu"), (None, "relu"), ("relu", None)])
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("separable", [False, True])
-def test_aspp_inference_is_its_formula(pooled: bool, separable: bool) -> None:
+def test_aspp_inference_is_its_formula(pooled, separable, per_sample, activations) -> None:
     x = integers(2, 4, 4, 2)  # 8 pixels: the mean of integers is exact
     depthwise = [None, integers(4, 1, 3, 3, seed=1) if separable else None]
     kernel = 1 if separable else 3
     weights = [integers(2, 4, 1, 1, seed=2), integers(3, 4, kernel, kernel, seed=3)]
-    shift, project_shift = integers(5, seed=4), integers(3, seed=5)
+    shift, project_shift = integers(5, seed=4), integers(2, 3, seed=5)
+    project_shift = project_shift if per_sample else project_shift[0]
+    inner, outer = ((lambda t: t.clamp(min=0)) if a else (lambda t: t) for a in activations)
     pool_weight = integers(2, 4, seed=6) if pooled else None
     pool_shift = integers(2, seed=7) if pooled else None
     project_weight = integers(3, 7 if pooled else 5, seed=8)
@@ -133,17 +137,22 @@ def test_aspp_inference_is_its_formula(pooled: bool, separable: bool) -> None:
         pool_shift,
         project_weight,
         project_shift,
+        activation=activations[0],
+        project_activation=activations[1],
     )
     if separable:
         maps = reference.atrous_separable_pyramid(x, depthwise, weights, [1, 2], shift=shift)
     else:
         maps = reference.atrous_pyramid(x, weights, [1, 2], shift=shift)
-    expected = torch.einsum("pk,nkhw->nphw", project_weight[:, :5], maps.clamp(min=0))
+    expected = torch.einsum("pk,nkhw->nphw", project_weight[:, :5], inner(maps))
     if pooled:
-        vector = (x.mean((2, 3)) @ pool_weight.T + pool_shift).clamp(min=0)
+        vector = inner(x.mean((2, 3)) @ pool_weight.T + pool_shift)
         expected += (vector @ project_weight[:, 5:].T)[:, :, None, None]
-    expected = (expected + project_shift[:, None, None]).clamp(min=0)
-    assert torch.equal(y, expected)
+    assert torch.equal(y, outer(expected + project_shift[..., None, None]))
+    if not pooled:
+        branches = (x, depthwise, weights, [1, 2], shift, None, None, None, None)
+        y = reference.aspp_inference(*branches, activation=activations[0])
+        assert torch.equal(y, inner(maps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

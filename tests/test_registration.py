@@ -42,8 +42,9 @@ SCHEMAS = {
     "bool need_x, bool need_depthwise, bool need_pointwise, bool tf32=False) "
     "-> (Tensor, Tensor[], Tensor[])",
     "aspp_inference": "(Tensor x, Tensor[] depthwise, Tensor[] weights, int[] rates, Tensor shift, "
-    "Tensor? pool_weight, Tensor? pool_shift, Tensor project_weight, Tensor project_shift, "
-    "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None) -> Tensor",
+    "Tensor? pool_weight, Tensor? pool_shift, Tensor? project_weight, Tensor? project_shift, "
+    "int polyphase=1, Tensor[]? prepared=None, bool? channels_last=None, bool relu=True, "
+    "bool project_relu=True) -> Tensor",
     "checksums": "(Tensor[] tensors) -> Tensor",
     "channel_statistics": "(Tensor y) -> (Tensor, Tensor)",
     "channel_sums": "(Tensor grad, Tensor y, Tensor mean) -> (Tensor, Tensor)",

@@ -206,21 +206,29 @@ def test_forward_over_reverse_of_the_separable_is_refused() -> None:
         func.hessian(separable_loss(aspp_ext))(*values(*SEPARABLE))
 
 
-@pytest.mark.parametrize("pooled", [False, True])
+PARTS = [(pooled, end) for pooled in (False, True) for end in ("relu", "linear", "per sample")]
+
+
+@pytest.mark.parametrize(("pooled", "end"), [*PARTS, (False, "none")])
 @pytest.mark.parametrize("separable", [False, True])
-def test_gradients_of_the_head(separable, pooled) -> None:
+def test_gradients_of_the_head(separable, pooled, end) -> None:
     kernel, q = (1, 1) if separable else (3, 3), 2 if pooled else 0
+    shape = (2, 2) if end == "per sample" else (2,)
     x, w, d, shift, project, last = (
         t.requires_grad_()
-        for t in values((2, 3, 4, 5), (2, 3, *kernel), (3, 1, 3, 3), (2,), (2, 2 + q), (2,))
+        for t in values((2, 3, 4, 5), (2, 3, *kernel), (3, 1, 3, 3), (2,), (2, 2 + q), shape)
     )
     pool = [t.requires_grad_() for t in values((2, 3), (2,))] if pooled else [None, None]
-    tensors = [t for t in (x, w, shift, *pool, project, last) if t is not None]
+    of_project = [None, None] if end == "none" else [project, last]
+    tensors = [t for t in (x, w, shift, *pool, *of_project) if t is not None]
     tensors += [d] if separable else []
+    activation = None if end == "linear" else "relu"
 
     def head(module):
         return module.aspp_inference(
-            x, [d if separable else None], [w], [2], shift, *pool, project, last
+            *(x, [d if separable else None], [w], [2], shift, *pool, *of_project),
+            activation=activation,
+            project_activation=activation,
         )
 
     by_module = []
@@ -231,6 +239,24 @@ def test_gradients_of_the_head(separable, pooled) -> None:
     torch.testing.assert_close(*by_module)
     with torch.no_grad():
         torch.testing.assert_close(*(head(module) for module in MODULES.values()))
+
+
+@pytest.mark.parametrize("projects", [True, False])
+def test_vmap_of_the_head(projects) -> None:
+    """Over x and a shift of each sample."""
+    x, w, shift, project, last = values((4, 2, 3, 5, 6), (2, 3, 3, 3), (2,), (5, 2), (4, 2, 5))
+
+    def forward(module):
+        def call(x, last):
+            of_project = (project, last) if projects else (None, None)
+            keywords = {"activation": None, "project_activation": None}
+            return module.aspp_inference(
+                x, [None], [w], [2], shift, None, None, *of_project, **keywords
+            )
+
+        return call
+
+    same(func.vmap, forward, [x, last])
 
 
 def test_batched_gradients_are_right_or_refused() -> None:

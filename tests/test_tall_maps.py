@@ -45,9 +45,10 @@ def test_integers_are_exact(name, size, layout, dtype) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_head_with_what_is_prepared(size, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["head", "head_no_projection"])
+def test_a_head_with_what_is_prepared(name, size, monkeypatch) -> None:
     monkeypatch.setenv("ASPP_EXT_POLYPHASE", "always")
-    op = OPS["head"]
+    op = OPS[name]
     arguments = op.make(tall(size), torch.float64)
     _, _, weights, rates, *_ = arguments
     pairs = list(zip(rates[::2], rates[1::2], strict=True))

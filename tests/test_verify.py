@@ -200,6 +200,8 @@ def test_a_cell_is_judged_by_all_that_it_has_to_satisfy() -> None:
         "head",
         "head_separable",
         "head_without_pool",
+        "head_no_projection",
+        "head_linear",
     }
 
 

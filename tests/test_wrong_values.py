@@ -49,7 +49,8 @@ BY_BACKEND: dict[str, Made] = {
         aspp_ext.aspp_inference,
         {"x": X, "depthwise_weights": [None], "weights": [W], "atrous_rates": [2], "shift": V,
          "pool_weight": zeros(2, 6), "pool_shift": zeros(2), "project_weight": zeros(3, 6),
-         "project_shift": zeros(3), "polyphase": True, "channels_last": None},
+         "project_shift": zeros(3), "polyphase": True, "channels_last": None,
+         "activation": "relu", "project_activation": None},
     ),
 }  # fmt: skip
 OTHERS: dict[str, Made] = {
@@ -104,6 +105,7 @@ def wrong(name: str, right: Any) -> Iterator[Any]:
 
 TENSORS_OR_NONE = ("bias", "scale", "shift", "between", "activation", "between_activation")
 TENSORS_OR_NONE += ("activation_between", "channels_last", "depthwise_weights")
+TENSORS_OR_NONE += ("project_activation",)
 
 
 def may_be(name: str, value: Any) -> bool:

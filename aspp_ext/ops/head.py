@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``aspp_inference``: the whole head with its normalisations folded, in one operator."""
+"""``aspp_inference``: the whole head with its normalisations folded, in one operator, or its
+branches alone."""
 
 from __future__ import annotations
 
@@ -36,9 +37,11 @@ def aspp_inference(
     shift: Tensor,
     pool_weight: Tensor | None,
     pool_shift: Tensor | None,
-    project_weight: Tensor,
-    project_shift: Tensor,
+    project_weight: Tensor | None,
+    project_shift: Tensor | None,
     *,
+    activation: str | None = "relu",
+    project_activation: str | None = "relu",
     backend: str | None = None,
     polyphase: bool | Decided = True,
     prepared: Sequence[Tensor] | None = None,
@@ -46,12 +49,13 @@ def aspp_inference(
 ) -> Tensor:
     """Atrous Spatial Pyramid Pooling for inference (DeepLab v3, arXiv 1706.05587, section 3.3).
 
-    ``y = relu(W_proj cat_b[relu(branch_b(x) + shift_b), relu(W_pool mean(x) + pool_shift)] +
-    project_shift)``. The pooled branch is constant over the plane, so its part of the projection is
-    a per-sample bias and is never spread over ``H x W``. Batch normalisation is expected to be
-    folded into weights and shifts. Weights whose memory has stride 1 over the output channels (on
-    CUDA: over the input channels) are read in place; any other format is packed on each call. Where
-    a gradient is needed, the pyramids compute it one behind the other.
+    ``y = project_act(W_proj cat_b[act(branch_b(x) + shift_b), act(W_pool mean(x) + pool_shift)] +
+    project_shift)``, or ``cat_b act(branch_b(x) + shift_b)`` where there is no projection. The
+    pooled branch is constant over the plane, so its part of the projection is a per-sample bias and
+    is never spread over ``H x W``. Batch normalisation is expected to be folded into weights and
+    shifts. Weights whose memory has stride 1 over the output channels (on CUDA: over the input
+    channels) are read in place; any other format is packed on each call. Where a gradient is
+    needed, the pyramids compute it one behind the other.
 
     Args:
         x: ``[N, C, H, W]``; any memory format.
@@ -60,8 +64,11 @@ def aspp_inference(
         atrous_rates: per branch an int or ``(rate_h, rate_w)``, at least 1.
         shift: ``[sum O]``.
         pool_weight, pool_shift: ``[Q, C]`` and ``[Q]``, or both None: no image pooling.
-        project_weight: ``[P, sum O + Q]``, the pooled columns last.
-        project_shift: ``[P]``.
+        project_weight: ``[P, sum O + Q]``, the pooled columns last, or None: no projection, and
+            then no image pooling.
+        project_shift: ``[P]``, or ``[N, P]`` per sample, or None with ``project_weight``.
+        activation: None or "relu", of the branches and of the pooled one.
+        project_activation: None or "relu", of the projection.
         backend: force an implementation; None takes the first that can.
         polyphase: the CPU may compute 3-tap axes by minimal filtering, which multiplies less and
             rounds a little more.
@@ -71,11 +78,12 @@ def aspp_inference(
         channels_last: whether the result lies in memory so, or contiguous; None: as x does.
 
     Returns:
-        ``[N, P, H, W]`` in x's memory format, unless told.
+        ``[N, P, H, W]``, or without a projection ``[N, sum O, H, W]``, in x's memory format, unless
+        told.
 
     Raises:
         ValueError: shapes, kernel sizes, rates or list lengths that do not fit, or an unknown
-            backend.
+            activation or backend.
         TypeError: an argument that is no tensor, or of another dtype than x, or no bool.
     """
     checks.check_tensor(_OP, "x", x)
@@ -85,18 +93,20 @@ def aspp_inference(
     named += [
         (f"depthwise_weights[{b}]", d) for b, d in enumerate(depthwise_weights) if d is not None
     ]
-    named += [
-        ("shift", shift),
-        ("project_weight", project_weight),
-        ("project_shift", project_shift),
-    ]
+    named.append(("shift", shift))
+    optional = {
+        "pool_weight": pool_weight,
+        "project_weight": project_weight,
+        "project_shift": project_shift,
+    }
+    named += [(name, value) for name, value in optional.items() if value is not None]
     if prepared is not None:
         checks.check_list(_OP, "prepared", prepared)
         named += [(f"prepared[{b}]", w) for b, w in enumerate(prepared)]
     for name, value in named:
         checks.check_tensor(_OP, name, value)
-    if pool_weight is not None:
-        checks.check_tensor(_OP, "pool_weight", pool_weight)
+    checks.check_activation(_OP, "activation", activation)
+    checks.check_activation(_OP, "project_activation", project_activation)
     if not isinstance(polyphase, Decided):
         checks.check_flag(_OP, "polyphase", polyphase)
     if channels_last is not None:
@@ -116,7 +126,8 @@ def aspp_inference(
     )
     # What is prepared is in the dtype that the kernel has chosen.
     ready = None if prepared is None else list(prepared)
-    arguments = (*arguments, policy(polyphase), ready, channels_last)
+    relus = (activation is not None, project_activation is not None)
+    arguments = (*arguments, policy(polyphase), ready, channels_last, *relus)
     x, depthwise, weights = arguments[:3]
     check_head(*arguments)
     problem = Problem(_OP, x, tuple(weights), tuple(d for d in depthwise if d.numel()))
@@ -131,11 +142,11 @@ def check_head(
     shift: Tensor,
     pool_weight: Tensor | None,
     pool_shift: Tensor | None,
-    project_weight: Tensor,
-    project_shift: Tensor,
+    project_weight: Tensor | None,
+    project_shift: Tensor | None,
     polyphase: int = BY_COST,
     prepared: Sequence[Tensor] | None = None,
-    _channels_last: bool | None = None,
+    *_: bool | None,
 ) -> int:
     """Checks the head; returns its number of output channels."""
     if not (len(depthwise) == len(weights)):
@@ -165,24 +176,32 @@ def check_head(
             )
         pooled = pool_weight.size(0)
         checks.check_vector(_OP, "pool_shift", pool_shift, x, pooled)
-    checks.check_like(_OP, "project_weight", project_weight, x)
-    if not (
-        project_weight.dim() == 2
-        and project_weight.size(1) == channels + pooled
-        and project_weight.size(0) >= 1
-    ):
+    if not ((project_weight is None) == (project_shift is None)):
+        raise ValueError(f"{_OP}: project_weight and project_shift must be given together")
+    if project_weight is None and pool_weight is not None:
         raise ValueError(
-            f"{_OP}: project_weight must be [P, {channels + pooled}], got shape "
-            f"{list(project_weight.shape)}"
+            f"{_OP}: pool_weight and pool_shift must be None where project_weight is, got tensors"
         )
-    checks.check_vector(_OP, "project_shift", project_shift, x, project_weight.size(0))
+    if project_weight is not None:
+        checks.check_like(_OP, "project_weight", project_weight, x)
+        if not (
+            project_weight.dim() == 2
+            and project_weight.size(1) == channels + pooled
+            and project_weight.size(0) >= 1
+        ):
+            raise ValueError(
+                f"{_OP}: project_weight must be [P, {channels + pooled}], got shape "
+                f"{list(project_weight.shape)}"
+            )
+        channels = project_weight.size(0)
+        checks.check_vector(_OP, "project_shift", project_shift, x, channels, True)
     if prepared is not None and len(prepared) != len(weights):
         raise ValueError(
             f"{_OP}: prepared must be None or have one entry per branch, got {len(prepared)} for "
             f"{len(weights)} branches"
         )
     checks.check_polyphase(_OP, polyphase)
-    return project_weight.size(0)
+    return channels
 
 
 def polyphase_weights(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -50,12 +49,22 @@ def _between(p: Problem, v: Values) -> list[Tensor]:
     return [v(0) if b.plain else v(p.shape[1]) for b in p.branches]
 
 
-def _head(p: Problem, v: Values, separable: bool, pool: bool) -> tuple[Any, ...]:
+def _head(
+    p: Problem,
+    v: Values,
+    separable: bool,
+    pool: bool,
+    project: bool = True,
+    per_sample: bool = False,
+) -> tuple[Any, ...]:
     depthwise = _depthwise(p, v) if separable else [v(0) for _ in p.branches]
     weights = _pointwise(p, v) if separable else _dense(p, v)
     c, pooled, projected = p.shape[1], 6 if pool else 0, 19
     of_pool = (v(pooled, c, fan_in=c), v(pooled)) if pool else (None, None)
-    of_project = (v(projected, p.out_channels + pooled, fan_in=p.out_channels), v(projected))
+    of_project: tuple[Any, ...] = (None, None)
+    if project:
+        shift = v(p.shape[0], projected) if per_sample else v(projected)
+        of_project = (v(projected, p.out_channels + pooled, fan_in=p.out_channels), shift)
     return (_image(p, v), depthwise, weights, p.rates, v(p.out_channels), *of_pool, *of_project)
 
 
@@ -150,8 +159,17 @@ class Op:
     def native(self) -> Callable[..., Any]:
         """The native operator, told of the environment what public functions tell it."""
         operator, wish = self.operator(NATIVE), policy()
-        takes = any(a.name == "polyphase" for a in operator.default._schema.arguments)
-        return partial(operator, polyphase=wish) if takes and wish != BY_COST else operator
+        names = [a.name for a in operator.default._schema.arguments]
+        if wish == BY_COST or "polyphase" not in names:
+            return operator
+        at = names.index("polyphase")
+
+        def told(*arguments: Any, **named: Any) -> Any:
+            if len(arguments) <= at:
+                return operator(*arguments, polyphase=wish, **named)
+            return operator(*arguments[:at], wish, *arguments[at + 1 :], **named)
+
+        return told
 
     def operator(self, family: Family) -> Any:
         return family.op(self.name)
@@ -248,4 +266,15 @@ OPS: dict[str, Op] = {
         "aspp_inference", lambda p, v: _head(p, v, True, True), _power_of_two_pixels
     ),
     "head_without_pool": _forward("aspp_inference", lambda p, v: _head(p, v, True, False)),
+    "head_no_projection": _forward(
+        "aspp_inference", lambda p, v: _head(p, v, False, False, project=False)
+    ),
+    # What a pool adds is rounded once for a whole plane, too seldom for the law's means.
+    "head_linear": _forward(
+        "aspp_inference",
+        lambda p, v: (
+            *_head(p, v, False, False, per_sample=True),
+            *(BY_COST, None, None, False, False),
+        ),
+    ),
 }

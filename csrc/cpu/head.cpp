@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // CPU binding of aspp_inference, the folded head. The image pooling is summed on the way and, being
-// constant over the plane, joins as a per-sample bias at the end.
+// constant over the plane, joins as a per-sample bias at the end. Without a projection it is a
+// pyramid.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -15,8 +16,9 @@ constexpr const char* kOp = "aspp_inference";
 HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
                      const std::vector<Tensor>& weights, const std::vector<int64_t>& rates,
                      const Tensor& shift, const std::optional<Tensor>& pool_weight,
-                     const std::optional<Tensor>& pool_shift, const Tensor& project_weight,
-                     const Tensor& project_shift,
+                     const std::optional<Tensor>& pool_shift,
+                     const std::optional<Tensor>& project_weight,
+                     const std::optional<Tensor>& project_shift,
                      const std::optional<std::vector<Tensor>>& prepared) {
   require(depthwise.size() == weights.size(), kOp,
           ": depthwise_weights must have one entry per branch, got ", depthwise.size(), " for ",
@@ -43,13 +45,19 @@ HeadShape check_head(const Tensor& x, const std::vector<Tensor>& depthwise,
     shape.pooled = pool_weight->size(0);
     check_vector(kOp, "pool_shift", pool_shift, x, shape.pooled);
   }
-  check_like(kOp, "project_weight", project_weight, x);
-  const int64_t inputs = shape.pyramid.out_channels + shape.pooled;
-  require(
-      project_weight.dim() == 2 && project_weight.size(1) == inputs && project_weight.size(0) >= 1,
-      kOp, ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project_weight));
-  shape.projected = project_weight.size(0);
-  check_vector(kOp, "project_shift", project_shift, x, shape.projected);
+  require(project_weight.has_value() == project_shift.has_value(), kOp,
+          ": project_weight and project_shift must be given together");
+  require(project_weight.has_value() || !pool_weight.has_value(), kOp,
+          ": pool_weight and pool_shift must be None where project_weight is, got tensors");
+  if (project_weight.has_value()) {
+    const Tensor& project = *project_weight;
+    check_like(kOp, "project_weight", project, x);
+    const int64_t inputs = shape.pyramid.out_channels + shape.pooled;
+    require(project.dim() == 2 && project.size(1) == inputs && project.size(0) >= 1, kOp,
+            ": project_weight must be [P, ", inputs, "], got shape ", shape_of(project));
+    shape.projected = project.size(0);
+    check_vector(kOp, "project_shift", project_shift, x, shape.projected, true);
+  }
   require(!prepared.has_value() || prepared->size() == weights.size(), kOp,
           ": prepared must be None or have one entry per branch, got ",
           prepared.has_value() ? prepared->size() : 0, " for ", weights.size(), " branches");
@@ -72,72 +80,69 @@ void add_product(int64_t count, const F& value, const Matrix& rows, std::vector<
   }
 }
 
-// bias[n, :] = project_shift + project[:, pool] relu(pool_weight mean(x[n]) + pool_shift)
+// bias[:] += project[:, pool] act(pool_weight mean(x[n]) + pool_shift), by sums of x[n]
 template <typename T>
-void head_bias(const T* sums, int64_t parts, double pixels, int64_t channels, const Matrix* pool,
-               const T* pool_shift, int64_t pooled, const Matrix* project, const T* project_shift,
-               int64_t width, T* bias) {
-  std::vector<double> total(project_shift, project_shift + width);
-  if (pool != nullptr) {
-    std::vector<double> hidden(pool_shift, pool_shift + padded(pooled));
-    const auto mean = [&](int64_t c) {
-      double sum = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        sum += double(sums[part * padded(channels) + c]);
-      }
-      return T(sum / pixels);
-    };
-    add_product<T>(channels, mean, *pool, hidden);
-    const auto activated = [&](int64_t q) { return T(std::max(hidden[size_t(q)], 0.0)); };
-    add_product<T>(pooled, activated, *project, total);
-  }
+void add_pooled(const T* sums, int64_t parts, double pixels, int64_t channels, const Matrix& pool,
+                const T* pool_shift, int64_t pooled, bool relu, const Matrix& project,
+                int64_t width, T* bias) {
+  const auto mean = [&](int64_t c) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += double(sums[part * padded(channels) + c]);
+    return T(sum / pixels);
+  };
+  std::vector<double> hidden(pool_shift, pool_shift + padded(pooled));
+  add_product<T>(channels, mean, pool, hidden);
+  const auto activated = [&](int64_t q) {
+    const double value = hidden[size_t(q)];
+    return T(relu ? std::max(value, 0.0) : value);
+  };
+  std::vector<double> total(bias, bias + width);
+  add_product<T>(pooled, activated, project, total);
   for (int64_t o = 0; o < width; ++o) bias[o] = T(total[size_t(o)]);
 }
 
 // bias[n, :] in the compute type, [N, padded P], from sums of x over parts of each image.
 const void* project_bias(Operands& operands, const HeadShape& head, const PixelSums& sums,
                          const std::optional<Tensor>& pool_weight,
-                         const std::optional<Tensor>& pool_shift, const Tensor& project_weight,
-                         const Tensor& project_shift) {
+                         const std::optional<Tensor>& pool_shift, bool relu,
+                         const Tensor& project_weight, const Tensor& project_shift) {
   const PyramidShape& shape = head.pyramid;
   const int64_t width = padded(head.projected);
-  Matrix pool, pool_project;
-  const void* pool_bias = nullptr;
-  if (head.pooled > 0) {
-    const Dtype dtype = operands.compute_dtype();
-    pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels), dtype);
-    pool_project =
-        operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled), dtype);
-    pool_bias = operands.vector(*pool_shift);
-  }
-  const void* base = operands.vector(project_shift);
   void* bias = operands.allocate(shape.batch * width);
-  const auto fill = [&](auto element) {
+  for (int64_t n = 0; n < shape.batch; ++n) {
+    operands.vector(project_shift, n, 0, head.projected, operands.offset(bias, n * width));
+  }
+  if (head.pooled == 0) return bias;
+  const Dtype dtype = operands.compute_dtype();
+  const Matrix pool = operands.weight(as_kernel(*pool_weight, 0, shape.channels), dtype);
+  const Matrix project =
+      operands.weight(as_kernel(project_weight, shape.out_channels, head.pooled), dtype);
+  const void* base = operands.vector(*pool_shift);
+  const auto add = [&](auto element) {
     using T = decltype(element);
     for (int64_t n = 0; n < shape.batch; ++n) {
-      const int64_t first = n * sums.parts * padded(shape.channels);
-      head_bias<T>(static_cast<const T*>(sums.data) + (head.pooled > 0 ? first : 0), sums.parts,
-                   double(shape.height * shape.width), shape.channels,
-                   head.pooled > 0 ? &pool : nullptr, static_cast<const T*>(pool_bias), head.pooled,
-                   &pool_project, static_cast<const T*>(base), width,
-                   static_cast<T*>(bias) + n * width);
+      const T* first = static_cast<const T*>(sums.data) + n * sums.parts * padded(shape.channels);
+      add_pooled<T>(first, sums.parts, double(shape.height * shape.width), shape.channels, pool,
+                    static_cast<const T*>(base), head.pooled, relu, project, width,
+                    static_cast<T*>(bias) + n * width);
     }
   };
-  operands.double_precision() ? fill(double{}) : fill(float{});
+  operands.double_precision() ? add(double{}) : add(float{});
   return bias;
 }
 
 Tensor inference(Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> weights,
                  std::vector<int64_t> rates, const Tensor& shift, std::optional<Tensor> pool_weight,
-                 std::optional<Tensor> pool_shift, const Tensor& project_weight,
-                 const Tensor& project_shift, int64_t polyphase,
-                 std::optional<std::vector<Tensor>> prepared, std::optional<bool> channels_last) {
+                 std::optional<Tensor> pool_shift, std::optional<Tensor> project_weight,
+                 std::optional<Tensor> project_shift, int64_t polyphase,
+                 std::optional<std::vector<Tensor>> prepared, std::optional<bool> channels_last,
+                 bool relu, bool project_relu) {
   HeadShape head = check_head(x, depthwise, weights, rates, shift, pool_weight, pool_shift,
                               project_weight, project_shift, prepared);
   check_polyphase(kOp, polyphase);
   PyramidShape& shape = head.pyramid;
   const bool last = channels_last.value_or(is_channels_last(x));
-  const Tensor result = empty_image(x, shape.batch, head.projected, shape, last);
+  const Tensor result = empty_image(x, shape.batch, head.out_channels(), shape, last);
   if (shape.batch == 0) return result;
 
   Tensor out = result;
@@ -156,20 +161,33 @@ Tensor inference(Tensor x, std::vector<Tensor> depthwise, std::vector<Tensor> we
     branches[b].kernel_w = depthwise[b].size(3);
   }
   PyramidParams params = params_of(image_of(x), shape, branches);
-  set_epilogue(params, operands, branches, std::nullopt, shift, true);
-  const HeadCall call{
-      head, params, weights, project_weight, operands, out, [&](const PixelSums& sums) {
-        return project_bias(operands, head, sums, pool_weight, pool_shift, project_weight,
-                            project_shift);
-      }};
+  set_epilogue(params, operands, branches, std::nullopt, shift, relu);
   MinimalForms forms =
       minimal_forms(shape, branches, operands, Polyphase(polyphase), prepared.has_value());
   if (prepared.has_value()) check_prepared(kOp, forms, weights, *prepared, operands);
+  const auto matrices = [&] {
+    return prepared.has_value() ? *prepared : minimal_weights(forms, weights, operands);
+  };
+  if (head.projected == 0) {
+    params.out = image_of(out);
+    run_branches(params, forms, matrices(), weights, operands);
+    return result;
+  }
+  const HeadCall call{head,
+                      params,
+                      weights,
+                      *project_weight,
+                      project_relu,
+                      operands,
+                      out,
+                      [&](const PixelSums& sums) {
+                        return project_bias(operands, head, sums, pool_weight, pool_shift, relu,
+                                            *project_weight, *project_shift);
+                      }};
   // The sums of x are a by-product of a branch that is computed directly.
   if (head.pooled > 0 && all_minimal(forms)) forms.back().reset();
   if (any_minimal(forms)) {
-    run_stored(call, forms,
-               prepared.has_value() ? *prepared : minimal_weights(forms, weights, operands));
+    run_stored(call, forms, matrices());
   } else {
     run_fused(call, branches);
   }

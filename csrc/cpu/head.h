@@ -11,15 +11,18 @@ namespace aspp {
 
 struct HeadShape {
   PyramidShape pyramid;
-  int64_t pooled = 0, projected = 0;
+  int64_t pooled = 0, projected = 0;  // projected is 0 where there is no projection
+
+  int64_t out_channels() const { return projected > 0 ? projected : pyramid.out_channels; }
 };
 
-// A call of aspp_inference, checked.
+// A call of aspp_inference with a projection, checked.
 struct HeadCall {
   const HeadShape& head;
-  const PyramidParams& params;  // of the branches, with shift and ReLU, without out and projection
+  const PyramidParams& params;  // of the branches, with their epilogue, without out and projection
   const std::vector<Tensor>& weights;
   const Tensor& project_weight;  // [P, sum O + Q]
+  bool project_relu;
   Operands& operands;
   const Tensor& out;
   // [N, padded P] in the compute type: the pooled branch's part of the projection, and its shift

@@ -83,7 +83,7 @@ void run_fused(const HeadCall& call, std::vector<BranchParams>& branches) {
   run_forward(params, schedule, wide);
 
   const FinishParams finish{params.raw,   width,       call.bias(sums), image_of(call.out),
-                            shape.height, shape.width, head.projected};
+                            shape.height, shape.width, head.projected,  call.project_relu};
   run_tasks(shape.batch * shape.height, shape.width * width * (wide ? 8 : 4),
             [&](int64_t task, void* scratch) {
               const int64_t y = task % shape.height;
@@ -134,7 +134,7 @@ void run_stored(const HeadCall& call, const MinimalForms& forms,
     if (g + 1 == groups.size()) {
       last.shift = call.bias(sums);
       last.shift_n_stride = last.columns;
-      last.relu = true;
+      last.relu = call.project_relu;
       last.out = image_of(call.out);
     }
     run_directly(last, {0}, {kernel}, operands);

@@ -106,7 +106,8 @@ void finish_rows(const FinishParams& p, int64_t n, int64_t first, int64_t last, 
       for (int64_t x = 0; x < p.width; ++x) {
         for (int64_t c = 0; c < p.raw_stride; c += kLanes<T>) {
           const int64_t at = x * p.raw_stride + c;
-          store(row + at, at_least<T>(load(raw + at) + load(bias + c), Vec<T>{}));
+          const Vec<T> v = load(raw + at) + load(bias + c);
+          store(row + at, p.relu ? at_least<T>(v, Vec<T>{}) : v);
         }
       }
       with_storage(p.out.dtype, [&](auto* tag) {

@@ -86,13 +86,14 @@ struct SeparableBackwardParams {
   void* const* grad_between_shift = nullptr;  // [padded C]
 };
 
-// The last pass of aspp_inference: out = relu(raw + bias[n]) in the output's format and dtype.
+// The last pass of aspp_inference: out = act(raw + bias[n]) in the output's format and dtype.
 struct FinishParams {
   const void* raw = nullptr;  // [N, H * W, raw_stride] T
   int64_t raw_stride = 0;
   const void* bias = nullptr;  // [N, raw_stride] T
   Image out;
   int64_t height = 0, width = 0, channels = 0;
+  bool relu = false;
 };
 
 // Round up to whole vectors of the widest ISA, so that buffers fit every kernel.
