@@ -99,7 +99,8 @@ def is_exact(problem: Problem, dtype: torch.dtype, magnitude: Tensor) -> bool:
     inner = LOW.get(dtype, EXACT_SUM)
     if problem.arguments.get("pool_weight") is not None and dtype in LOW:
         return False  # the mean is a fraction
-    rounded_inside = problem.separable or "project_weight" in problem.arguments
+    projected = problem.arguments.get("project_weight") is not None
+    rounded_inside = problem.separable or projected
     limit = inner if rounded_inside else EXACT_SUM
     return not finite.numel() or finite.max().item() <= limit
 

@@ -285,8 +285,18 @@ def head(d: Draws) -> Problem:
         "project_weight": d.values(kind, p, s.total + q, terms=s.total + q),
         "project_shift": d.values(kind, p),
     }
-    keywords = {"polyphase": d.maybe(0.75)}
+    keywords: dict[str, Any] = {"polyphase": d.maybe(0.75)}
     prepare = keywords["polyphase"] and not any(w is not None for w in depthwise) and d.maybe(0.5)
+
+    projects = pooled or d.maybe(0.4)
+    if not projects:
+        drawn |= {"project_weight": None, "project_shift": None}
+    elif d.maybe(0.3):
+        drawn["project_shift"] = d.values(kind, s.n, p)
+    relus = {
+        name: d.choice([None, "relu", "relu"]) for name in ("activation", "project_activation")
+    }
+    keywords |= relus
 
     def call(x: Tensor, depthwise: Any, weights: Any, shift: Tensor, **rest: Any) -> Tensor:
         prepared = None
@@ -298,9 +308,10 @@ def head(d: Draws) -> Problem:
         )
 
     return Problem(
-        *(f"head {s} {pooled=} {prepare=} {keywords}", kind, dtype, settled(d, dtype, drawn), call),
-        functools.partial(oracles.head, rates=s.rates),
-        relu_inside=True,
-        relu=True,
+        *(f"head {s} {pooled=} {projects=} {prepare=} {keywords}", kind, dtype),
+        *(settled(d, dtype, drawn), call),
+        functools.partial(oracles.head, rates=s.rates, **relus),
+        relu_inside=projects and relus["activation"] == "relu",
+        relu=relus["project_activation" if projects else "activation"] == "relu",
         separable=apart,
     )

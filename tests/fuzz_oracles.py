@@ -87,20 +87,25 @@ def head(
     shift: Tensor,
     pool_weight: Tensor | None,
     pool_shift: Tensor | None,
-    project_weight: Tensor,
-    project_shift: Tensor,
+    project_weight: Tensor | None,
+    project_shift: Tensor | None,
+    activation: str | None = "relu",
+    project_activation: str | None = "relu",
 ) -> Tensor:
     branches = []
     for d, w, rate in zip(depthwise, weights, rates, strict=True):
         t = x if d is None else convolution(x, d, rate, groups=x.size(1))
         branches.append(convolution(t, w, rate if d is None else 1))
-    joined = finished(torch.cat(branches, 1), None, None, shift, "relu")
+    joined = finished(torch.cat(branches, 1), None, None, shift, activation)
+    if project_weight is None:
+        return joined
     if pool_weight is not None:
-        pooled = F.linear(x.mean((2, 3)), pool_weight, pool_shift).relu()
+        pooled = F.linear(x.mean((2, 3)), pool_weight, pool_shift)
+        pooled = pooled.relu() if activation else pooled
         spread = pooled[:, :, None, None].expand(-1, -1, *x.shape[2:])
         joined = torch.cat([joined, spread], 1)
     y = F.conv2d(joined, project_weight[:, :, None, None])
-    return finished(y, None, None, project_shift, "relu")
+    return finished(y, None, None, project_shift, project_activation)
 
 
 def wide(arguments: Any, dtype: torch.dtype | None = None) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import fuzz_modules
 import pytest
 import torch
+from fuzz_checks import memory_format_of
 from test_fuzz_promises import MAKERS, run
 from torch import Tensor
 
@@ -28,7 +29,8 @@ def a_last_bit(y: Tensor, x: Tensor) -> Tensor:
 
 def swapped_channels(y: Tensor, x: Tensor) -> Tensor:
     order = [1, 0, *range(2, y.size(1))] if y.size(1) > 1 else [0]
-    return y[:, order]
+    layout = memory_format_of(y) if y.dim() == 4 else None
+    return y[:, order].contiguous(memory_format=layout or torch.contiguous_format)
 
 
 def relative_to_the_largest(y: Tensor, x: Tensor) -> Tensor:
