@@ -41,7 +41,7 @@ from table import (
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import aspp_ext
-from aspp_ext import reference
+from aspp_ext import _native, reference
 from aspp_ext.ops.formats import is_channels_last
 from aspp_ext.testing import OPS, PROBLEMS, laid_out
 from aspp_ext.testing.checks import (
@@ -256,7 +256,10 @@ def test_a_head_without_projection_is_a_pyramid(layout, separable) -> None:
         branches = (x, depthwise, weights, rates, shift, None, None, None, None)
         for asked in (None, False, True):
             got = aspp_ext.aspp_inference(*branches, activation=activation, channels_last=asked)
-            assert torch.equal(got, own)
+            if _native.emulated:  # which sums in tiles of its own for either format
+                torch.testing.assert_close(got, own)
+            else:
+                assert torch.equal(got, own)
             last = is_channels_last(x) if asked is None else asked
             assert is_channels_last(got) == last
 

@@ -146,7 +146,7 @@ def test_the_oracle_is_pytorch_s_convolution(name) -> None:
         with NoConvolution():
             oracle = oracle_of(op, arguments)
         for own, torchs in zip(oracle, outputs(op.expected(*arguments)), strict=True):
-            torch.testing.assert_close(own, torchs, rtol=1e-12, atol=0)
+            torch.testing.assert_close(own, torchs, rtol=1e-12, atol=1e-14)
 
 
 def test_the_oracle_refuses_what_it_has_not() -> None:

@@ -96,6 +96,76 @@ def _changed_class(kind: type[nn.Module]) -> str | None:
     return _first_changed(kind, _ON_THE_WAY, methods, functools.partial(_is_of_its_class, kind))
 
 
+class Written:
+    """How a class was written at some time: of two that are the same nothing has changed since.
+
+    In another process it is how the class is written there.
+    """
+
+    def __init__(self, kind: type, seen: tuple[Any, ...]) -> None:
+        self.kind, self.seen = kind, seen
+
+    def __deepcopy__(self, memo: Any) -> Written:
+        return self
+
+    def __reduce__(self) -> Any:
+        return written, (self.kind,)
+
+
+# What a class was written as, the last of it in the end: a patch may be taken back.
+_written: dict[type, list[Written]] = {}
+
+
+def written(kind: type) -> Written:
+    """How a class of anybody's is written now."""
+    if torch.compiler.is_compiling():
+        _guard(kind, _guarded(kind))
+    return _as_written(kind)
+
+
+@known_when_compiling
+def _as_written(kind: type) -> Written:
+    home = sys.modules.get(kind.__module__)
+    # What tracers put in front for a while is passed by.
+    methods = [getattr(kind, name, None) for name in _ON_THE_WAY if name not in _CALLING]
+    members = [m for base in kind.__mro__ if _is_users(base) for m in vars(base).items()]
+    functions = [m for _, m in members if isinstance(m, types.FunctionType) and not _is_tracers(m)]
+    values = [m for m in members if isinstance(m[1], _VALUES)]
+    codes = [f.__code__ for f in (*methods, *functions) if isinstance(f, types.FunctionType)]
+    read = [f.__globals__.get(name) for f in functions for name in _names_in(f.__code__)]
+    read = [value for value in read if isinstance(value, _COMPARED)]
+    globals_ = (getattr(home, name, None) for name in ("F", "torch"))
+    seen = (*methods, *functions, *codes, *values, *read, *globals_, kind.__getattribute__)
+    history = _written.setdefault(kind, [])
+    known = next((w for w in history if w.seen == seen), None)
+    if known is None:
+        known = Written(kind, seen)
+        history.append(known)
+        del history[:-_REMEMBERED]
+    return known
+
+
+_REMEMBERED = 16
+_VALUES = (bool, int, float, str, tuple, type(None))
+# Of what methods know by global names: flags, and functions that somebody may replace.
+_COMPARED = (bool, int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType)
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return (*code.co_names, *(name for c in inner for name in _names_in(c)))
+
+
+def _is_users(base: type) -> bool:
+    return base.__module__.partition(".")[0] not in ("torch", "builtins", "aspp_ext")
+
+
+def _is_tracers(function: Any) -> bool:
+    home = getattr(function, "__globals__", {}).get("__name__")
+    return f"{home}.".startswith(_TRACERS)
+
+
 def changed_function() -> str | None:
     """The name of a function that the layers call and that is not PyTorch's."""
     if torch.compiler.is_compiling():

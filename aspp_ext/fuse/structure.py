@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Pyramids by their structure: found, read, described and tried out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from aspp_ext.modules.described import Description, taken_name
+from aspp_ext.modules.parts import Unfusable, check_calls
+from aspp_ext.modules.program import Layer, Operator, Program, Pyramid
+from aspp_ext.modules.snapshot import check, take
+
+from .match import program_of
+from .observe import looks_like_pyramid, made_up, on_meta, siblings
+from .trace import trace
+from .trial import generators, try_out
+
+
+def describe(
+    module: nn.Module,
+    arguments: tuple[Any, ...] | None = None,
+    apart: Collection[int] = (),
+    *,
+    deep: bool = False,
+) -> Description | None:
+    """What ``module`` computes, or None if there is no pyramid in it.
+
+    Args:
+        module: any.
+        arguments: that it takes, on the meta device; None: a map of the channels that one of its
+            convolutions reads.
+        apart: ids of modules that are fused on their own.
+        deep: whether a pyramid may be in one part of it, too.
+
+    Raises:
+        Unfusable: it may be a pyramid, but cannot be fused; why.
+    """
+    if (name := taken_name(module)) is not None:
+        raise Unfusable(f"it has a {name} of its own, which is a name of the fused forward's")
+    with _LOCK, generators():
+        try:
+            return _describe(module, arguments, apart, deep)
+        except Unfusable:
+            raise
+        except Exception as error:  # of a class that does something in being copied or derived from
+            kind = type(error).__name__
+            raise Unfusable(f"it cannot be read: {kind}: {error}") from error
+
+
+_LOCK = threading.RLock()  # tracing sets what is one for the whole process
+
+
+def _describe(
+    module: nn.Module, arguments: tuple[Any, ...] | None, apart: Collection[int], deep: bool
+) -> Description | None:
+    try:
+        twin = on_meta(module)
+    except Unfusable:
+        raise
+    except Exception as error:
+        raise Unfusable(f"it cannot be copied: {error}") from error
+    if arguments is not None:
+        arguments = tree_map(_of_several, arguments)
+    whole = {name for name, part in module.named_modules() if id(part) in apart}
+    known = {id(p) for name in whole for p in twin.get_submodule(name).parameters()}
+    failures: list[Exception] = []
+    atrous = 0
+    for given in made_up(module) if arguments is None else [arguments]:
+        try:
+            atrous = siblings(twin, given, known, deep=deep)
+            arguments = given
+            failures.clear()
+            break
+        except Unfusable:
+            raise
+        except Exception as error:
+            failures.append(error)
+    if failures and looks_like_pyramid(module):
+        raise Unfusable(
+            f"its forward does not run on a made-up map without values ({failures[0]}): "
+            "example_inputs may help"
+        )
+    if not atrous or arguments is None:
+        return None
+    check_calls()
+    try:
+        traced = trace(twin, arguments, whole)
+        program = program_of(traced, module)
+    except Unfusable:
+        if atrous == 1:  # a block with a shortcut, most often
+            return None
+        raise
+    layers = called(program)
+    live = _absorbed(program)
+    description = Description(program, take(module, layers, live))
+    check(module, description.snapshot)
+    try_out(twin, description, arguments, layers, live)
+    return description
+
+
+def _of_several(x: Any) -> Any:
+    """A batch of one would be read as that of a batch of one."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[0] != 1:
+        return x
+    return x.new_empty((2, *x.shape[1:]))
+
+
+def is_whole(description: Description) -> bool:
+    """Whether its pyramids end in projections."""
+    return all(p.project is not None for p in description.program.pyramids)
+
+
+def called(program: Program) -> set[str]:
+    """The layers that a program calls as they are."""
+    return {step.path for step in program.steps if isinstance(step, Layer)} - _absorbed(program)
+
+
+def _absorbed(program: Program) -> set[str]:
+    found: set[str] = set()
+
+    def note(part: Any) -> None:
+        if isinstance(part, Layer):
+            found.add(part.path)
+        elif isinstance(part, (list, tuple)) and not isinstance(part, Operator):
+            for item in part:
+                note(item)
+
+    for step in program.steps:
+        if isinstance(step, Pyramid):
+            note(step[1:])
+            for conv in _convs(step):
+                found.update(() if conv is None or conv.path is None else (conv.path,))
+    return found
+
+
+def _convs(pyramid: Pyramid) -> Iterator[Any]:
+    for branch in pyramid.branches:
+        yield from (branch.depthwise, branch.conv)
+    yield None if pyramid.pool is None else pyramid.pool.conv
+    yield pyramid.project
