@@ -6,7 +6,7 @@
 
 from . import autograd, compat, flops, reference
 from .dispatch import explain
-from .fuse import fuse, fuse_report, unfuse
+from .fuse import fuse, fuse_report, register_adapter, unfuse
 from .modules import ASPP, freeze, unfreeze
 from .ops import (
     aspp_inference,
@@ -34,6 +34,7 @@ __all__ = [
     "fuse",
     "fuse_report",
     "reference",
+    "register_adapter",
     "unfreeze",
     "unfuse",
 ]

@@ -2,6 +2,7 @@
 """`python -m aspp_ext`: what was built, what this machine has, and which implementation runs.
 
 `python -m aspp_ext verify` finds out which are right and fast here: :mod:`aspp_ext.verify`.
+`python -m aspp_ext fuse` shows what fuse makes of a model: :mod:`aspp_ext.fuse.command`.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ def describe_implementations(device: str) -> Iterator[Row]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["fuse"]:
+        from .fuse.command import main as fuse
+
+        return fuse(arguments)
     if arguments:
         from .verify.command import main as verify
 

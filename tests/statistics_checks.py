@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
-from aspp_ext.modules import head
+from aspp_ext.modules import layers
 from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
 from aspp_ext.testing import OPS, PROBLEMS, Branch, Problem
 from aspp_ext.testing.checks import assert_statistics
@@ -130,5 +130,5 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         seen.append(atrous_pyramid_statistics(*arguments, **keywords))
         return seen[-1]
 
-    monkeypatch.setattr(head, "atrous_pyramid_statistics", spy)
+    monkeypatch.setattr(layers, "atrous_pyramid_statistics", spy)
     return seen

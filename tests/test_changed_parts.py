@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aspp_ext.fuse import fuse, fuse_report
-from aspp_ext.modules import ASPP, fused
+from aspp_ext.modules import ASPP, inference
 from aspp_ext.modules.aspp import ASPPConv, ASPPPooling, ASPPSeparableConv, LayeredASPP
 
 
@@ -237,8 +237,8 @@ def test_a_mode_that_sees_functions(pair: Pair, mode) -> None:
 def test_a_mode_of_pytorch_changes_nothing(pair: Pair, monkeypatch) -> None:
     _, ours = pair.build()
     ran = []
-    run = fused.aspp_inference
-    monkeypatch.setattr(fused, "aspp_inference", lambda *a, **k: ran.append(a) or run(*a, **k))
+    run = inference.aspp_inference
+    monkeypatch.setattr(inference, "aspp_inference", lambda *a, **k: ran.append(a) or run(*a, **k))
     with torch.device("cpu"), torch.no_grad():
         ours.eval()(features())
     assert ran

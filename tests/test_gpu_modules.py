@@ -13,7 +13,7 @@ from torch import nn
 
 import aspp_ext
 from aspp_ext import reference
-from aspp_ext.modules import ASPP, fused
+from aspp_ext.modules import ASPP, fused, inference
 from aspp_ext.testing import OPS, PROBLEMS, assert_no_worse_than_torch
 
 pytestmark = pytest.mark.gpu
@@ -117,8 +117,10 @@ def test_autocast(by, name, dtype, monkeypatch) -> None:
 def test_folded_weights_are_read_in_place(separable, monkeypatch) -> None:
     """channels_last with stride 1 over C, which neither kernel nor cuDNN has to copy."""
     calls = []
-    real = fused.aspp_inference
-    monkeypatch.setattr(fused, "aspp_inference", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = inference.aspp_inference
+    monkeypatch.setattr(
+        inference, "aspp_inference", lambda *a, **k: calls.append(a) or real(*a, **k)
+    )
     ours = randomise(ASPP(16, [2, 4], 8, separable=separable)).eval().to(DEVICE)
     with torch.no_grad():
         ours(torch.randn(1, 16, 9, 9, device=DEVICE))

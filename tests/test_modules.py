@@ -26,7 +26,7 @@ from aspp_pairs import (
 from marks import on_native, proven_emulated, quick_emulated, varied
 from torch import nn
 
-from aspp_ext.modules import ASPP, fold_cache, fused
+from aspp_ext.modules import ASPP, fold_cache, fused, inference
 
 pytestmark = [proven_emulated, on_native, varied]
 
@@ -40,13 +40,13 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def inferences(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """The calls of the folded operator; empty when another path ran."""
     calls = []
-    real = fused.aspp_inference
+    real = inference.aspp_inference
 
     def spy(*args, **keywords):
         calls.append(args)
         return real(*args, **keywords)
 
-    monkeypatch.setattr(fused, "aspp_inference", spy)
+    monkeypatch.setattr(inference, "aspp_inference", spy)
     return calls
 
 

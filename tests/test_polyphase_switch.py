@@ -19,7 +19,7 @@ from test_precision import CALLS, PYRAMIDS, Settings, argument, dense, loss
 from torch.library import opcheck
 
 import aspp_ext
-from aspp_ext.modules import ASPP, fused, prepared
+from aspp_ext.modules import ASPP, inference, prepared
 from aspp_ext.ops import head_composed, polyphase_choice, polyphase_weights
 from aspp_ext.ops.family import NATIVE
 from aspp_ext.testing import OPS, PROBLEMS, Problem, assert_no_worse_than_torch, oracle_of
@@ -178,7 +178,7 @@ class Spy:
         self.made: list[list[torch.Tensor]] = []
         self.given: list[list[torch.Tensor] | None] = []
         self.bytes = 0  # of a size's weights
-        real = fused.aspp_inference
+        real = inference.aspp_inference
 
         def prepare(weights, rates, *size, polyphase):
             self.sizes.append(size)
@@ -190,7 +190,7 @@ class Spy:
             return real(*arguments, **keywords)
 
         monkeypatch.setattr(prepared, "polyphase_weights", prepare)
-        monkeypatch.setattr(fused, "aspp_inference", infer)
+        monkeypatch.setattr(inference, "aspp_inference", infer)
 
 
 @pytest.fixture

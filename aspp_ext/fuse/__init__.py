@@ -1,65 +1,31 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Drop-in replacement of the ASPP modules inside third-party models.
+"""Drop-in replacement of the pyramids inside anybody's models.
 
-To support another implementation: write its fused class (one small file like ``torchvision.py``)
-and add one line to ``ADAPTERS``.
+Classes are known by name (:mod:`.adapters`) or read by their structure (:mod:`.structure`).
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
-from aspp_ext.modules.fused import CACHE, SETTINGS, FusedForward
+from aspp_ext.modules.described import DescribedForward
+from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedForward
 from aspp_ext.modules.head import check_pool_batch_of_one
-from aspp_ext.modules.parts import Unfusable, check_tensors
-from aspp_ext.ops.checks import check_flag, check_module
+from aspp_ext.modules.parts import Unfusable
+from aspp_ext.ops.checks import check_flag, check_module, shown
 
+from .adapters import ADAPTERS, Adapter, register_adapter
+from .inspection import Finding, inspect, is_of_an_earlier_import
+from .report import FuseEntry, FuseReport
 from .restore import descends, restore
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Adapter(NamedTuple):
-    """One known ASPP class and the fused subclass of it, as "module:name".
-
-    Neither is imported before an instance of the known class is met.
-    """
-
-    source: str
-    fused: str
-
-    def fused_class(self) -> type[FusedForward]:
-        """Import the fused subclass (its library is loaded already)."""
-        module, name = self.fused.split(":")
-        return getattr(importlib.import_module(module), name)
-
-
-ADAPTERS = (
-    Adapter(
-        "torchvision.models.segmentation.deeplabv3:ASPP",
-        "aspp_ext.fuse.torchvision:FusedASPP",
-    ),
-    Adapter(
-        "segmentation_models_pytorch.decoders.deeplabv3.decoder:ASPP",
-        "aspp_ext.fuse.smp:FusedASPP",
-    ),
-)
-
-
-class FuseEntry(NamedTuple):
-    """What became of one ASPP module of a model."""
-
-    name: str  # path in the model, "" for the model itself
-    kind: str  # "module:name" of the class it was written as
-    fused: bool  # whether its forward is the fused one
-    reason: str | None  # why the fused forward is not, or cannot be, taken
 
 
 def fuse(
@@ -68,14 +34,24 @@ def fuse(
     strict: bool = True,
     pool_batch_of_one: Literal["error", "running_stats"] | None = None,
     polyphase: bool | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    verbose: bool = False,
 ) -> Model:
-    """Give every ASPP in ``model`` that is known here the fused forward, in place.
+    """Give every atrous pyramid in ``model`` the fused forward, in place.
 
     The modules stay the same objects with the same parameters, buffers, state-dict keys and
     hooks; only their class becomes a subclass of what it was. Training, eval, ``deepcopy``,
-    pickling and ``torch.compile`` work as before. A module with parts that the fused forward does
-    not compute (another convolution class, another norm, a stride, hooks on an inner layer, ...)
-    is left alone with a warning. Fusing twice is the same as fusing once.
+    pickling and ``torch.compile`` work as before.
+
+    Some classes are known by name (:func:`aspp_ext.register_adapter` adds others). Of any other
+    module in which convolutions read one map, one of them atrous, the forward is read by
+    ``torch.export``, in eval and in training mode, for maps of any size: its branches, norms,
+    activations, concatenation or sum, image pooling and projection are computed together, and what
+    else there is stays as it is. What was read is tried out on random numbers first. A module that
+    decides by the sizes or values of its maps, changes something in its forward, has hooks on its
+    layers, or computes anything that is not understood, is left alone with a warning that says why.
+    Fusing twice is the same as fusing once, unless a module has been changed since: then it is read
+    anew.
 
     Changes of parameters are noticed however they are made. In eval mode that takes time in each
     call, on the CPU to read the parameters once, elsewhere to fold the norms anew:
@@ -84,7 +60,7 @@ def fuse(
     and :func:`fuse_report` says so.
 
     Args:
-        model: any module; may itself be an ASPP.
+        model: any module; may itself be a pyramid.
         strict: raise when there is nothing to fuse.
         pool_batch_of_one: for the pooled branch in training with a batch of one: "error" (as
             PyTorch) or "running_stats". None leaves the modules as they are ("error" at first).
@@ -92,50 +68,86 @@ def fuse(
             less, rounds a little more and in eval mode keeps prepared weights, several times the
             memory of the branches' own for each size of image, up to 1 GiB in all or two sizes.
             None leaves the modules as they are (True at first).
+        example_inputs: positional arguments of the model, of any size. Needed only where a module
+            takes something else than one map, a list of maps for instance: a copy of the model runs
+            on them, without memory or values, to see what its modules are called with.
+        verbose: print what :func:`fuse_report` gives.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: no module of a known class was found and ``strict`` is set.
-        TypeError: model is no module, or strict or polyphase not a bool.
+        ValueError: no pyramid was found and ``strict`` is set, or a copy of the model does not run
+            on example_inputs.
+        TypeError: model is no module, strict, polyphase or verbose not a bool, or example_inputs no
+            tuple.
     """
     check_module("fuse", model)
     check_flag("fuse", "strict", strict)
+    check_flag("fuse", "verbose", verbose)
     if pool_batch_of_one is not None:
         check_pool_batch_of_one(pool_batch_of_one, "fuse")
     if polyphase is not None:
         check_flag("fuse", "polyphase", polyphase)
     given = {"pool_batch_of_one": pool_batch_of_one, "polyphase": polyphase}
     settings = {name: value for name, value in given.items() if value is not None}
-    entries = []
-    for name, module in model.named_modules():
-        kept = {}
-        if _is_of_an_earlier_import(module) and not descends(type(module), ASPP):
-            kept = {key: value for key, value in vars(module).items() if key in SETTINGS}
-            restore(module)
-        entry = _inspect(name, module)
-        if entry is None:
-            continue
-        entries.append(entry)
-        if not entry.fused and entry.reason is None:
-            module.__class__ = _adapter(module).fused_class()  # type: ignore[union-attr]
-            vars(module).update(kept)
+    before = _restore_what_has_changed(model)
+    findings = _inspect("fuse", model, example_inputs)
+    for finding in findings:
+        module = finding.module
+        kind, state = before.pop(id(module), (None, {}))
+        if finding.fused is not None:
+            module.__class__ = finding.fused
+            vars(module).update({key: state[key] for key in SETTINGS if key in state})
+            if finding.description is not None:
+                vars(module)[PROGRAM] = finding.description
+        elif kind is not None:  # whatever is in the way may go again
+            module.__class__ = kind
+            vars(module).update(state)
         if settings and isinstance(module, FusedForward):
             module.drop_folded()
             vars(module).update(settings)
     _tell_of_verify(model)
-    refused = [e for e in entries if e.reason is not None]
+    refused = [f.entry for f in findings if f.entry.reason is not None]
     if refused:
         lines = "; ".join(f"{e.name or 'the model'}: {e.reason}" for e in refused)
         warnings.warn(f"aspp_ext.fuse left these modules as they were: {lines}", stacklevel=2)
-    if strict and not entries:
-        known = ", ".join(adapter.source.replace(":", ".") for adapter in ADAPTERS)
+    if strict and not findings:
         raise ValueError(
-            f"fuse: expected at least one ASPP of a known class ({known}) in the model, found none "
-            f"in {type(model).__name__}; strict=False lets such a model pass"
+            "fuse: expected at least one pyramid, convolutions of one map of which one is atrous, "
+            f"in the model, found none in {type(model).__name__}; strict=False lets such a model "
+            "pass, and a module that takes something else than one map needs example_inputs"
         )
+    if verbose:
+        print(_report(findings))
     return model
+
+
+def _restore_what_has_changed(model: nn.Module) -> dict[int, tuple[Any, dict[str, Any]]]:
+    """Of modules that are to be read anew, by their ids, the class and the settings they had."""
+    before: dict[int, tuple[Any, dict[str, Any]]] = {}
+    for module in model.modules():
+        state = {k: v for k, v in vars(module).items() if k in (*SETTINGS, PROGRAM)}
+        if is_of_an_earlier_import(module) and not descends(type(module), ASPP):
+            before[id(module)] = (None, state)
+            restore(module)
+        elif isinstance(module, DescribedForward):
+            try:
+                type(module).heads(module)
+            except Unfusable:
+                before[id(module)] = (type(module), state)
+                restore(module)
+    return before
+
+
+def _inspect(op: str, model: nn.Module, example_inputs: Any) -> list[Finding]:
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
+        raise TypeError(f"{op}: example_inputs must be a tuple, got {shown(example_inputs)}")
+    return inspect(model, example_inputs)
+
+
+def _report(findings: list[Finding]) -> FuseReport:
+    return FuseReport(finding.entry for finding in findings)
 
 
 def _tell_of_verify(model: nn.Module) -> None:
@@ -174,64 +186,30 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def fuse_report(model: nn.Module) -> list[FuseEntry]:
-    """List the ASPP modules of ``model`` with what is, or would be, done to each and why.
+def fuse_report(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = None) -> FuseReport:
+    """List the pyramids of ``model`` with what is, or would be, done to each and why.
 
     Args:
         model: any module, fused or not.
+        example_inputs: as in :func:`fuse`.
 
     Returns:
-        One entry per module that is an ASPP of a known class or of a subclass of one.
+        One :class:`FuseEntry` per module that is, or may be, a pyramid. Printed, it is a table.
+
+    Raises:
+        ValueError, TypeError: as :func:`fuse`.
     """
     check_module("fuse_report", model)
-    found = (_inspect(name, module) for name, module in model.named_modules())
-    return [entry for entry in found if entry is not None]
+    return _report(_inspect("fuse_report", model, example_inputs))
 
 
-def _inspect(name: str, module: nn.Module) -> FuseEntry | None:
-    if isinstance(module, FusedForward):
-        source = type(module) if isinstance(module, ASPP) else module.original
-        return FuseEntry(name, _path(source), True, _reason(type(module), module))
-    kind = type(module)
-    if _is_of_an_earlier_import(module):
-        remedy = "make it anew" if descends(kind, ASPP) else "fuse it again"
-        reason = f"its class is of an aspp_ext that was imported before this one: {remedy}"
-        return FuseEntry(name, _path(kind), True, reason)
-    adapter = _adapter(module)
-    if adapter is not None:
-        return FuseEntry(name, adapter.source, False, _reason(adapter.fused_class(), module))
-    sources = {adapter.source for adapter in ADAPTERS}
-    base = next((b for b in kind.__mro__ if _path(b) in sources), None)
-    if base is None:
-        return None
-    reason = f"{kind.__name__} is a subclass of {_path(base)} and may compute something else"
-    return FuseEntry(name, _path(kind), False, reason)
-
-
-def _is_of_an_earlier_import(module: nn.Module) -> bool:
-    return descends(type(module), FusedForward) and not isinstance(module, FusedForward)
-
-
-def _reason(fused: type[FusedForward], module: nn.Module) -> str | None:
-    if "forward" in module.__dict__ and not isinstance(module, FusedForward):
-        return "its forward is replaced"
-    try:
-        check_tensors(fused.read(module))
-    except Unfusable as reason:
-        return str(reason)
-    cache = module.__dict__.get(CACHE)
-    if cache is not None and not cache.in_range:
-        return f"{cache.dtype} cannot hold the products of its norms and weights"
-    return None
-
-
-def _adapter(module: nn.Module) -> Adapter | None:
-    path = _path(type(module))
-    return next((adapter for adapter in ADAPTERS if adapter.source == path), None)
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-__all__ = ["ADAPTERS", "Adapter", "FuseEntry", "fuse", "fuse_report", "unfuse"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "FuseEntry",
+    "FuseReport",
+    "fuse",
+    "fuse_report",
+    "register_adapter",
+    "unfuse",
+]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from aspp_ext.modules.fused import SETTINGS, FusedForward
+from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedForward
 
 
 def descends(kind: type, ours: type) -> bool:
@@ -25,7 +25,7 @@ def restore(module: Any) -> str | None:
     if plain is None:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of the fused class"
     module.drop_folded()
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, PROGRAM):
         vars(module).pop(setting, None)
     module.__class__ = plain
     return None

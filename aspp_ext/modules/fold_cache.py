@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from aspp_ext import _native
 from aspp_ext.ops.checksums import checksums
+from aspp_ext.ops.polyphase_choice import Decided
 
 from .folded import Folded, fold, in_range
 from .head import Head
-from .prepared import PreparedWeights
+from .prepared import Prepared, PreparedWeights
 
 
 class FoldCache:
@@ -30,23 +31,43 @@ class FoldCache:
         head: whose copy it is, if it is frozen.
         folded: the copy.
         in_range: whether its dtype holds it well enough to be used (see :func:`in_range`).
-        prepared: its weights as minimal filtering takes them, several times their memory.
+        prepared: the branches' weights as minimal filtering takes them, several times their memory.
+        prepared_project: the same of a projection larger than 1x1.
     """
 
     def __init__(self, head: Head, dtype: torch.dtype, *, frozen: bool) -> None:
         # DataParallel's replicas share what their original has kept, on another device.
-        self.dtype, self.device = dtype, head.project.weight.device
+        self.dtype, self.device = dtype, head.weight.device
         # Before folding: what is written meanwhile must show. The parameters themselves are not
         # kept, which would keep the memory of those that are replaced.
         self._evidence = None if frozen else _evidence(head)
         self.head = head if frozen else None
         self.folded = _owned(fold(head, dtype))
         self.in_range = in_range(head, self.folded)
-        self.prepared = PreparedWeights(self.folded)
+        self.prepared = PreparedWeights(self.folded.weights, self.folded.atrous_rates)
+        self.prepared_project = None
+        if head.project is not None and tuple(head.project.kernel_size) != (1, 1):
+            assert self.folded.project_weight is not None
+            rate_h, rate_w = head.project.dilation
+            self.prepared_project = PreparedWeights(
+                [self.folded.project_weight], [(rate_h, rate_w)]
+            )
+
+    def prepare(self, height: int, width: int, way: Decided) -> Prepared:
+        """The weights for x ``[N, C, height, width]``."""
+        last = self.prepared_project
+        project = None if last is None else last.of(height, width, way)
+        return Prepared(self.prepared.of(height, width, way), project)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Of all that is kept for minimal filtering."""
+        last = self.prepared_project
+        return self.prepared.nbytes + (0 if last is None else last.nbytes)
 
     def holds(self, head: Head, dtype: torch.dtype) -> bool:
         """Whether the folded copy still is what :func:`fold` would return."""
-        if (self.dtype, self.device) != (dtype, head.project.weight.device):
+        if (self.dtype, self.device) != (dtype, head.weight.device):
             return False
         if self._evidence is None:
             return True
@@ -69,7 +90,7 @@ def _slots(head: Head) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for conv in head.convs():
         found += (conv.weight, conv.bias)
-    for norm in head.norms():
+    for norm in head.folded_norms():
         found += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return found
 
@@ -79,9 +100,9 @@ def can_keep(head: Head, *, frozen: bool) -> bool:
     for tensor in sources(head):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return False  # may hold its values anywhere
-        if tensor.device.type != ("cpu" if not frozen else head.project.weight.device.type):
+        if tensor.device.type != ("cpu" if not frozen else head.weight.device.type):
             return False
-    device = head.project.weight.device.type
+    device = head.weight.device.type
     if device == "cuda":
         # A copy made during capture would live in the graph's private pool.
         return not torch.cuda.is_current_stream_capturing()
@@ -93,6 +114,6 @@ def _evidence(head: Head) -> tuple[list[object], Tensor]:
 
 
 def _settings(head: Head) -> list[object]:
-    eps = [norm.eps for norm in head.norms()]
+    eps = [norm.eps for norm in head.folded_norms()]
     kinds = (None if t is None else (type(t), t.layout, t.device) for t in _slots(head))
     return [*(b.rate for b in head.branches), *eps, *kinds]

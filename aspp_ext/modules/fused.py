@@ -17,21 +17,23 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from aspp_ext.ops import aspp_inference
 from aspp_ext.ops.checks import check_tensor, dtype_name
 from aspp_ext.ops.polyphase_choice import NEVER, Decided, policy
 from aspp_ext.ops.registration import is_autocast_on, under_autocast
 
 from .fold_cache import FoldCache, can_keep, sources
 from .folded import fold
-from .head import Head, forward_layers, gives_channels_last
+from .head import Head
+from .inference import foldable, infer
+from .layers import forward_layers
 from .meaning import gives_meaning
 from .parts import Unfusable, check_classes, check_tensors
+from .prepared import Prepared
 from .tracing import in_forward_mode, may_be_traced
 from .untouched import changed_methods
 
 # What is ours in an instance, beside attributes that may be the user's.
-CACHE, FROZEN = "_aspp_ext_folded", "_aspp_ext_frozen"
+CACHE, FROZEN, PROGRAM = "_aspp_ext_folded", "_aspp_ext_frozen", "_aspp_ext_program"
 SETTINGS = ("pool_batch_of_one", "polyphase", FROZEN)
 
 
@@ -85,59 +87,62 @@ class FusedForward(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
-        if not isinstance(x, Tensor) or gives_meaning(type(x)) or _needs_plain_operators():
+        if not isinstance(x, Tensor) or gives_meaning(type(x)) or needs_plain_operators():
             return super().forward(x)
         traced = may_be_traced()
         if not traced and (frozen := self._frozen_copy(x)) is not None:
             return self._infer(*frozen, x)
         try:
             head = type(self).read(self)  # an instance may have attributes of any name
-            # A trace serves calls with and without gradients.
-            differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
-            layers = differentiable or _trains(head)
-            cache = None if traced or layers else self._cache(head, _dtype(head, x))
-            if cache is None:
-                check_tensors(head)
-            elif not cache.in_range:
-                layers = True
+            layers, cache = self._way(head, x, traced)
         except Unfusable:
             return super().forward(x)
         _check_features(self, head, x)
         if layers:
-            return forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
+            y = forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
+            assert isinstance(y, Tensor)  # what has a name joins its branches
+            return y
         return self._infer(head, cache, x)
 
-    def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Tensor:
-        dtype, prepared = _dtype(head, x), None
+    def _way(
+        self, head: Head, x: Tensor, traced: bool, slot: str = CACHE
+    ) -> tuple[bool, FoldCache | None]:
+        """Whether the head is computed with gradients or by its norms' own rules, and else its
+        folded copy, if one is kept; raises Unfusable."""
+        # A trace serves calls with and without gradients.
+        differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
+        layers = differentiable or _trains(head) or not foldable(head)
+        cache = None if traced or layers else self._cache(head, dtype_of(head, x), slot)
+        if cache is None:
+            check_tensors(head)
+        return layers or (cache is not None and not cache.in_range), cache
+
+    def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Any:
         way: bool | Decided = self.polyphase
         (x,) = under_autocast(x)
         if cache is None:
-            folded = fold(head, dtype)
-        else:
-            folded = cache.folded
-            if isinstance(way, bool):
-                way = Decided(policy(way))
-            if way != NEVER and x.device.type == "cpu" and x.numel():
-                prepared = cache.prepared.of(x.shape[-2], x.shape[-1], way)
-        last = gives_channels_last(head)
-        return head.dropout(
-            aspp_inference(x, *folded, polyphase=way, prepared=prepared, channels_last=last)
-        )
+            return infer(head, fold(head, dtype_of(head, x)), x, way, Prepared())
+        prepared = Prepared()
+        if isinstance(way, bool):
+            way = Decided(policy(way))
+        if way != NEVER and x.device.type == "cpu" and x.numel():
+            prepared = cache.prepare(x.shape[-2], x.shape[-1], way)
+        return infer(head, cache.folded, x, way, prepared)
 
-    def _frozen_copy(self, x: Tensor) -> tuple[Head, FoldCache] | None:
+    def _frozen_copy(self, x: Tensor, slot: str = CACHE) -> tuple[Head, FoldCache] | None:
         """What is used without a look at what it was made of."""
-        cache = self.__dict__.get(CACHE)
+        cache = self.__dict__.get(slot)
         if cache is None or cache.head is None or self.training or not cache.in_range:
             return None
         if torch.is_grad_enabled() or in_forward_mode():
             return None
-        if cache.dtype != _dtype(cache.head, x) or cache.device != x.device:
+        if cache.dtype != dtype_of(cache.head, x) or cache.device != x.device:
             return None
         _check_features(self, cache.head, x)
         return cache.head, cache
 
-    def _cache(self, head: Head, dtype: torch.dtype) -> FoldCache | None:
-        cache = self.__dict__.get(CACHE)
+    def _cache(self, head: Head, dtype: torch.dtype, slot: str) -> FoldCache | None:
+        cache = self.__dict__.get(slot)
         if cache is not None and cache.holds(head, dtype):
             return cache
         frozen = bool(self.__dict__.get(FROZEN))
@@ -147,20 +152,24 @@ class FusedForward(nn.Module):
         # Outside inference mode, so that the copy can be used outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             cache = FoldCache(head, dtype, frozen=frozen)
-        if head.project.weight.is_cuda:
+        if head.weight.is_cuda:
             # Another thread may read the copy on another stream.
-            torch.cuda.current_stream(head.project.weight.device).synchronize()
-        self.__dict__[CACHE] = cache
+            torch.cuda.current_stream(head.weight.device).synchronize()
+        self.__dict__[slot] = cache
         return cache
+
+    def folded_copies(self) -> list[FoldCache]:
+        """What is kept of earlier calls."""
+        return [value for key, value in vars(self).items() if key.startswith(CACHE)]
 
     def _kept_bytes(self) -> int:
         """Memory of the weights that are prepared for minimal filtering."""
-        cache = self.__dict__.get(CACHE)
-        return 0 if cache is None else cache.prepared.nbytes
+        return sum(cache.prepared_bytes for cache in self.folded_copies())
 
     def drop_folded(self) -> None:
         """Forget the folded weights; the next inference folds again."""
-        self.__dict__.pop(CACHE, None)
+        for key in [key for key in vars(self) if key.startswith(CACHE)]:
+            del self.__dict__[key]
 
     def train(self, mode: bool = True) -> FusedForward:
         """Set the training mode and forget the folded weights."""
@@ -172,7 +181,7 @@ class FusedForward(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != CACHE}
+        return {key: value for key, value in vars(self).items() if not key.startswith(CACHE)}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_folded()
@@ -200,7 +209,7 @@ def _forward_like(original: type[nn.Module]) -> Any:
     return functools.wraps(plain)(ours)
 
 
-def _needs_plain_operators() -> bool:
+def needs_plain_operators() -> bool:
     """Whether something looks at the graph that knows only PyTorch's own operators."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
@@ -216,24 +225,24 @@ def _trains(head: Head) -> bool:
     """Whether a norm has to see the batch, or has nothing to be folded."""
     return any(
         norm.training or norm.running_mean is None or norm.running_var is None
-        for norm in head.norms()
+        for norm in head.folded_norms()
     )
 
 
-def _dtype(head: Head, x: Tensor) -> torch.dtype:
+def dtype_of(head: Head, x: Tensor) -> torch.dtype:
     """What is computed in, which autocast may change."""
-    dtype = head.project.weight.dtype
+    dtype = head.weight.dtype
     if dtype != torch.float64 and is_autocast_on(x):
         return torch.get_autocast_dtype(x.device.type)
     return dtype
 
 
 def _check_features(module: nn.Module, head: Head, x: Tensor) -> None:
-    name, channels = type(module).__name__, head.pool.weight.shape[1]
+    name, channels = type(module).__name__, head.channels
     check_tensor(name, "x", x)
     if x.dim() != 4 or x.shape[1] != channels:
         raise ValueError(f"{name}: x must be [N, {channels}, H, W], got {list(x.shape)}")
-    dtype, given = _dtype(head, x), x.dtype
+    dtype, given = dtype_of(head, x), x.dtype
     if given.is_floating_point and given != torch.float64 and is_autocast_on(x):
         given = torch.get_autocast_dtype(x.device.type)
     if given != dtype:

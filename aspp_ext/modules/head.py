@@ -1,54 +1,183 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the fused forward reads of an ASPP module, and its differentiable computation.
+"""What the fused forward reads of an ASPP module.
 
-A :class:`Head` holds the module's own submodules, not copies: parameters, buffers and training
+A :class:`Head` holds the module's own submodules and parameters, not copies: values and training
 flags are always the live ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aspp_ext.ops import atrous_pyramid, atrous_separable_pyramid
 from aspp_ext.ops.checks import shown
-from aspp_ext.ops.formats import is_channels_last, memory_format, pointwise_as_channels_last
-from aspp_ext.ops.pyramid_statistics import atrous_pyramid_statistics
+from aspp_ext.ops.formats import is_channels_last
 
-from .joint_norm import Norm, joinable, joint_norm, one_norm, uses_statistics
-from .tracing import in_forward_mode
+from .joint_norm import Norm
+from .stages import Stage, is_batch_norm, is_idle, is_relu
+
+
+class RawConv(NamedTuple):
+    """A convolution of parameters that belong to no ``nn.Conv2d``; its attributes are that's."""
+
+    weight: Tensor  # [O, C / groups, kh, kw]
+    bias: Tensor | None
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.weight.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """(kh, kw)."""
+        return (self.weight.shape[2], self.weight.shape[3])
+
+
+Conv = nn.Conv2d | RawConv
 
 
 class Branch(NamedTuple):
-    """relu(norm(conv(depthwise(x)))), where a dense or 1x1 branch has no depthwise part."""
+    """stages(conv(between(depthwise(x)))), where a dense or 1x1 branch has no depthwise part."""
 
-    depthwise: nn.Conv2d | None  # weight [C, 1, kh, kw]
-    conv: nn.Conv2d  # weight [O, C, kh, kw]; [O, C, 1, 1] behind a depthwise convolution
-    norm: Norm
-    rate: tuple[int, int]
+    depthwise: Conv | None  # weight [C, 1, kh, kw]
+    between: Sequence[Stage]
+    conv: Conv  # weight [O, C, kh, kw]; [O, C, 1, 1] behind a depthwise convolution
+    stages: Sequence[Stage]
+
+    @property
+    def rate(self) -> tuple[int, int]:
+        """Of the taps that look around."""
+        rate_h, rate_w = (self.depthwise or self.conv).dilation
+        return (rate_h, rate_w)
+
+
+def has_between(branch: Branch) -> bool:
+    """Whether something stands between depthwise and pointwise convolution."""
+    return bool(branch.between) or (
+        branch.depthwise is not None and branch.depthwise.bias is not None
+    )
+
+
+class Pool(NamedTuple):
+    """stages(conv(mean of x over the plane)), the same at each pixel."""
+
+    conv: Conv  # weight [Q, C, 1, 1]
+    stages: Sequence[Stage]
+    place: int  # before which branch it is among what is concatenated; behind all: their number
+
+
+class Lead(NamedTuple):
+    """How a list of stages begins: with what folds into the convolution before it."""
+
+    norm: Norm | None
+    relu: bool
+    rest: Sequence[Stage]
+
+
+def lead(stages: Sequence[Stage]) -> Lead:
+    """A batch norm, if it is the first, and a ReLU, if it is next."""
+    rest, norm, relu = list(stages), None, False
+    if rest and is_batch_norm(rest[0]):
+        norm = rest.pop(0)
+    if rest and is_relu(rest[0]):
+        rest.pop(0)
+        relu = True
+    return Lead(norm, relu, rest)  # type: ignore[arg-type]
 
 
 class Head(NamedTuple):
-    """The parts of one ASPP module, in the order in which their outputs are concatenated."""
+    """The parts of one pyramid.
 
-    branches: tuple[Branch, ...]
-    pool: nn.Conv2d  # weight [O, C, 1, 1], applied to the mean over the plane
-    pool_norm: Norm
-    project: nn.Conv2d  # weight [P, sum O_b + O, 1, 1]
-    project_norm: Norm
-    dropout: nn.Module
+    Branches and the pooled map are concatenated in this order, or the branches are added up, or
+    nobody joins them; stages follow, a projection, and its stages. The branches' stages are as many
+    in each and of the same kinds one by one.
+    """
 
-    def convs(self) -> list[nn.Conv2d]:
+    branches: Sequence[Branch]
+    pool: Pool | None
+    join: str  # "cat", "sum", or "none": each branch's map is a result
+    joined: Sequence[Stage]  # of the joint map
+    project: Conv | None  # weight [P, sum O + Q, k, k], zero "same" padded
+    stages: Sequence[Stage]  # of the projection
+
+    @property
+    def weight(self) -> Tensor:
+        """One whose dtype and device are the head's."""
+        return self.branches[0].conv.weight
+
+    @property
+    def channels(self) -> int:
+        """C of the features."""
+        return (self.branches[0].depthwise or self.branches[0].conv).in_channels
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each branch."""
+        return [b.conv.out_channels for b in self.branches]
+
+    def convs(self) -> list[Conv]:
         """Every convolution, depthwise ones included."""
         found = [b.depthwise for b in self.branches if b.depthwise is not None]
-        return [*found, *(b.conv for b in self.branches), self.pool, self.project]
+        found += [b.conv for b in self.branches]
+        found += [] if self.pool is None else [self.pool.conv]
+        return found if self.project is None else [*found, self.project]
 
-    def norms(self) -> list[Norm]:
-        """Every norm."""
-        return [*(b.norm for b in self.branches), self.pool_norm, self.project_norm]
+    def folded_norms(self) -> Iterator[Norm]:
+        """Those that go into the weights in eval mode."""
+        between = (s for b in self.branches for s in b.between if is_batch_norm(s))
+        yield from between  # type: ignore[misc]
+        lists = [b.stages for b in self.branches]
+        lists += [] if self.pool is None else [self.pool.stages]
+        for stages in (*lists, self.stages):
+            if (norm := lead(stages).norm) is not None:
+                yield norm
+
+    @property
+    def pools_into_bias(self) -> bool:
+        """Whether the pooled map, constant over the plane, is a bias of the projection."""
+        if self.pool is None or self.project is None or self.joined:
+            return False
+        return self.join == "cat" and tuple(self.project.kernel_size) == (1, 1)
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether ``aspp_inference`` is all of it, but for what follows the projection's ReLU."""
+        if self.join != "cat" or self.joined or self.project is None:
+            return False
+        if tuple(self.project.kernel_size) != (1, 1):
+            return False
+        leads = [lead(b.stages) for b in self.branches]
+        leads += [] if self.pool is None else [lead(self.pool.stages)]
+        same = all(one.relu == leads[0].relu and _all_idle(one.rest) for one in leads)
+        return same and not any(has_between(b) for b in self.branches)
+
+
+def _all_idle(stages: Sequence[Stage]) -> bool:
+    return all(is_idle(s) for s in stages)
+
+
+def gives_channels_last(head: Head, x: Tensor) -> bool:
+    """Whether the layers' own result would be channels_last.
+
+    The pooled map that is spread over the plane is contiguous, and so is its concatenation with the
+    branches in whatever format: the projection's weight alone decides. It matters to a dropout,
+    which draws in the order of the memory.
+    """
+    if head.pool is not None:
+        return head.project is not None and is_channels_last(head.project.weight)
+    last = is_channels_last(x) or any(is_channels_last(b.conv.weight) for b in head.branches)
+    return last or (head.project is not None and is_channels_last(head.project.weight))
 
 
 POOL_BATCH_OF_ONE = ("error", "running_stats")
@@ -63,94 +192,18 @@ def check_pool_batch_of_one(value: str, op: str = "ASPP") -> str:
     return value
 
 
-def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: bool = True) -> Tensor:
-    """The head with gradients, and with every norm's own rules.
-
-    Args:
-        head: the parts.
-        x: [N, C, H, W].
-        pool_batch_of_one: "error", or "running_stats" to normalise the pooled branch of a single
-            sample with its running statistics.
-        polyphase: as in :func:`aspp_ext.atrous_pyramid`.
-
-    Returns:
-        [N, P, H, W].
-
-    Raises:
-        ValueError: the pooled branch would train its batch norm on one value per channel.
-    """
-    pool_by_running_stats = _single_pooled_value(head, x, pool_batch_of_one)
-    convs = [b.conv for b in head.branches]
-    rates = [b.rate for b in head.branches]
-    weights = [c.weight for c in convs]
-    # Batch norm and projection are several times faster in channels_last, so that is what the
-    # pyramid is asked for, by the one means there is: the memory format of a weight.
-    weights[0] = pointwise_as_channels_last(weights[0])
-    bias = _joint_bias(convs)
-    norms = [b.norm for b in head.branches]
-    joined = joinable(norms, x)
-    mean = squares = None
-    if any(b.depthwise is not None for b in head.branches):
-        depthwise = [None if b.depthwise is None else b.depthwise.weight for b in head.branches]
-        y = atrous_separable_pyramid(x, depthwise, weights, rates, bias=bias)
-    elif bias is None and joined and uses_statistics(norms):
-        y, mean, squares = atrous_pyramid_statistics(x, weights, rates, polyphase=polyphase)
-    else:
-        y = atrous_pyramid(x, weights, rates, bias=bias, polyphase=polyphase)
-    y = joint_norm(norms, y, mean, squares) if joined else _norm_each(norms, y)
-    y = _relu(y)
-
-    pooled = head.pool(F.adaptive_avg_pool2d(x, 1))  # [N, O, 1, 1]
-    if pool_by_running_stats:
-        pooled = _running_stats_norm(head.pool_norm, pooled)
-    else:
-        pooled = head.pool_norm(pooled)
-    weight, pool_weight = head.project.weight.split([y.shape[1], pooled.shape[1]], 1)
-    # The pooled map is constant over the plane, so its share of the projection is a bias [N, P].
-    # A copy: who lets saved tensors be written to tells them by their addresses.
-    shift = F.conv2d(_relu(pooled), pool_weight.clone(), head.project.bias).flatten(1)
-    y = atrous_pyramid(y, [weight], [1], shift=shift, polyphase=polyphase)
-    y = _relu(one_norm(head.project_norm, y))
-    return head.dropout(y.contiguous(memory_format=memory_format(gives_channels_last(head))))
-
-
-def gives_channels_last(head: Head) -> bool:
-    """Whether the layers' own result would be channels_last.
-
-    The pooled map that is spread over the plane is contiguous, and so is its concatenation with the
-    branches in whatever format: the projection's weight alone decides. It matters to a dropout,
-    which draws in the order of the memory.
-    """
-    return is_channels_last(head.project.weight)
-
-
-def _relu(y: Tensor) -> Tensor:
-    """In place where nobody else has seen y. What a subclass of Tensor makes inside an autograd
-    function is a view, not to be written over, and what linearize records is kept."""
-    return y.relu() if type(y) is not Tensor or in_forward_mode() else y.relu_()
-
-
-def _norm_each(norms: list[Norm], y: Tensor) -> Tensor:
-    """``norm(.)`` of each branch's channels of y ``[N, sum O, H, W]``."""
-    inner = memory_format(is_channels_last(y))
-    # split, not slices: its backward is one concatenation instead of a padded map per branch.
-    # A batch norm of a strided slice takes up to 100 times as long as one of a dense copy.
-    parts = y.split([n.num_features for n in norms], 1)
-    parts = [p.contiguous(memory_format=inner) for p in parts]
-    return torch.cat([n(p) for n, p in zip(norms, parts, strict=True)], 1)
-
-
-def _joint_bias(convs: list[nn.Conv2d]) -> Tensor | None:
-    if all(c.bias is None for c in convs):
+def pooled_norm(head: Head) -> Norm | None:
+    """The batch norm that sees one value per channel of a batch of one."""
+    if head.pool is None:
         return None
-    zeros = convs[0].weight.new_zeros
-    return torch.cat([zeros((c.weight.shape[0],)) if c.bias is None else c.bias for c in convs])
+    norm = next((s for s in head.pool.stages if is_batch_norm(s)), None)
+    return norm  # type: ignore[return-value]
 
 
-def _single_pooled_value(head: Head, x: Tensor, pool_batch_of_one: str) -> bool:
+def single_pooled_value(head: Head, x: Tensor, pool_batch_of_one: str) -> bool:
     """Whether the pooled branch must use its running statistics; raises where it may not."""
-    norm = head.pool_norm
-    if not norm.training or x.shape[0] != 1 or _synchronised(norm):
+    norm = pooled_norm(head)
+    if norm is None or not norm.training or x.shape[0] != 1 or _synchronised(norm):
         return False
     if pool_batch_of_one == "running_stats":
         if norm.running_mean is None:
@@ -176,8 +229,3 @@ def _synchronised(norm: Norm) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return distributed.get_world_size(norm.process_group) > 1
-
-
-def _running_stats_norm(norm: Norm, x: Tensor) -> Tensor:
-    mean, var = norm.running_mean, norm.running_var
-    return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .head import Branch, Head, Norm
+from .head import Branch, Conv, Head, Pool
+from .joint_norm import Norm
 from .meaning import gives_meaning
 from .untouched import changed_class, changed_function, changed_methods
 
@@ -51,10 +52,7 @@ def describe_standard(
     Raises:
         Unfusable: naming the first part that is something else.
     """
-    if _has_any_global_hook():
-        raise Unfusable("a global module hook is registered, which must see every layer")
-    if (name := changed_function()) is not None:
-        raise Unfusable(f"{name} is replaced")
+    check_calls()
     check_classes(*LAYERS, conv, pooling, separable_conv, separable_pair)
     convs, projection = children(module, "", ("convs", "project"))
     *blocks, last = part(convs, "convs", nn.ModuleList).children()
@@ -72,9 +70,8 @@ def describe_standard(
             depthwise, weight = depthwise_conv(filters, f"{at}.0.0"), pointwise(mix, f"{at}.0.1")
         else:
             weight = dense_conv(first, f"{at}.0")
-        rate_h, rate_w = (depthwise or weight).dilation
         norm = batch_norm(norm, f"{at}.1", weight)
-        branches.append(Branch(depthwise, weight, norm, (rate_h, rate_w)))
+        branches.append(Branch(depthwise, (), weight, (norm, relu)))
     if not branches:
         raise Unfusable("convs has no branch besides the pooled one")
     separable = any(b.depthwise is not None for b in branches)
@@ -86,17 +83,18 @@ def describe_standard(
     if part(mean, f"{at}.0", nn.AdaptiveAvgPool2d).output_size not in (1, (1, 1)):
         raise Unfusable(f"{at}.0 pools to {mean.output_size}, not to 1x1")
     pool = pointwise(pool, f"{at}.1")
-    pool_norm = batch_norm(norm, f"{at}.2", pool)
-    part(relu, f"{at}.3", nn.ReLU)
+    norm = batch_norm(norm, f"{at}.2", pool)
+    pooled = Pool(pool, (norm, part(relu, f"{at}.3", nn.ReLU)), len(branches))
 
     project, norm, relu, dropout = children(
         part(projection, "project", nn.Sequential), "project", 4
     )
     project = pointwise(project, "project.0")
-    project_norm = batch_norm(norm, "project.1", project)
+    norm = batch_norm(norm, "project.1", project)
     part(relu, "project.2", nn.ReLU)
     part(dropout, "project.3", *DROPOUTS)
-    head = Head(tuple(branches), pool, pool_norm, project, project_norm, dropout)
+    stages = (norm, relu, dropout)
+    head = Head(tuple(branches), pooled, "cat", (), project, stages)
     check_channels(head)
     return head
 
@@ -130,6 +128,14 @@ def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
     if replaced := changed_methods(module):
         raise Unfusable(f"{at} has its {replaced[0]} replaced")
     return module  # type: ignore[return-value]
+
+
+def check_calls() -> None:
+    """Refuses what concerns every layer: global hooks, and functions that somebody replaced."""
+    if _has_any_global_hook():
+        raise Unfusable("a global module hook is registered, which must see every layer")
+    if (name := changed_function()) is not None:
+        raise Unfusable(f"{name} is replaced")
 
 
 def check_classes(*kinds: type[nn.Module] | None) -> None:
@@ -175,12 +181,15 @@ def batch_norm(module: nn.Module, at: str, conv: nn.Conv2d) -> Norm:
 
 def check_channels(head: Head) -> None:
     """Every branch reads the same channels and the projection reads all the branches."""
-    channels = head.pool.in_channels
-    for i, b in enumerate(head.branches):
-        if (b.depthwise or b.conv).in_channels != channels or b.conv.in_channels != channels:
+    channels = head.channels
+    readers = [b.depthwise or b.conv for b in head.branches]
+    readers += [] if head.pool is None else [head.pool.conv]
+    for i, conv in enumerate(readers):
+        mixes = i >= len(head.branches) or head.branches[i].conv.in_channels == channels
+        if conv.in_channels != channels or not mixes:
             raise Unfusable(f"convs.{i} does not read {channels} channels")
-    width = sum(b.conv.out_channels for b in head.branches) + head.pool.out_channels
-    if head.project.in_channels != width:
+    width = sum(head.widths) + (0 if head.pool is None else head.pool.conv.out_channels)
+    if head.project is not None and head.project.in_channels != width:
         raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
 
 
@@ -189,20 +198,22 @@ def check_tensors(head: Head) -> None:
 
     PyTorch takes norms in float32, wholly, beside convolutions in a lower precision, and no others.
     """
-    dtype = head.project.weight.dtype
+    dtype = head.weight.dtype
     for conv in head.convs():
         inputs = conv.in_channels // conv.groups
         _check_tensor(conv, "weight", (conv.out_channels, inputs, *conv.kernel_size), dtype)
         _check_tensor(conv, "bias", (conv.out_channels,), dtype)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    for norm in head.norms():
+    for norm in head.folded_norms():
         own = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         kind = wide if all(t is None or t.dtype == wide for t in own) else dtype
         for name in ("weight", "bias", "running_mean", "running_var"):
             _check_tensor(norm, name, (norm.num_features,), kind)
 
 
-def _check_tensor(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_tensor(
+    module: Conv | Norm, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     tensor: Tensor | None = getattr(module, name)
     if tensor is None:
         return

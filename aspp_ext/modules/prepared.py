@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from aspp_ext.ops import polyphase_weights
 from aspp_ext.ops.polyphase_choice import Decided
-
-from .folded import Folded
 
 BUDGET = 2**30  # bytes of one module
 ALWAYS = 2  # sizes, whatever they take: images upright and across
@@ -20,8 +20,15 @@ Size = tuple[int, int, Decided]
 """H and W of x, and what minimal filtering is allowed."""
 
 
+class Prepared(NamedTuple):
+    """What minimal filtering takes for one size of x, or None: to be made within the call."""
+
+    branches: list[Tensor] | None = None
+    project: list[Tensor] | None = None  # of a projection larger than 1x1
+
+
 class PreparedWeights:
-    """What :func:`polyphase_weights` makes of a folded copy, by the size of x.
+    """What :func:`polyphase_weights` makes of a folded pyramid, by the size of x.
 
     A size is prepared when it first comes, as long as there is room. Then those that are kept stay:
     were each newcomer to push another out, sizes that alternate would all be prepared in every
@@ -32,8 +39,8 @@ class PreparedWeights:
     may prepare the same size twice.
     """
 
-    def __init__(self, folded: Folded) -> None:
-        self._folded = folded
+    def __init__(self, weights: list[Tensor], rates: list[tuple[int, int]]) -> None:
+        self._weights, self._rates = weights, rates
         self._kept: dict[Size, list[Tensor]] = {}
         self._last: dict[Size, int] = {}  # the call in which a size, kept or not, last came
         self._bytes: dict[Size, int] = {}  # what a size took when it was prepared
@@ -55,8 +62,7 @@ class PreparedWeights:
             return None
         # Outside inference mode, as the folded copy.
         with torch.inference_mode(False), torch.no_grad():
-            weights, rates = self._folded.weights, self._folded.atrous_rates
-            made = polyphase_weights(weights, rates, height, width, polyphase=way)
+            made = polyphase_weights(self._weights, self._rates, height, width, polyphase=way)
         self._bytes[size] = sum(t.nbytes for t in made)
         if self._has_room(size):
             self._kept[size] = made

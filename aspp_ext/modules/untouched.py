@@ -96,6 +96,68 @@ def _changed_class(kind: type[nn.Module]) -> str | None:
     return _first_changed(kind, _ON_THE_WAY, methods, functools.partial(_is_of_its_class, kind))
 
 
+class Written:
+    """How a class was written at some time: of two that are the same nothing has changed since.
+
+    In another process it is how the class is written there.
+    """
+
+    def __init__(self, kind: type, seen: tuple[Any, ...]) -> None:
+        self.kind, self.seen = kind, seen
+
+    def __deepcopy__(self, memo: Any) -> Written:
+        return self
+
+    def __reduce__(self) -> Any:
+        return written, (self.kind,)
+
+
+_written: dict[type, Written] = {}
+
+
+def written(kind: type) -> Written:
+    """How a class of anybody's is written now."""
+    if torch.compiler.is_compiling():
+        _guard(kind, _guarded(kind))
+    return _as_written(kind)
+
+
+@known_when_compiling
+def _as_written(kind: type) -> Written:
+    home = sys.modules.get(kind.__module__)
+    methods = [getattr(kind, name, None) for name in (*_ON_THE_WAY, "__getattribute__")]
+    own = [m for base in kind.__mro__ if _is_users(base) for m in vars(base).values()]
+    functions = [f for f in own if isinstance(f, types.FunctionType) and not _is_tracers(f)]
+    methods = [m for m in methods if not _is_tracers(m)]
+    codes = [f.__code__ for f in (*methods, *functions) if isinstance(f, types.FunctionType)]
+    read = [f.__globals__.get(name) for f in functions for name in _names_in(f.__code__)]
+    read = [value for value in read if isinstance(value, _COMPARED)]
+    seen = (*methods, *functions, *codes, *read, *(getattr(home, n, None) for n in ("F", "torch")))
+    known = _written.get(kind)
+    if known is None or known.seen != seen:
+        known = _written[kind] = Written(kind, seen)
+    return known
+
+
+# Of what methods know by global names: flags, and functions that somebody may replace.
+_COMPARED = (bool, int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType)
+
+
+@functools.cache
+def _names_in(code: types.CodeType) -> tuple[str, ...]:
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return (*code.co_names, *(name for c in inner for name in _names_in(c)))
+
+
+def _is_users(base: type) -> bool:
+    return base.__module__.partition(".")[0] not in ("torch", "builtins", "aspp_ext")
+
+
+def _is_tracers(function: Any) -> bool:
+    home = getattr(function, "__globals__", {}).get("__name__")
+    return f"{home}.".startswith(_TRACERS)
+
+
 def changed_function() -> str | None:
     """The name of a function that the layers call and that is not PyTorch's."""
     if torch.compiler.is_compiling():

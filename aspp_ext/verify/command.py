@@ -52,7 +52,9 @@ ENGINE = ("verify", "testing", "reference.py")
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = "Without a command: what was built, what was seen here, and which implementation runs."
     parser = argparse.ArgumentParser(prog="python -m aspp_ext", description=about)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("fuse", help="shows what fuse makes of a model")  # is another module's
+    command = commands.add_parser(
         "verify",
         help="finds out which kernels are right and fast on this machine",
         description="Finds out which kernels are right and fast on this machine, goes on where an "

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is, or would be, done to each module of a model, and why."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from aspp_ext.modules.aspp import ASPP
+from aspp_ext.modules.described import DescribedForward, Description, fused_class
+from aspp_ext.modules.fused import PROGRAM, FusedForward
+from aspp_ext.modules.head import Head
+from aspp_ext.modules.parts import Unfusable, check_tensors
+from aspp_ext.modules.program import Layer, Program, Pyramid, head_of
+
+from . import observe
+from .adapters import adapter_of, path_of
+from .report import FuseEntry, in_words, shares
+from .restore import descends
+from .structure import describe, is_whole
+
+
+class Finding(NamedTuple):
+    """An entry, the module, and what makes it fused; neither where nothing is to be done."""
+
+    entry: FuseEntry
+    module: nn.Module
+    fused: type[FusedForward] | None = None
+    description: Description | None = None
+
+
+def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> list[Finding]:
+    """Every pyramid in ``model``, in the order of its modules."""
+    names = dict(model.named_modules())
+    order = {name: i for i, name in enumerate(names)}
+    given: dict[str, Any] = {}
+    if example_inputs is not None:
+        try:
+            given = observe.arguments_of(model, example_inputs)
+        except Exception as error:
+            raise ValueError(f"fuse: the model does not run on example_inputs: {error}") from error
+    found: list[Finding] = []
+    inside: set[int] = set()  # of modules that are looked after
+    for name, module in names.items():
+        if id(module) in inside:
+            continue
+        finding = _known(name, module, given.get(name))
+        if finding is not None:
+            found.append(finding)
+            inside.update(map(id, module.modules()))
+    refused: dict[Any, str | None] = {}
+    for name, module in reversed(names.items()):
+        if id(module) in inside:
+            continue
+        if not observe.may_be_pyramid(module, inside):
+            if observe.has_other_dimensions(module):
+                reason = "its convolutions are not of maps but of volumes or lines"
+                found.append(Finding(_refused(name, module, reason), module))
+                inside.update(map(id, module.modules()))
+            continue
+        finding = _by_structure(name, module, given.get(name), refused, inside)
+        if finding is None:
+            continue
+        if name and finding.description is not None and not is_whole(finding.description):
+            above = name.rpartition(".")[0]
+            finding = _joined_above(above, names[above], given.get(above), inside) or finding
+        found.append(finding)
+        inside.update(map(id, finding.module.modules()))
+    return sorted(found, key=lambda finding: order[finding.entry.name])
+
+
+def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> Finding | None:
+    """What is fused, or of a class that is known by name."""
+    kind = type(module)
+    if isinstance(module, FusedForward):
+        return Finding(_of_fused(name, module), module)
+    if is_of_an_earlier_import(module):
+        remedy = "make it anew" if descends(kind, ASPP) else "fuse it again"
+        reason = f"its class is of an aspp_ext that was imported before this one: {remedy}"
+        return Finding(FuseEntry(name, path_of(kind), True, reason), module)
+    adapter = adapter_of(module)
+    if adapter is None:
+        return None
+    if "forward" in module.__dict__:
+        return Finding(_refused(name, module, "its forward is replaced"), module)
+    fused = adapter.fused_class()
+    said: str | None = None
+    if fused is not None:
+        try:
+            head = fused.read(module)
+            check_tensors(head)
+            return Finding(_entry(name, module, False, "name", [head]), module, fused)
+        except Unfusable as refusal:
+            said = str(refusal)
+    if arguments is None and adapter.example_inputs is not None:
+        arguments = observe.to_meta(adapter.example_inputs(module))
+    try:
+        description = describe(module, arguments, deep=True)
+    except Unfusable as refusal:
+        return Finding(_refused(name, module, said or str(refusal)), module)
+    if description is None:
+        return Finding(_refused(name, module, said or "nothing in it is a pyramid"), module)
+    return _described(name, module, description)
+
+
+def _by_structure(
+    name: str,
+    module: nn.Module,
+    arguments: tuple[Any, ...] | None,
+    refused: dict[Any, Any],
+    inside: set[int],
+) -> Finding | None:
+    key = (type(module), repr(module))
+    if arguments is None and key in refused:
+        reason = refused[key]
+        return None if reason is None else Finding(_refused(name, module, reason), module)
+    reason = None
+    try:
+        if "forward" in module.__dict__:
+            raise Unfusable("its forward is replaced")
+        description = describe(module, arguments, inside)
+        if description is not None:
+            return _described(name, module, description)
+    except Unfusable as refusal:
+        reason = str(refusal)
+    refused[key] = reason
+    return None if reason is None else Finding(_refused(name, module, reason), module)
+
+
+def _joined_above(
+    name: str, module: nn.Module, arguments: tuple[Any, ...] | None, inside: set[int]
+) -> Finding | None:
+    """The module around a pyramid that is not joined, or not projected, if it does that."""
+    if not observe.may_hold_pyramid(module):
+        return None
+    try:
+        description = describe(module, arguments, inside, deep=True)
+    except Unfusable:
+        return None
+    if description is None or not is_whole(description):
+        return None
+    return _described(name, module, description)
+
+
+def _described(name: str, module: nn.Module, description: Description) -> Finding:
+    heads = _heads(module, description.program)
+    entry = _entry(name, module, False, "structure", heads, description.program)
+    return Finding(entry, module, fused_class(type(module)), description)
+
+
+def _heads(module: nn.Module, program: Program) -> list[Head]:
+    return [head_of(module, step) for step in program.steps if isinstance(step, Pyramid)]
+
+
+def _entry(
+    name: str,
+    module: nn.Module,
+    fused: bool,
+    recognised: str,
+    heads: list[Head],
+    program: Program | None = None,
+) -> FuseEntry:
+    source = module.original if isinstance(module, FusedForward) else type(module)
+    layers = [] if program is None else [s.path for s in program.steps if isinstance(s, Layer)]
+    left = ", ".join(dict.fromkeys(layers))
+    return FuseEntry(
+        *(name, path_of(source), fused, None, recognised),
+        *(in_words(heads), left, shares(heads)),
+    )
+
+
+def _refused(name: str, module: nn.Module, reason: str) -> FuseEntry:
+    return FuseEntry(name, path_of(type(module)), False, reason)
+
+
+def _of_fused(name: str, module: FusedForward) -> FuseEntry:
+    ours = isinstance(module, ASPP)
+    source = path_of(type(module) if ours else module.original)
+    described = isinstance(module, DescribedForward)
+    recognised = "structure" if described else "name"
+    try:
+        if isinstance(module, DescribedForward):
+            heads = type(module).heads(module)
+        else:
+            heads = [type(module).read(module)]
+        for head in heads:
+            check_tensors(head)
+    except Unfusable as refusal:
+        return FuseEntry(name, source, True, str(refusal), recognised)
+    for cache in module.folded_copies():
+        if not cache.in_range:
+            reason = f"{cache.dtype} cannot hold the products of its norms and weights"
+            return FuseEntry(name, source, True, reason, recognised)
+    program = module.__dict__[PROGRAM].program if described else None
+    return _entry(name, module, True, recognised, heads, program)._replace(kind=source)
+
+
+def is_of_an_earlier_import(module: nn.Module) -> bool:
+    """Whether it is fused by an ``aspp_ext`` that was imported before this one."""
+    return descends(type(module), FusedForward) and not isinstance(module, FusedForward)

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which modules of a model may hold a pyramid: those whose convolutions read one and the same map.
+
+A copy without memory runs, on the meta device, and each convolution's input is looked at. That
+takes milliseconds and touches neither the model nor its random numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from aspp_ext.modules.parts import Unfusable
+
+SIZES = (64, 96)  # of made-up maps, which encoders can halve
+_NO_FORWARD = nn.Module.forward
+
+
+class Candidate(NamedTuple):
+    """A module that may be a pyramid, with arguments that it takes."""
+
+    name: str
+    module: nn.Module
+    arguments: tuple[Any, ...]  # on the meta device
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without hooks whose tensors have no memory, those of floating numbers in float32.
+
+    Raises:
+        Exception: whatever a part that cannot be copied raises.
+    """
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        for name in _HOOKS:  # of anybody's, who would be called for nothing
+            memo[id(getattr(m, name))] = OrderedDict()
+        for p in m._parameters.values():
+            if p is not None and id(p) not in memo:
+                memo[id(p)] = nn.Parameter(_on_meta(p), p.requires_grad)
+        for b in m._buffers.values():
+            if b is not None and id(b) not in memo:
+                memo[id(b)] = _on_meta(b)
+    return copy.deepcopy(module, memo)
+
+
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return t.detach().to("meta", torch.float32 if t.is_floating_point() else t.dtype)
+
+
+def may_be_pyramid(module: nn.Module, apart: Collection[int] = ()) -> bool:
+    """Whether at least two of its parts have convolutions of as many channels, one of them atrous,
+    and it is not known to be their sequence. Modules of the ids ``apart`` do not count."""
+    if not may_hold_pyramid(module):
+        return False
+    seen: list[set[int]] = []
+    atrous = False
+    for part in _parts(module):
+        found = [f for m in part if id(m) not in apart for f in _convolutions(m)]
+        atrous = atrous or any(looks_around for _, looks_around in found)
+        seen.append({channels for channels, _ in found})
+    return atrous and any(a & b for i, a in enumerate(seen) for b in seen[:i])
+
+
+def may_hold_pyramid(module: nn.Module) -> bool:
+    """Whether it has a forward in which parts may read one map: those of a Sequential do not."""
+    return type(module).forward not in (_NO_FORWARD, nn.Sequential.forward, nn.Conv2d.forward)
+
+
+def looks_like_pyramid(module: nn.Module) -> bool:
+    """Whether two of its parts have atrous convolutions of as many channels, at other rates."""
+    seen = [
+        {
+            (c.in_channels, tuple(c.dilation))
+            for c in part
+            if isinstance(c, nn.Conv2d) and any(around for _, around in _convolutions(c))
+        }
+        for part in _parts(module)
+    ]
+    pairs = ((a, b) for i, one in enumerate(seen) for two in seen[:i] for a in one for b in two)
+    return any(a[0] == b[0] and a[1] != b[1] for a, b in pairs)
+
+
+def has_other_dimensions(module: nn.Module) -> bool:
+    """Whether it looks like a pyramid of volumes or of lines."""
+    seen = [
+        {(c.in_channels, tuple(c.dilation)) for c in part if isinstance(c, nn.Conv1d | nn.Conv3d)}
+        for part in _parts(module)
+    ]
+    rates = {rate for some in seen for _, rate in some}
+    counts = Counter(channels for some in seen for channels in {c for c, _ in some})
+    several = len(rates) > 2 and max(counts.values(), default=0) > 2
+    return several and may_hold_pyramid(module)
+
+
+def _parts(module: nn.Module) -> Iterator[Iterable[nn.Module]]:
+    """Its children, those of lists of modules, and parameters of its own."""
+    for child in module.children():
+        # A ModuleList, or a Sequential, of which some call the parts themselves.
+        if type(child).forward in (_NO_FORWARD, nn.Sequential.forward):
+            yield from _parts(child)
+        else:
+            yield child.modules()
+    own = [p for p in module._parameters.values() if p is not None and p.dim() == 4]
+    for parameter in own:
+        yield [_Bare(parameter)]
+
+
+class _Bare(nn.Module):
+    """A holder of one parameter."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        super().__init__()
+        self.parameter = parameter
+
+
+def _convolutions(module: nn.Module) -> Iterator[tuple[int, bool]]:
+    """(input channels, whether it looks around with a rate) of those that keep the map's size."""
+    if isinstance(module, nn.Conv2d):
+        if tuple(module.stride) == (1, 1):
+            pairs = zip(module.kernel_size, module.dilation, strict=True)
+            yield module.in_channels, any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+    elif not isinstance(module, nn.modules.conv._ConvNd):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 4:  # at any rate
+                yield parameter.shape[1], max(parameter.shape[2:]) > 1
+
+
+class _Watch(TorchFunctionMode):
+    """Notes what each 2-d convolution reads."""
+
+    def __init__(self, module: nn.Module, apart: Collection[int], deep: bool) -> None:
+        super().__init__()
+        self.part_of = {
+            id(p): i
+            for i, part in enumerate([[m] for m in module.modules()] if deep else _parts(module))
+            for m in part
+            for p in m._parameters.values()
+            if p is not None and id(p) not in apart
+        }
+        self.read: list[tuple[Tensor, int, bool]] = []  # input, which part, atrous
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        keywords = keywords or {}
+        if function in (F.conv2d, torch.conv2d):
+            names = ("input", "weight", "bias", "stride", "padding", "dilation")
+            given = dict(zip(names, arguments, strict=False)) | keywords
+            x, weight = given.get("input"), given.get("weight")
+            stride, dilation = given.get("stride", 1), given.get("dilation", 1)
+            part = self.part_of.get(id(weight))
+            if isinstance(x, Tensor) and part is not None and _pair(stride) == (1, 1):
+                pairs = zip(weight.shape[2:], _pair(dilation), strict=True)
+                atrous = any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+                self.read.append((x, part, atrous))
+        return function(*arguments, **keywords)
+
+    def siblings(self) -> int:
+        """How many atrous ones, at most, have read one map that another part has read, too."""
+        together: dict[int, list[tuple[int, bool]]] = {}
+        for x, part, atrous in self.read:
+            together.setdefault(id(x), []).append((part, atrous))
+        several = [found for found in together.values() if len({part for part, _ in found}) > 1]
+        return max((sum(atrous for _, atrous in found) for found in several), default=0)
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+def siblings(
+    twin: nn.Module, arguments: Sequence[Any], apart: Collection[int] = (), *, deep: bool = False
+) -> int:
+    """How many atrous convolutions read one map, in a run of ``twin`` on the meta device.
+
+    Args:
+        twin: a copy on the meta device.
+        arguments: of its forward.
+        apart: ids of weights whose convolutions do not count.
+        deep: whether those in one part of it count, which is a candidate on its own.
+
+    Returns:
+        The number, or 0 where no other convolution reads the map.
+
+    Raises:
+        Unfusable: they do, but the run leaves traces in the module: a count, a setting.
+        Exception: whatever the run raises, where they have not by then.
+    """
+    watch, before = _Watch(twin, apart, deep), _attributes(twin)
+    with torch.no_grad(), warnings.catch_warnings(), _assignments(twin) as assigned:
+        warnings.simplefilter("ignore")
+        try:
+            with watch:
+                twin.eval()(*arguments)
+        except Exception:
+            if not watch.siblings():
+                raise
+        if not watch.siblings():
+            return 0
+        assigned.clear()
+        for training in (False, True):
+            twin.train(training)
+            assigned.clear()
+            with contextlib.suppress(Exception):  # where it cannot train on nothing
+                twin(*arguments)
+            if assigned:
+                raise Unfusable(f"its forward sets {assigned[0]}")
+    changed = _attributes(twin)
+    for name in {**before, **changed}:
+        if before.get(name) != changed.get(name):
+            raise Unfusable(f"its forward changes {name}")
+    return watch.siblings()
+
+
+@contextlib.contextmanager
+def _assignments(twin: nn.Module) -> Iterator[list[str]]:
+    """The names of attributes of its modules that are set meanwhile."""
+    names: list[str] = []
+    plain, own = nn.Module.__setattr__, set(map(id, twin.modules()))
+
+    def noting(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in own:
+            names.append(name)
+        plain(module, name, value)
+
+    nn.Module.__setattr__ = noting  # type: ignore[method-assign, assignment]
+    try:
+        yield names
+    finally:
+        nn.Module.__setattr__ = plain  # type: ignore[method-assign]
+
+
+def _attributes(twin: nn.Module) -> dict[str, Any]:
+    """Of each module what it has, but flags: a forward may fill a list."""
+    found: dict[str, Any] = {}
+    for path, module in twin.named_modules():
+        for key, value in vars(module).items():
+            if key != "training":
+                held = isinstance(value, (list, dict, set))
+                kept = (type(value), len(value)) if held else (type(value), id(value))
+                found[f"{path}.{key}" if path else key] = kept
+    return found
+
+
+def made_up(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Features that the module may take: one map, of the channels that a convolution reads."""
+    convs = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+    bare = (c for m in module.modules() for c, _ in _convolutions(m))
+    wide = dict.fromkeys([*convs, *bare])
+    for channels in wide:
+        yield (torch.empty((2, channels, *SIZES), dtype=torch.float32, device="meta"),)
+
+
+def to_meta(arguments: Any) -> Any:
+    """Arguments without their memory, floating numbers in float32."""
+    return tree_map(lambda x: _on_meta(x) if isinstance(x, Tensor) else x, arguments)
+
+
+def arguments_of(model: nn.Module, example_inputs: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+    """What the modules of ``model`` are called with, by their names, where that is maps by place.
+
+    Raises:
+        Exception: whatever a run of a copy on the meta device raises.
+    """
+    twin = on_meta(model).eval()
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            if not keywords:
+                found.setdefault(name, arguments)
+
+        return hook
+
+    for name, module in twin.named_modules():
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+    moved = tree_map(
+        lambda x: x.detach().to("meta") if isinstance(x, Tensor) else x, example_inputs
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin(*moved)
+    return found

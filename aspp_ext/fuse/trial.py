@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A description is tried before it is believed: twins with random parameters compute the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from aspp_ext.modules.described import Description, fused_class
+from aspp_ext.modules.fused import PROGRAM
+from aspp_ext.modules.parts import Unfusable
+
+LIMIT = 1e-7  # of a difference, beside the largest value; rounding makes 1e-13
+_LONGEST = 24  # of the maps' sides: a rate above it leaves the centre tap
+
+
+def try_out(twin: nn.Module, description: Description, arguments: tuple[Any, ...]) -> None:
+    """Compare values, gradients and buffers of ``twin``, on the meta device, and its fused form.
+
+    Raises:
+        Unfusable: they differ.
+    """
+    with _generators():
+        plain = _alive(twin)
+        fused = copy.deepcopy(plain)
+        fused.__dict__[PROGRAM] = description
+        fused.__class__ = fused_class(type(plain))
+        # Long and narrow, so that taps of most rates are met and wide modules take no seconds.
+        long = _length(twin)
+        of_eval = ((2, 3, long), (1, 1, 5), (1, 5, 1), (1, 5, 3))
+        for training, shapes in ((False, of_eval), (True, ((2, long, 3), (1, 3, 5)))):
+            for module in (plain, fused):
+                module.train(training)
+            for shape in shapes:
+                _both(plain, fused, _random(arguments, shape), training)
+
+
+def _random(arguments: tuple[Any, ...], shape: tuple[int, int, int]) -> tuple[Any, ...]:
+    n, h, w = shape
+    return tree_map(lambda x: torch.randn(n, x.shape[1], h, w, dtype=torch.double), arguments)
+
+
+def _both(plain: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
+    mode = "training mode" if training else "eval mode"
+    results: list[dict[str, Tensor]] = []
+    for module in (plain, fused):
+        try:
+            results.append(_run(module, inputs, training))
+        except Exception as error:
+            if module is plain and _are_few(inputs):
+                return  # of which a norm may make nothing
+            raise Unfusable(f"it does not run on random maps, in {mode}: {error}") from error
+    expected, got = results
+    _compare(expected, got, mode)
+
+
+@contextmanager
+def _generators() -> Iterator[None]:
+    """Leaves random numbers, and what tracks gradients, as they were."""
+    drawn = random.getstate()
+    with torch.random.fork_rng([]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    random.setstate(drawn)
+
+
+def _alive(twin: nn.Module) -> nn.Module:
+    """A copy in memory, in float64, with values of the usual sizes."""
+    alive = copy.deepcopy(twin).to_empty(device="cpu")
+    for module in alive.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            parameter.data = parameter.data.double()
+            inputs = math.prod(parameter.shape[1:])
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, inputs**-0.5)
+            else:
+                parameter.data.uniform_(0.5, 1.5)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=torch.double).uniform_(
+                    0.5, 1.5
+                )
+            elif buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    return alive
+
+
+def _length(twin: nn.Module) -> int:
+    """That most rates fit in."""
+    rates = [max(m.dilation) for m in twin.modules() if isinstance(m, nn.Conv2d)]
+    return min(max([7, *(r + 2 for r in rates)]), _LONGEST)
+
+
+def _run(module: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    random.seed(1)
+    with torch.set_grad_enabled(training):
+        leaves, structure = tree_flatten(inputs)
+        leaves = [x.clone().requires_grad_(training) for x in leaves]
+        results, _ = tree_flatten(module(*torch.utils._pytree.tree_unflatten(leaves, structure)))
+        found = {f"result {i}": r.detach() for i, r in enumerate(results)}
+        if training:
+            for p in module.parameters():
+                p.grad = None
+            total = sum((r * torch.randn(r.shape, dtype=r.dtype)).sum() for r in results)
+            if isinstance(total, Tensor) and total.requires_grad:
+                total.backward()
+            for i, leaf in enumerate(leaves):
+                found[f"gradient of input {i}"] = _given(leaf.grad)
+            for name, p in module.named_parameters():
+                found[f"gradient of {name}"] = _given(p.grad)
+    found.update((name, b.clone()) for name, b in module.named_buffers())
+    return found
+
+
+def _given(grad: Tensor | None) -> Tensor:
+    return torch.zeros(()) if grad is None else grad
+
+
+def _are_few(inputs: tuple[Any, ...]) -> bool:
+    return any(x.shape[0] == 1 or 1 in x.shape[2:] for x in tree_flatten(inputs)[0])
+
+
+def _compare(plain: dict[str, Tensor], fused: dict[str, Tensor], mode: str) -> None:
+    largest = max((v.abs().max().item() for v in plain.values() if v.numel()), default=0.0)
+    for name, value in plain.items():
+        other = fused.get(name)
+        if other is None or other.shape != value.shape or other.dtype != value.dtype:
+            raise Unfusable(f"what was read of its forward gives another {name} in {mode}")
+        if not value.numel():
+            continue
+        # A gradient that a norm cancels is rounding alone.
+        size = max(value.abs().max().item(), 1e-3 * largest)
+        if not (other - value).abs().max().item() <= LIMIT * size:
+            raise Unfusable(f"what was read of its forward gives another {name} in {mode}")
