@@ -25,10 +25,6 @@ CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 # Pyramids of the zoo that are left alone, and what is said of them; "" where nothing is.
 LEFT = {
     "detectron2_pool_window": "example_inputs may help",
-    "panoptic_deeplab_pool_window": "decides by the sizes",
-    "deeplab2_pool_window": "decides by the sizes",
-    "window_of_map_size": "decides by the sizes",
-    "norm_cumulative": "decides by the values",
     "separable_multiplier": "can be taken together",
     "depthwise_only": "can be taken together",
     "grouped": "can be taken together",

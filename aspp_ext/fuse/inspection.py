@@ -13,8 +13,9 @@ from aspp_ext.modules.fused import PROGRAM, FusedForward
 from aspp_ext.modules.head import Head
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.modules.program import Layer, Program, Pyramid, head_of
+from aspp_ext.modules.siblings import GROUPING
 
-from . import observe
+from . import floor, observe
 from .adapters import adapter_of, path_of
 from .report import FuseEntry, in_words, shares
 from .restore import descends
@@ -22,12 +23,14 @@ from .structure import describe, is_whole
 
 
 class Finding(NamedTuple):
-    """An entry, the module, and what makes it fused; neither where nothing is to be done."""
+    """An entry, the module, and what makes it fused, if anything is to be done: a class, with a
+    description if it is ours, or convolutions to be switched."""
 
     entry: FuseEntry
     module: nn.Module
     fused: type[FusedForward] | None = None
     description: Description | None = None
+    plan: floor.Plan | None = None
 
 
 def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> list[Finding]:
@@ -73,6 +76,8 @@ def inspect(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
 def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> Finding | None:
     """What is fused, or of a class that is known by name."""
     kind = type(module)
+    if GROUPING in vars(module):
+        return Finding(floor.entry_of(name, path_of(kind), module), module)
     if isinstance(module, FusedForward):
         return Finding(_of_fused(name, module), module)
     if is_of_an_earlier_import(module):
@@ -138,12 +143,16 @@ def _joined_above(
         description = describe(module, arguments, inside, deep=True)
     except Unfusable:
         return None
-    if description is None or not is_whole(description):
+    if not isinstance(description, Description) or not is_whole(description):
         return None
     return _described(name, module, description)
 
 
-def _described(name: str, module: nn.Module, description: Description) -> Finding:
+def _described(name: str, module: nn.Module, description: Description | floor.Plan) -> Finding:
+    if isinstance(description, floor.Plan):
+        groups = [list(map(module.get_submodule, paths)) for paths in description.groups]
+        entry = floor.entry(name, path_of(type(module)), False, groups, description.left)
+        return Finding(entry, module, plan=description)
     heads = _heads(module, description.program)
     entry = _entry(name, module, False, "structure", heads, description.program)
     return Finding(entry, module, fused_class(type(module)), description)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from aspp_ext.modules.described import Description
-from aspp_ext.modules.parts import Unfusable, check_calls
+from aspp_ext.modules.described import Description, become
+from aspp_ext.modules.parts import Unfusable, Unread, check_calls
 from aspp_ext.modules.program import Layer, Operator, Program, Pyramid
 from aspp_ext.modules.snapshot import check, take
 
+from . import floor
 from .match import program_of
 from .observe import looks_like_pyramid, made_up, on_meta, siblings
 from .trace import trace
@@ -25,8 +26,9 @@ def describe(
     apart: Collection[int] = (),
     *,
     deep: bool = False,
-) -> Description | None:
-    """What ``module`` computes, or None if there is no pyramid in it.
+) -> Description | floor.Plan | None:
+    """What ``module`` computes, or where its forward cannot be read the convolutions of one map in
+    it, or None if there is no pyramid in it.
 
     Args:
         module: any.
@@ -67,13 +69,15 @@ def describe(
     try:
         traced = trace(twin, arguments, whole)
         program = program_of(traced, module)
-    except Unfusable:
+    except Unfusable as reason:
         if atrous == 1:  # a block with a shortcut, most often
             return None
+        if isinstance(reason, Unread):
+            return floor.plan(module, twin, arguments, whole, str(reason))
         raise
     description = Description(program, take(module, called(program)))
     check(module, description.snapshot)
-    try_out(twin, description, arguments)
+    try_out(twin, lambda copied: become(copied, description), arguments)
     return description
 
 

@@ -125,6 +125,12 @@ def _made_class(original: Any) -> Any:
     return types.new_class(name, (DescribedForward, original), {}, fill)
 
 
+def become(module: nn.Module, description: Description) -> None:
+    """Make ``module`` fused, in place."""
+    module.__class__ = fused_class(type(module))
+    vars(module)[PROGRAM] = description
+
+
 def _revive(original: type[nn.Module]) -> DescribedForward:
     kind = fused_class(original)
     return kind.__new__(kind)

@@ -83,7 +83,7 @@ class FusedForward(nn.Module):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "original" in vars(cls):
-            cls.forward = _forward_like(cls.original)
+            cls.forward = forward_like(cls.original)
 
     def compute(self, x: Tensor) -> Tensor:
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
@@ -188,7 +188,7 @@ class FusedForward(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def _forward_like(original: type[nn.Module]) -> Any:
+def forward_like(original: type[nn.Module]) -> Any:
     """``forward`` of a fused class, for TorchScript the original's.
 
     TorchScript compiles the source that ``__wrapped__`` leads to, with the names that the function
