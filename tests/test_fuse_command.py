@@ -60,7 +60,7 @@ class Group:
 
 
 def words(capsys) -> str:
-    return " ".join(re.sub(r"[─━│┃┏┓┗┛┡┩┳┻╇┴┬└┘┌┐├┤┼]", " ", capsys.readouterr().out).split())
+    return " ".join(re.sub(r"[\u2500-\u257f]", " ", capsys.readouterr().out).split())
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("torchvision"), reason="needs torchvision")

@@ -20,8 +20,6 @@ from tests.zoo.look_alikes import LOOK_ALIKES
 from tests.zoo.packages import REAL
 from tests.zoo.rebuilt import REBUILT
 
-CLOSE = {"rtol": 1e-8, "atol": 1e-10}
-
 # Pyramids of the zoo that are left alone, and what is said of them; "" where nothing is.
 LEFT = {
     "detectron2_pool_window": "example_inputs may help",
