@@ -110,13 +110,13 @@ class Ours(Eager):
         return super().convert(module.to_ours())
 
     def keep(self, converted: nn.Module, x: Tensor) -> int:
-        from aspp_ext.modules.fused import FusedForward
+        from aspp_ext.modules.fused import FusedModule
 
-        if not isinstance(converted, FusedForward) or converted.training:
+        if not isinstance(converted, FusedModule) or converted.training:
             return 0
         with torch.no_grad():
             converted(x)
-        return converted._kept_bytes()
+        return sum(cache.prepared_bytes for cache in converted.folded_copies())
 
 
 class Compiled:

@@ -167,8 +167,8 @@ def test_a_subclass_is_not_the_class_that_is_known() -> None:
     ids=["classes", "names"],
 )
 def test_a_fused_class(source: Any, fused: Any) -> None:
-    with pytest.warns(UserWarning, match="decides by the sizes"):
-        fuse(Window())
+    (entry,) = fuse_report(Window())
+    assert entry.recognised == "siblings"
     register_adapter(source, fused)
     ours = check(Window, one_map)
     assert type(ours) is FusedWindow
@@ -181,9 +181,9 @@ def test_what_a_fused_class_refuses_is_said() -> None:
     register_adapter(Window, FusedWindow)
     module = Window()
     module.branches[1][2] = nn.GELU()
-    with pytest.warns(UserWarning, match=r"branches\.1\.2 is a GELU, not a ReLU"):
-        fuse(module)
-    assert type(module) is Window
+    (entry,) = fuse_report(fuse(module))
+    assert (type(module), entry.recognised) == (Window, "siblings")
+    assert entry.left == "branches.1.2 is a GELU, not a ReLU"
 
 
 def test_the_last_one_said_counts() -> None:

@@ -145,12 +145,42 @@ def test_models_with_parts_that_cannot_be_read() -> None:
     scripted = nn.Sequential(torch.jit.script(nn.Sequential(nn.ReLU())))
     assert fuse(scripted, strict=False) is scripted
 
-    class Named(Plain):
-        def compute(self) -> None:
+
+class Named(Plain):
+    """Names that a fused class might have wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache, self._way, self.original = {}, 3, "a word"
+
+    def read(self) -> str:
+        return "read"
+
+    def describe(self) -> str:
+        return f"{self.read()}, {self.compute()}"
+
+    def compute(self) -> str:
+        return self.original
+
+
+def test_a_module_keeps_its_names() -> None:
+    fused = fuse(Named())
+    assert [e.reason for e in fuse_report(fused)] == [None]
+    assert fused.describe() == "read, a word"
+    assert copy.deepcopy(fused).describe() == "read, a word"
+
+
+def test_names_of_the_fused_classes_own() -> None:
+    class Settled(Plain):
+        def drop_folded(self) -> None:
             pass
 
-    with pytest.warns(UserWarning, match="it has a compute of its own"):
-        fuse(Named())
+    class Original(Plain):
+        original = 3
+
+    for kind, name in ((Settled, "drop_folded"), (Original, "original")):
+        with pytest.warns(UserWarning, match=f"it has a {name} of its own"):
+            fuse(kind())
 
 
 def test_example_inputs_of_one_image_and_of_the_model_s_dtype() -> None:

@@ -32,7 +32,7 @@ from torch import nn
 
 from aspp_ext.fuse import fuse, fuse_report, unfuse
 from aspp_ext.modules import ASPP
-from aspp_ext.modules.fused import FusedForward
+from aspp_ext.modules.fused import FusedModule
 
 
 def torchvision_model() -> nn.Module:
@@ -94,7 +94,7 @@ def test_whole_model(case: tuple) -> None:
     assert model.get_submodule(name) is aspp
     assert type(aspp) is not kind
     assert isinstance(aspp, kind)
-    assert isinstance(aspp, FusedForward)
+    assert isinstance(aspp, FusedModule)
     assert [(e.name, e.fused, e.reason) for e in fuse_report(model)] == [(name, True, None)]
     assert list(model.state_dict()) == list(original.state_dict())
     assert dict(model.named_parameters()).keys() == parameters.keys()
@@ -306,7 +306,7 @@ def test_what_a_name_does_not_cover_is_read_by_structure(change: str) -> None:
 def check_by_structure(original: nn.Module) -> None:
     original = original.double()
     module = fuse(copy.deepcopy(original))
-    assert isinstance(module, FusedForward)
+    assert isinstance(module, FusedModule)
     assert [e.recognised for e in fuse_report(module)] == ["structure"]
     x = features()
     assert_all_close(train_step(module, x), train_step(original, x), **TIGHT)

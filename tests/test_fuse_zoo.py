@@ -23,10 +23,6 @@ from tests.zoo.rebuilt import REBUILT
 # Pyramids of the zoo that are left alone, and what is said of them; "" where nothing is.
 LEFT = {
     "detectron2_pool_window": "example_inputs may help",
-    "panoptic_deeplab_pool_window": "decides by the sizes",
-    "deeplab2_pool_window": "decides by the sizes",
-    "window_of_map_size": "decides by the sizes",
-    "norm_cumulative": "decides by the values",
     "separable_multiplier": "can be taken together",
     "depthwise_only": "can be taken together",
     "grouped": "can be taken together",
@@ -36,6 +32,10 @@ LEFT = {
     "channels_last_caller": "",
     "with_coordinates": "example_inputs may help",
 }
+
+# Of which the convolutions alone are.
+SIBLINGS = {"window_of_map_size", "norm_cumulative"}
+SIBLINGS |= {"deeplab2_pool_window", "panoptic_deeplab_pool_window"}
 
 # Look-alikes of which a part is a pyramid and is fused, or all is whatever else happens.
 FUSED = {"fallback", "optional_argument", "cast_inside", "straight_through", "stubbed"}
@@ -148,6 +148,7 @@ def test_pyramids(name: str) -> None:
     elif name not in LEFT:
         assert any(entry.fused for entry in report), report
         assert all(entry.reason is None for entry in report), report
+        assert (name in SIBLINGS) is any(entry.recognised == "siblings" for entry in report)
     else:
         assert not any(entry.fused for entry in report), report
         said = [entry.reason for entry in report]

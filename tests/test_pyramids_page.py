@@ -27,7 +27,7 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "pyramids.md").read_text()
-RESULTS = ("by name", "by structure", "part: ", "left alone: ")
+RESULTS = ("by name", "by structure", "as siblings", "part: ", "left alone: ")
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 TABLES: dict[str, tuple[str, Collection[str]]] = {
@@ -76,6 +76,7 @@ def test_each_result_is_what_the_zoo_s_tests_ask_for(title: str) -> None:
         assert result.startswith(RESULTS), result
         for name in names:
             assert result.startswith("left alone") is left_alone(title, name), name
+            assert result.startswith("as siblings") is (name in zoo.SIBLINGS), name
             said = zoo.LEFT.get(name)
             if title != "Classes of packages" and said is not None:
                 assert (said or "nothing is said") in result, name
@@ -129,12 +130,18 @@ def test_an_adapter_with_a_fused_class_runs(registered, monkeypatch) -> None:
     assert "branches.0.2 is a GELU" in aspp_ext.fuse_report(pyramid)[0].reason
 
 
-@pytest.mark.parametrize(("snippet", "made"), [(0, "Head"), (1, "Pyramid")])
-def test_the_classes_need_their_adapters(registered, monkeypatch, snippet: int, made: str) -> None:
-    names = run_snippet(SNIPPETS[snippet], monkeypatch)
-    adapters.ADAPTERS.pop(f"snippet_of_the_page:{made}")
+def test_a_list_needs_its_adapter(registered, monkeypatch) -> None:
+    names = run_snippet(SNIPPETS[0], monkeypatch)
+    adapters.ADAPTERS.pop("snippet_of_the_page:Head")
     with pytest.warns(UserWarning, match="left these modules as they were"):
-        aspp_ext.fuse(names[made]())
+        aspp_ext.fuse(names["Head"]())
+
+
+def test_a_window_gains_by_its_adapter(registered, monkeypatch) -> None:
+    names = run_snippet(SNIPPETS[1], monkeypatch)
+    adapters.ADAPTERS.pop("snippet_of_the_page:Pyramid")
+    (entry,) = aspp_ext.fuse_report(names["Pyramid"]())
+    assert entry.recognised == "siblings"
 
 
 @pytest.mark.skipif(tomllib is None, reason="needs tomllib")

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from aspp_ext.fuse import fuse, fuse_report, unfuse
 from aspp_ext.modules import ASPP, freeze
-from aspp_ext.modules.fused import FusedForward
+from aspp_ext.modules.fused import FusedModule
 
 quiet = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 
@@ -172,7 +172,7 @@ def test_unfuse_reaches_through_classes_made_at_run_time(make) -> None:
     model = nn.Sequential(copy.deepcopy(plain), copy.deepcopy(plain))
     fuse(model)
     kinds = [type(wrapped(m)) for m in model]
-    assert all(isinstance(m, FusedForward) for m in model)
+    assert all(isinstance(m, FusedModule) for m in model)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         x = torch.randn(1, CHANNELS, 5, 6)
@@ -180,7 +180,7 @@ def test_unfuse_reaches_through_classes_made_at_run_time(make) -> None:
         unfuse(model)
         assert torch.equal(model[0](x), plain(x))
     for module, kind in zip(model, kinds, strict=True):
-        assert not isinstance(module, FusedForward)
+        assert not isinstance(module, FusedModule)
         assert isinstance(module, (Sharded, type(plain)))
         assert type(module).__name__ == f"FSDP{type(plain).__name__}" != kind.__name__
         assert module.reshard() == f"FSDP{type(plain).__name__} resharded"
@@ -195,7 +195,7 @@ def test_unfuse_keeps_a_parametrization(make) -> None:
     parametrize.register_parametrization(model, "scale", nn.Identity())
     assert type(model).__name__ == "ParametrizedFusedASPP"
     unfuse(model)
-    assert not isinstance(model, FusedForward)
+    assert not isinstance(model, FusedModule)
     assert parametrize.is_parametrized(model, "scale")
     assert torch.equal(model.scale, torch.ones(2))
 
@@ -275,8 +275,8 @@ def test_a_class_inside_another_or_made_anew_is_somebodys(monkeypatch) -> None:
     model = fuse(torchvision_aspp())
 
     class Inner(type(model)):
-        def compute(self, x):
-            return super().compute(x) + 1
+        def fused_forward(self, x):
+            return super().fused_forward(x) + 1
 
     here = sys.modules[__name__]
     outer, other = type("Outer", (), {}), type("Inner", (), {})

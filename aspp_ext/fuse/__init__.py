@@ -15,15 +15,17 @@ from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.described import DescribedForward
-from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedForward
+from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedModule
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable
+from aspp_ext.modules.siblings import GROUPING, SiblingConv2d, resume
 from aspp_ext.ops.checks import check_flag, check_module, shown
 
+from . import floor
 from .adapters import ADAPTERS, Adapter, register_adapter
 from .inspection import Finding, inspect, is_of_an_earlier_import
 from .report import FuseEntry, FuseReport
-from .restore import descends, restore
+from .restore import descends, is_ours, restore, restore_siblings
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,11 +49,13 @@ def fuse(
     module in which convolutions read one map, one of them atrous, the forward is read by
     ``torch.export``, in eval and in training mode, for maps of any size: its branches, norms,
     activations, concatenation or sum, image pooling and projection are computed together, and what
-    else there is stays as it is. What was read is tried out on random numbers first. A module that
-    decides by the sizes or values of its maps, changes something in its forward, has hooks on its
-    layers, or computes anything that is not understood, is left alone with a warning that says why.
-    Fusing twice is the same as fusing once, unless a module has been changed since: then it is read
-    anew.
+    else there is stays as it is. What was read is tried out on random numbers first. Where export
+    cannot read a forward, as it makes numbers of sizes for instance, the forward stays, and those
+    of its ``nn.Conv2d`` that read one map become siblings, of which the first that is called
+    computes for all (:mod:`aspp_ext.modules.siblings`). A module that decides by the sizes or
+    values of its maps, changes something in its forward, has hooks on its layers, or computes
+    anything that is not understood, is left alone with a warning that says why. Fusing twice is the
+    same as fusing once, unless a module has been changed since: then it is read anew.
 
     Changes of parameters are noticed however they are made. In eval mode that takes time in each
     call, on the CPU to read the parameters once, elsewhere to fold the norms anew:
@@ -107,11 +111,17 @@ def fuse(
             vars(module).update({key: state[key] for key in SETTINGS if key in state})
             if finding.description is not None:
                 vars(module)[PROGRAM] = finding.description
+        elif finding.plan is not None:
+            _, state = before.pop(id(module), (None, {}))
+            floor.apply(module, finding.plan)
+            floor.set_polyphase(module, state.get("polyphase", True))
         else:  # whatever is in the way may go again
             _put_back(module, before)
-        if settings and isinstance(module, FusedForward):
+        if settings and isinstance(module, FusedModule):
             module.drop_folded()
             vars(module).update(settings)
+        elif polyphase is not None:
+            floor.set_polyphase(module, polyphase)
     _tell_of_verify(model)
     refused = [f.entry for f in findings if f.entry.reason is not None]
     if refused:
@@ -133,7 +143,12 @@ def _restore_what_has_changed(model: nn.Module) -> dict[int, tuple[Any, dict[str
     before: dict[int, tuple[Any, dict[str, Any]]] = {}
     for module in model.modules():
         state = {k: v for k, v in vars(module).items() if k in (*SETTINGS, PROGRAM)}
-        if is_of_an_earlier_import(module) and not descends(type(module), ASPP):
+        if GROUPING in vars(module):
+            try:
+                floor.check(module)
+            except Unfusable:
+                before[id(module)] = (None, restore_siblings(module))
+        elif is_of_an_earlier_import(module) and not descends(type(module), ASPP):
             before[id(module)] = (None, state)
             restore(module)
         elif isinstance(module, DescribedForward):
@@ -147,7 +162,9 @@ def _restore_what_has_changed(model: nn.Module) -> dict[int, tuple[Any, dict[str
 
 def _put_back(module: Any, before: dict[int, tuple[Any, dict[str, Any]]]) -> None:
     kind, state = before.pop(id(module), (None, {}))
-    if kind is not None:
+    if GROUPING in state:
+        resume(module, state[GROUPING])
+    elif kind is not None:
         module.__class__ = kind
         vars(module).update(state)
 
@@ -163,7 +180,7 @@ def _report(findings: list[Finding]) -> FuseReport:
 
 def _tell_of_verify(model: nn.Module) -> None:
     """Where the model lies on a GPU whose kernels nobody has tried, once in a process."""
-    fused = (m for m in model.modules() if isinstance(m, FusedForward))
+    fused = (m for m in model.modules() if isinstance(m, (FusedModule, SiblingConv2d)))
     devices = {p.device for module in fused for p in module.parameters() if p.is_cuda}
     if _native.cuda_missing is not None and _triton.missing is not None:
         return
@@ -188,7 +205,8 @@ def unfuse(model: Model) -> Model:
     left = []
     for name, module in model.named_modules():
         kind = type(module)
-        if not descends(kind, FusedForward) or descends(kind, ASPP):
+        vars(module).pop(GROUPING, None)
+        if not is_ours(kind) or descends(kind, ASPP):
             continue
         if (reason := restore(module)) is not None:
             left.append(f"{name or 'the model'}: {reason}")

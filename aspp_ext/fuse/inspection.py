@@ -9,12 +9,13 @@ from torch import nn
 
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.described import DescribedForward, Description, fused_class
-from aspp_ext.modules.fused import PROGRAM, FusedForward
+from aspp_ext.modules.fused import PROGRAM, FusedForward, FusedModule
 from aspp_ext.modules.head import Head
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.modules.program import Layer, Operator, Program, Step, head_of
+from aspp_ext.modules.siblings import GROUPING
 
-from . import observe
+from . import floor, observe
 from .adapters import adapter_of, load_adapters, path_of
 from .report import FuseEntry, in_words, shares
 from .restore import descends
@@ -22,12 +23,14 @@ from .structure import describe, is_whole
 
 
 class Finding(NamedTuple):
-    """An entry, the module, and what makes it fused; neither where nothing is to be done."""
+    """An entry, the module, and what makes it fused, if anything is to be done: a class, with a
+    description if it is ours, or convolutions to be switched."""
 
     entry: FuseEntry
     module: nn.Module
-    fused: type[FusedForward] | None = None
+    fused: type[FusedModule] | None = None
     description: Description | None = None
+    plan: floor.Plan | None = None
 
 
 def inspect(
@@ -76,7 +79,9 @@ def inspect(
 def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> Finding | None:
     """What is fused, or of a class that is known by name."""
     kind = type(module)
-    if isinstance(module, FusedForward):
+    if GROUPING in vars(module):
+        return Finding(floor.entry_of(name, path_of(kind), module), module)
+    if isinstance(module, FusedModule):
         return Finding(_of_fused(name, module), module)
     if is_of_an_earlier_import(module):
         remedy = "make it anew" if descends(kind, ASPP) else "fuse it again"
@@ -104,6 +109,8 @@ def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> F
         return Finding(_refused(name, module, said or str(refusal)), module)
     if description is None:
         return Finding(_refused(name, module, said or "nothing in it is a pyramid"), module)
+    if said is not None and isinstance(description, floor.Plan):
+        description = description._replace(left=said)
     return _described(name, module, description)
 
 
@@ -143,12 +150,16 @@ def _joined_above(
         description = describe(module, arguments, inside, deep=True)
     except Unfusable:
         return None
-    if description is None or not is_whole(description):
+    if not isinstance(description, Description) or not is_whole(description):
         return None
     return _described(name, module, description)
 
 
-def _described(name: str, module: nn.Module, description: Description) -> Finding:
+def _described(name: str, module: nn.Module, description: Description | floor.Plan) -> Finding:
+    if isinstance(description, floor.Plan):
+        groups = [list(map(module.get_submodule, paths)) for paths in description.groups]
+        entry = floor.entry(name, path_of(type(module)), False, groups, description.left)
+        return Finding(entry, module, plan=description)
     heads = _heads(module, description.program)
     entry = _entry(name, module, False, "structure", heads, description.program)
     return Finding(entry, module, fused_class(type(module)), description)
@@ -166,7 +177,7 @@ def _entry(
     heads: list[Head],
     program: Program | None = None,
 ) -> FuseEntry:
-    source = module.original if isinstance(module, FusedForward) else type(module)
+    source = type(module).original if isinstance(module, FusedModule) else type(module)
     steps = () if program is None else program.steps
     named = (s.path if isinstance(s, Layer) else _name_of(s) for s in steps)
     left = ", ".join(dict.fromkeys(name for name in named if name))
@@ -188,15 +199,16 @@ def _refused(name: str, module: nn.Module, reason: str) -> FuseEntry:
     return FuseEntry(name, path_of(type(module)), False, reason)
 
 
-def _of_fused(name: str, module: FusedForward) -> FuseEntry:
+def _of_fused(name: str, module: FusedModule) -> FuseEntry:
     ours = isinstance(module, ASPP)
-    source = path_of(type(module) if ours else module.original)
+    source = path_of(type(module) if ours else type(module).original)
     described = isinstance(module, DescribedForward)
     recognised = "structure" if described else "name"
     try:
         if isinstance(module, DescribedForward):
             heads = type(module).described_heads(module)
         else:
+            assert isinstance(module, FusedForward)
             heads = [type(module).read(module)]
         for head in heads:
             check_tensors(head)
@@ -212,4 +224,4 @@ def _of_fused(name: str, module: FusedForward) -> FuseEntry:
 
 def is_of_an_earlier_import(module: nn.Module) -> bool:
     """Whether it is fused by an ``aspp_ext`` that was imported before this one."""
-    return descends(type(module), FusedForward) and not isinstance(module, FusedForward)
+    return descends(type(module), FusedModule) and not isinstance(module, FusedModule)

@@ -306,6 +306,12 @@ def made_up(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
         yield (torch.empty((2, channels, *SIZES), dtype=torch.float32, device="meta"),)
 
 
+def in_a_line(error: Exception) -> str:
+    """The beginning of what somebody's error says."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def to_meta(arguments: Any) -> Any:
     """Arguments without their memory, floating numbers in float32."""
     return tree_map(lambda x: _on_meta(x) if isinstance(x, Tensor) else x, arguments)

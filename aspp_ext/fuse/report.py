@@ -17,7 +17,8 @@ class FuseEntry(NamedTuple):
         kind: "module:name" of the class it was written as.
         fused: whether its forward is the fused one.
         reason: why the fused forward is not, or cannot be, taken; None where it is, or would be.
-        recognised: "name", "structure", or None where it was not.
+        recognised: "name", "structure", "siblings" where its forward cannot be read and stays as it
+            is, but for its convolutions of one map, or None where it was not.
         what: the parts that are fused.
         left: the parts that stay as they are.
         skipped: of the products with the atrous branches' weights the share that is not computed,
@@ -72,10 +73,7 @@ def in_words(heads: list[Head]) -> str:
 
 def _one(head: Head) -> str:
     separable = any(b.depthwise is not None for b in head.branches)
-    rates = [_shown(b.rate) for b in head.branches if b.conv.kernel_size != (1, 1) or b.depthwise]
-    words = [f"{len(head.branches)} branches{', separable' if separable else ''}"]
-    if rates:
-        words[0] += f" (rates {', '.join(rates)})"
+    words = [f"{len(head.branches)} branches{', separable' if separable else ''}{rates_of(head)}"]
     stages = {type(s).__name__ for b in head.branches for s in b.stages}
     if stages:
         words.append("norms and activations")
@@ -87,6 +85,12 @@ def _one(head: Head) -> str:
         kh, kw = head.project.kernel_size
         words.append(f"{kh}x{kw} projection")
     return ", ".join(words)
+
+
+def rates_of(head: Head) -> str:
+    """Of the branches that look around, as `` (rates 2, 3)``."""
+    rates = [_shown(b.rate) for b in head.branches if b.conv.kernel_size != (1, 1) or b.depthwise]
+    return f" (rates {', '.join(rates)})" if rates else ""
 
 
 def _shown(rate: tuple[int, int]) -> str:

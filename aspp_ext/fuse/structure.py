@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from aspp_ext.modules.described import Description, taken_name
-from aspp_ext.modules.parts import Unfusable, check_calls
+from aspp_ext.modules.described import Description, become, taken_name
+from aspp_ext.modules.parts import Unfusable, Unread, check_calls
 from aspp_ext.modules.program import Layer, Operator, Program, Pyramid
 from aspp_ext.modules.snapshot import check, take
 
+from . import floor
 from .match import program_of
-from .observe import looks_like_pyramid, made_up, on_meta, siblings
+from .observe import in_a_line, looks_like_pyramid, made_up, on_meta, siblings
 from .trace import trace
 from .trial import generators, try_out
 
@@ -27,8 +28,9 @@ def describe(
     apart: Collection[int] = (),
     *,
     deep: bool = False,
-) -> Description | None:
-    """What ``module`` computes, or None if there is no pyramid in it.
+) -> Description | floor.Plan | None:
+    """What ``module`` computes, or where its forward cannot be read the convolutions of one map in
+    it, or None if there is no pyramid in it.
 
     Args:
         module: any.
@@ -49,7 +51,7 @@ def describe(
             raise
         except Exception as error:  # of a class that does something in being copied or derived from
             kind = type(error).__name__
-            raise Unfusable(f"it cannot be read: {kind}: {error}") from error
+            raise Unfusable(f"it cannot be read: {kind}: {in_a_line(error)}") from error
 
 
 _LOCK = threading.RLock()  # tracing sets what is one for the whole process
@@ -57,13 +59,13 @@ _LOCK = threading.RLock()  # tracing sets what is one for the whole process
 
 def _describe(
     module: nn.Module, arguments: tuple[Any, ...] | None, apart: Collection[int], deep: bool
-) -> Description | None:
+) -> Description | floor.Plan | None:
     try:
         twin = on_meta(module)
     except Unfusable:
         raise
     except Exception as error:
-        raise Unfusable(f"it cannot be copied: {error}") from error
+        raise Unfusable(f"it cannot be copied: {in_a_line(error)}") from error
     if arguments is not None:
         arguments = tree_map(_of_several, arguments)
     whole = {name for name, part in module.named_modules() if id(part) in apart}
@@ -82,7 +84,7 @@ def _describe(
             failures.append(error)
     if failures and looks_like_pyramid(module):
         raise Unfusable(
-            f"its forward does not run on a made-up map without values ({failures[0]}): "
+            f"its forward does not run on a made-up map without values ({in_a_line(failures[0])}): "
             "example_inputs may help"
         )
     if not atrous or arguments is None:
@@ -91,15 +93,22 @@ def _describe(
     try:
         traced = trace(twin, arguments, whole)
         program = program_of(traced, module)
-    except Unfusable:
+    except Unfusable as reason:
         if atrous == 1:  # a block with a shortcut, most often
             return None
+        if isinstance(reason, Unread):
+            return floor.plan(module, twin, arguments, whole, str(reason))
         raise
     layers = called(program)
     live = _absorbed(program)
     description = Description(program, take(module, layers, live))
     check(module, description.snapshot)
-    try_out(twin, description, arguments, layers, live)
+
+    def fuse(copied: nn.Module) -> None:
+        # Its own snapshot, as norms of the twin may be of other classes.
+        become(copied, description._replace(snapshot=take(copied, layers, live)))
+
+    try_out(twin, fuse, arguments)
     return description
 
 

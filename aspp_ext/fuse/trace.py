@@ -2,7 +2,8 @@
 """A module's forward as steps, by ``torch.export`` of a copy without memory, for maps of any size.
 
 It is exported in eval and in training mode; a module of which the two differ in more than training
-flags is refused, and so is one that decides by the sizes or the values of its maps.
+flags is refused, and so is one that decides by the sizes or the values of its maps. Where export
+cannot read what may well be harmless, the refusal is an :class:`Unread`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_map, tree_unflatten
 
-from aspp_ext.modules.parts import Unfusable
+from aspp_ext.modules.parts import Unfusable, Unread
 from aspp_ext.modules.program import Device, Dtype, Layer, Operator, Param, Ref, Training, find
+
+from .decisions import decisions_by_size
+from .observe import in_a_line
 
 
 class Traced(NamedTuple):
@@ -53,11 +57,33 @@ def trace(twin: nn.Module, arguments: tuple[Any, ...], whole: Collection[str] = 
     # In another dtype, too: what differs like that is not a constant.
     wide = tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, arguments)
     eval_ = _steps(twin.eval(), arguments, whole)
-    train = _steps(twin.train().double(), wide, whole)
-    twin.float()
+    try:
+        train = _steps(twin.train().double(), wide, whole)
+    except Unfusable as refusal:
+        raise _by_cumulative_norms(twin, wide, whole) or refusal from None
+    finally:
+        twin.float()
     if drawn != _outer_state():
         raise Unfusable("its forward draws random numbers outside of PyTorch")
     return _merged(eval_, train)
+
+
+def _by_cumulative_norms(
+    twin: nn.Module, arguments: tuple[Any, ...], whole: Collection[str]
+) -> Unread | None:
+    """The refusal, if norms that count their batches are all that cannot be read in training."""
+    norms = [m for m in twin.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in norms if m.momentum is None]
+    try:
+        for norm in norms:
+            norm.momentum = 0.1
+        _steps(twin, arguments, whole)
+    except Unfusable:
+        return None
+    finally:
+        for norm in norms:
+            norm.momentum = None
+    return Unread("it has a batch norm with momentum=None") if norms else None
 
 
 def _outer_state() -> tuple[Any, ...]:
@@ -89,12 +115,12 @@ def _export(twin: nn.Module, arguments: tuple[Any, ...]) -> torch.export.Exporte
         for logger in loud:
             logger.setLevel(logging.CRITICAL)
         silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent:
+        with warnings.catch_warnings(), silent, decisions_by_size() as decided:
             warnings.simplefilter("ignore")
             shapes = tree_map(dims, arguments)
             exported = torch.export.export(twin, arguments, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        raise Unfusable(_in_words(error)) from error
+        raise _refusal(error, bool(decided)) from error
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         for logger, level in zip(loud, levels, strict=True):
@@ -102,21 +128,29 @@ def _export(twin: nn.Module, arguments: tuple[Any, ...]) -> torch.export.Exporte
     # Of these no step and no range tells. That maps are of one batch is asked for above.
     guards = getattr(exported, "_guards_code", None) or []
     if any(_EQUAL_BATCHES.fullmatch(guard) is None for guard in guards):
-        raise Unfusable("its forward decides by the sizes of its maps")
+        raise _by_sizes(bool(decided))
     return exported
 
 
 _EQUAL_BATCHES = re.compile(r"L\['\w+'\]\S*\.size\(\)\[0\] == L\['\w+'\]\S*\.size\(\)\[0\]")
 
 
-def _in_words(error: Exception) -> str:
+def _refusal(error: Exception, decides: bool) -> Unfusable:
+    """In words, where the module's own Python ``decides`` by sizes or does not."""
     text, kind = str(error), type(error).__name__
     if "DataDependent" in kind or "DataDependent" in text or ".item()" in text:
-        return "its forward decides by the values of its maps"
-    if "Constraints violated" in text or "specialized" in text:
-        return "its forward decides by the sizes of its maps"
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"torch.export cannot read it: {kind}: {lines[0][:200] if lines else ''}".rstrip(": ")
+        return Unfusable("its forward decides by the values of its maps")
+    if "specialized" in text and not decides:
+        return Unread("its forward makes numbers of the sizes of its maps")
+    if decides or "Constraints violated" in text:
+        return _by_sizes(decides)
+    return Unread(f"torch.export cannot read it: {kind}: {in_a_line(error)}")
+
+
+def _by_sizes(decides: bool) -> Unfusable:
+    if decides:
+        return Unfusable("its forward decides by the sizes of its maps")
+    return Unread("its forward takes maps of some sizes alone")
 
 
 class _Reader:
@@ -141,7 +175,7 @@ class _Reader:
         inputs = []
         for node in graph.find_nodes(op="placeholder"):
             if node.name in self.constants:
-                raise Unfusable("its forward makes a constant tensor")
+                raise Unread("its forward makes a constant tensor")
             if node.name in self.parameters:
                 self.values[node] = Param(self.parameters[node.name])
             else:
@@ -157,10 +191,10 @@ class _Reader:
         (output,) = graph.find_nodes(op="output")
         leaves = [self._argument(a) for a in output.args[0]]
         if not all(isinstance(leaf, Ref) for leaf in leaves):
-            raise Unfusable("its forward returns something else than maps")
+            raise Unread("its forward returns something else than maps")
         spec = self.exported.call_spec.out_spec
         if not _plain_result(result := tree_unflatten(leaves, spec)):
-            raise Unfusable(f"its forward returns a {type(result).__name__}")
+            raise Unread(f"its forward returns a {type(result).__name__}")
         refs = iter(inputs)
         channels = tuple(int(n.meta["val"].shape[1]) for n in self._user_inputs())
         return self.traced._replace(
@@ -251,7 +285,7 @@ class _Reader:
             return
         name = _name_of(target)
         if name is None:
-            raise Unfusable(f"its forward calls {target}, which cannot be read")
+            raise Unread(f"its forward calls {target}, which cannot be read")
         if name == "aten.expand_as.default" and (sizes := self._sizes(node)) is not None:
             # Of the other map only the size is read, which others have.
             name, arguments = "aten.expand.default", (self._argument(node.args[0]), sizes)
@@ -300,7 +334,7 @@ class _Reader:
         if isinstance(given, torch.device):
             if given.type == "meta":  # the maps'
                 return Device(0)
-            raise Unfusable("its forward makes tensors on a device of its choice")
+            raise Unread("its forward makes tensors on a device of its choice")
         return given
 
 

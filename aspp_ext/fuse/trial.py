@@ -8,7 +8,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from aspp_ext.modules.described import Description, fused_class, no_way_out
-from aspp_ext.modules.fused import PROGRAM
+from aspp_ext.modules.described import no_way_out
 from aspp_ext.modules.parts import Unfusable
-from aspp_ext.modules.snapshot import take
 from aspp_ext.modules.stages import DROPOUTS
 
-from .observe import own_copy
+from .observe import in_a_line, own_copy
 
 LIMIT = 1e-7  # of a difference, beside the largest value; rounding makes 1e-13
 _LONGEST = 24  # of the maps' sides: a rate above it leaves the centre tap
@@ -30,40 +28,54 @@ _LONGEST = 24  # of the maps' sides: a rate above it leaves the centre tap
 
 def try_out(
     twin: nn.Module,
-    description: Description,
+    fuse: Callable[[nn.Module], None],
     arguments: tuple[Any, ...],
-    called: Collection[str],
-    live: Collection[str],
+    *,
+    any_size: bool = True,
 ) -> None:
     """Compare values, gradients and buffers of ``twin``, on the meta device, and its fused form.
 
-    Its submodules ``called``, by their paths, are called as they are, of ``live`` settings are
-    read as they are then.
+    Args:
+        twin: the plain one.
+        fuse: makes a copy of it, with memory, the fused one, in place.
+        arguments: that it takes, on the meta device.
+        any_size: it is known to take maps of any size. Else those are tried, too, but where it does
+            not take them its fused form must not either; if it takes none, they are as in
+            ``arguments``.
 
     Raises:
         Unfusable: they differ.
     """
     plain = _alive(twin)
     fused = own_copy(plain)
-    # Of the twin, whose norms may be of other classes.
-    fused.__dict__[PROGRAM] = description._replace(snapshot=take(plain, called, live))
-    fused.__class__ = fused_class(type(plain))
+    fuse(fused)
     # Long and narrow, so that taps of most rates are met and wide modules take no seconds.
     long = _length(twin)
     of_eval = ((2, 3, long), (1, 1, 5), (1, 5, 1), (1, 5, 3))
     for training, shapes in ((False, of_eval), (True, ((2, long, 3), (1, 3, 5)))):
         for module in (plain, fused):
             module.train(training)
-        for shape in shapes:
-            _both(plain, fused, _random(arguments, shape), training)
+        inputs = [_random(arguments, shape) for shape in shapes]
+        tried = [_both(plain, fused, given, training, any_size) for given in inputs]
+        if any_size or any(tried):
+            continue
+        own = _both(plain, fused, _random(arguments, None), training, any_size)
+        if not (own or training):
+            raise Unfusable("it does not run on random maps")
 
 
-def _random(arguments: tuple[Any, ...], shape: tuple[int, int, int]) -> tuple[Any, ...]:
-    n, h, w = shape
-    return tree_map(lambda x: torch.randn(n, x.shape[1], h, w, dtype=torch.double), arguments)
+def _random(arguments: tuple[Any, ...], shape: tuple[int, int, int] | None) -> tuple[Any, ...]:
+    def drawn(x: Tensor) -> Tensor:
+        sizes = x.shape if shape is None else (shape[0], x.shape[1], *shape[1:])
+        return torch.randn(sizes, dtype=torch.double)
+
+    return tree_map(drawn, arguments)
 
 
-def _both(plain: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], training: bool) -> None:
+def _both(
+    plain: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], training: bool, any_size: bool
+) -> bool:
+    """Whether the plain one takes such maps, so that they were compared."""
     mode = "training mode" if training else "eval mode"
     results: list[dict[str, Tensor]] = []
     for module in (plain, fused):
@@ -71,11 +83,18 @@ def _both(plain: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], training:
             with contextlib.nullcontext() if module is plain else no_way_out():
                 results.append(_run(module, inputs, training))
         except Exception as error:
-            if module is plain and _are_few(inputs):
-                return  # of which a norm may make nothing
-            raise Unfusable(f"it does not run on random maps, in {mode}: {error}") from error
+            if module is plain and any_size and _are_few(inputs):
+                return False  # of which a norm may make nothing
+            if any_size or results:
+                reason = f"it does not run on random maps, in {mode}: {in_a_line(error)}"
+                raise Unfusable(reason) from error
+    if not results:
+        return False
+    if len(results) == 1:
+        raise Unfusable(f"what was read of its forward takes other maps in {mode}")
     expected, got = results
     _compare(expected, got, mode)
+    return True
 
 
 @contextmanager

@@ -19,9 +19,12 @@ from .fused import (
     CACHE,
     FROZEN,
     PROGRAM,
-    FusedForward,
+    FusedModule,
     dtype_of,
+    frozen_copy,
+    infer_folded,
     needs_plain_operators,
+    way,
 )
 from .head import Head
 from .layers import forward_layers
@@ -39,14 +42,14 @@ class Description(NamedTuple):
     snapshot: Snapshot
 
 
-class DescribedForward(FusedForward):
-    """Mix-in like :class:`FusedForward`, for any class: the instance carries its description.
+class DescribedForward(FusedModule):
+    """Mix-in for any class: the instance carries its description.
 
     What the description does not cover, other arguments or a module that has been changed since,
     the module's own forward computes.
     """
 
-    def compute(self, *arguments: Any, **keywords: Any) -> Any:
+    def fused_forward(self, *arguments: Any, **keywords: Any) -> Any:
         """The forward, of the arguments that the original's takes."""
         own = _refuse if getattr(_on_trial, "on", False) else super().forward
         if keywords or needs_plain_operators():
@@ -78,12 +81,12 @@ class DescribedForward(FusedForward):
 
         def pyramid(i: int, x: Tensor) -> Any:
             slot = f"{CACHE}_{i}" if i else CACHE
-            if not traced and (frozen := self._frozen_copy(x, slot)) is not None:
-                return self._infer(*frozen, x)
-            layers, cache = self._way(heads[i], x, traced, slot)
+            if not traced and (frozen := frozen_copy(self, x, slot)) is not None:
+                return infer_folded(self, *frozen, x)
+            layers, cache = way(self, heads[i], x, traced, slot)
             if layers:
                 return forward_layers(heads[i], x, self.pool_batch_of_one, self.polyphase)
-            return self._infer(heads[i], cache, x)
+            return infer_folded(self, heads[i], cache, x)
 
         return run(program, self, inputs, pyramid)
 
@@ -108,9 +111,9 @@ class DescribedForward(FusedForward):
         return heads
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not fused_class(self.original):
+        if type(self) is not fused_class(type(self).original):
             return super().__reduce_ex__(protocol)
-        return _revive, (self.original,), self.__getstate__()
+        return _revive, (type(self).original,), self.__getstate__()
 
 
 _on_trial = threading.local()
@@ -143,8 +146,8 @@ def taken_name(module: nn.Module) -> str | None:
     """A name that the module, or its class, uses and the fused forward, too."""
     mine = {name for base in type(module).__mro__ if base is not nn.Module for name in vars(base)}
     held = (module._modules, module._parameters, module._buffers, vars(module))
-    names = mine.union(*held)
-    return next(iter(sorted(names & (_TAKEN | {"original"}))), None)
+    taken = (mine & (_TAKEN | {"original"})) | (_TAKEN & set().union(*held))
+    return min(taken, default=None)
 
 
 def fused_class(original: Any) -> type[DescribedForward]:
@@ -162,6 +165,12 @@ def _made_class(original: Any) -> Any:
 
     name = f"Fused{original.__name__}"
     return types.new_class(name, (DescribedForward, original), {}, fill)
+
+
+def become(module: nn.Module, description: Description) -> None:
+    """Make ``module`` fused, in place."""
+    module.__class__ = fused_class(type(module))
+    vars(module)[PROGRAM] = description
 
 
 def _revive(original: type[nn.Module]) -> DescribedForward:

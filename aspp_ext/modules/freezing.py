@@ -9,7 +9,7 @@ from torch import nn
 
 from aspp_ext.ops.checks import check_module
 
-from .fused import FROZEN, FusedForward
+from .fused import FROZEN, FusedModule
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +44,7 @@ def unfreeze(model: Model) -> Model:
 
 def _promise(name: str, model: Model, frozen: bool) -> Model:
     check_module(name, model)
-    fused = [module for module in model.modules() if isinstance(module, FusedForward)]
+    fused = [module for module in model.modules() if isinstance(module, FusedModule)]
     if not fused:
         raise ValueError(
             f"{name}: expected at least one fused ASPP (see aspp_ext.fuse) in the model, found "

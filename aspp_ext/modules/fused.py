@@ -37,8 +37,10 @@ CACHE, FROZEN, PROGRAM = "_aspp_ext_folded", "_aspp_ext_frozen", "_aspp_ext_prog
 SETTINGS = ("pool_batch_of_one", "polyphase", FROZEN)
 
 
-class FusedForward(nn.Module):
-    """Mix-in with the fused forward; the class after it in the bases is the unfused original.
+class FusedModule(nn.Module):
+    """What is common to the fused classes, which are this, mixed in before the original.
+
+    Its names are few, as it stands before a class that may have names of its own.
 
     Attributes:
         original: the class that this one was made from.
@@ -52,6 +54,42 @@ class FusedForward(nn.Module):
     original: ClassVar[type[nn.Module]]
     pool_batch_of_one = "error"
     polyphase = True
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "original" in vars(cls):
+            cls.forward = forward_like(cls.original)
+
+    def folded_copies(self) -> list[FoldCache]:
+        """What is kept of earlier calls."""
+        return [value for key, value in vars(self).items() if key.startswith(CACHE)]
+
+    def drop_folded(self) -> None:
+        """Forget the folded weights; the next inference folds again."""
+        for key in [key for key in vars(self) if key.startswith(CACHE)]:
+            del self.__dict__[key]
+
+    def train(self, mode: bool = True) -> FusedModule:
+        """Set the training mode and forget the folded weights."""
+        self.drop_folded()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedModule:
+        self.drop_folded()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = next(filter(_has_state, type(self).__mro__), None)
+        state = vars(self) if own is None else own.__getstate__(self)  # type: ignore[attr-defined]
+        return {key: value for key, value in state.items() if not key.startswith(CACHE)}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_folded()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class FusedForward(FusedModule):
+    """Mix-in with the fused forward of a class that is known; that class comes after it."""
 
     @classmethod
     def describe(cls, module: nn.Module) -> Head:
@@ -80,21 +118,16 @@ class FusedForward(nn.Module):
             # PyTorch reads other things of a layer, an int where we expect a pair for instance.
             raise Unfusable(f"it cannot be read: {error}") from error
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        if "original" in vars(cls):
-            cls.forward = _forward_like(cls.original)
-
-    def compute(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor) -> Tensor:
         """The forward: the ASPP of ``x`` [N, C, H, W] -> [N, P, H, W]."""
         if not isinstance(x, Tensor) or gives_meaning(type(x)) or needs_plain_operators():
             return super().forward(x)
         traced = may_be_traced()
-        if not traced and (frozen := self._frozen_copy(x)) is not None:
-            return self._infer(*frozen, x)
+        if not traced and (frozen := frozen_copy(self, x)) is not None:
+            return infer_folded(self, *frozen, x)
         try:
             head = type(self).read(self)  # an instance may have attributes of any name
-            layers, cache = self._way(head, x, traced)
+            layers, cache = way(self, head, x, traced)
         except Unfusable:
             return super().forward(x)
         _check_features(self, head, x)
@@ -102,92 +135,66 @@ class FusedForward(nn.Module):
             y = forward_layers(head, x, self.pool_batch_of_one, self.polyphase)
             assert isinstance(y, Tensor)  # what has a name joins its branches
             return y
-        return self._infer(head, cache, x)
+        return infer_folded(self, head, cache, x)
 
-    def _way(
-        self, head: Head, x: Tensor, traced: bool, slot: str = CACHE
-    ) -> tuple[bool, FoldCache | None]:
-        """Whether the head is computed with gradients or by its norms' own rules, and else its
-        folded copy, if one is kept; raises Unfusable."""
-        # A trace serves calls with and without gradients.
-        differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
-        layers = differentiable or _trains(head) or not foldable(head)
-        cache = None if traced or layers else self._cache(head, dtype_of(head, x), slot)
-        if cache is None:
-            check_tensors(head)
-        return layers or (cache is not None and not cache.in_range), cache
 
-    def _infer(self, head: Head, cache: FoldCache | None, x: Tensor) -> Any:
-        way: bool | Decided = self.polyphase
-        (x,) = under_autocast(x)
-        if cache is None:
-            return infer(head, fold(head, dtype_of(head, x)), x, way, Prepared())
-        prepared = Prepared()
-        if isinstance(way, bool):
-            way = Decided(policy(way))
-        if way != NEVER and x.device.type == "cpu" and x.numel():
-            prepared = cache.prepare(x.shape[-2], x.shape[-1], way)
-        return infer(head, cache.folded, x, way, prepared)
-
-    def _frozen_copy(self, x: Tensor, slot: str = CACHE) -> tuple[Head, FoldCache] | None:
-        """What is used without a look at what it was made of."""
-        cache = self.__dict__.get(slot)
-        if cache is None or cache.head is None or self.training or not cache.in_range:
-            return None
-        if torch.is_grad_enabled() or in_forward_mode():
-            return None
-        if cache.dtype != dtype_of(cache.head, x) or cache.device != x.device:
-            return None
-        _check_features(self, cache.head, x)
-        return cache.head, cache
-
-    def _cache(self, head: Head, dtype: torch.dtype, slot: str) -> FoldCache | None:
-        cache = self.__dict__.get(slot)
-        if cache is not None and cache.holds(head, dtype):
-            return cache
-        frozen = bool(self.__dict__.get(FROZEN))
-        if not can_keep(head, frozen=frozen):
-            return None
+def way(
+    module: FusedModule, head: Head, x: Tensor, traced: bool, slot: str = CACHE
+) -> tuple[bool, FoldCache | None]:
+    """Whether the head is computed with gradients or by its norms' own rules, and else its folded
+    copy, if one is kept; raises Unfusable."""
+    # A trace serves calls with and without gradients.
+    differentiable = not torch.jit.is_tracing() and _wants_gradient(head, x)
+    layers = differentiable or _trains(head) or not foldable(head)
+    cache = None if traced or layers else _cache(module, head, dtype_of(head, x), slot)
+    if cache is None:
         check_tensors(head)
-        # Outside inference mode, so that the copy can be used outside of it later.
-        with torch.inference_mode(False), torch.no_grad():
-            cache = FoldCache(head, dtype, frozen=frozen)
-        if head.weight.is_cuda:
-            # Another thread may read the copy on another stream.
-            torch.cuda.current_stream(head.weight.device).synchronize()
-        self.__dict__[slot] = cache
+    return layers or (cache is not None and not cache.in_range), cache
+
+
+def infer_folded(module: FusedModule, head: Head, cache: FoldCache | None, x: Tensor) -> Any:
+    """The head of x, without gradients, by the folded copy if there is one."""
+    chosen: bool | Decided = module.polyphase
+    (x,) = under_autocast(x)
+    if cache is None:
+        return infer(head, fold(head, dtype_of(head, x)), x, chosen, Prepared())
+    prepared = Prepared()
+    if isinstance(chosen, bool):
+        chosen = Decided(policy(chosen))
+    if chosen != NEVER and x.device.type == "cpu" and x.numel():
+        prepared = cache.prepare(x.shape[-2], x.shape[-1], chosen)
+    return infer(head, cache.folded, x, chosen, prepared)
+
+
+def frozen_copy(module: FusedModule, x: Tensor, slot: str = CACHE) -> tuple[Head, FoldCache] | None:
+    """What is used without a look at what it was made of."""
+    cache = module.__dict__.get(slot)
+    if cache is None or cache.head is None or module.training or not cache.in_range:
+        return None
+    if torch.is_grad_enabled() or in_forward_mode():
+        return None
+    if cache.dtype != dtype_of(cache.head, x) or cache.device != x.device:
+        return None
+    _check_features(module, cache.head, x)
+    return cache.head, cache
+
+
+def _cache(module: FusedModule, head: Head, dtype: torch.dtype, slot: str) -> FoldCache | None:
+    cache = module.__dict__.get(slot)
+    if cache is not None and cache.holds(head, dtype):
         return cache
-
-    def folded_copies(self) -> list[FoldCache]:
-        """What is kept of earlier calls."""
-        return [value for key, value in vars(self).items() if key.startswith(CACHE)]
-
-    def _kept_bytes(self) -> int:
-        """Memory of the weights that are prepared for minimal filtering."""
-        return sum(cache.prepared_bytes for cache in self.folded_copies())
-
-    def drop_folded(self) -> None:
-        """Forget the folded weights; the next inference folds again."""
-        for key in [key for key in vars(self) if key.startswith(CACHE)]:
-            del self.__dict__[key]
-
-    def train(self, mode: bool = True) -> FusedForward:
-        """Set the training mode and forget the folded weights."""
-        self.drop_folded()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> FusedForward:
-        self.drop_folded()
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = next(filter(_has_state, type(self).__mro__), None)
-        state = vars(self) if own is None else own.__getstate__(self)  # type: ignore[attr-defined]
-        return {key: value for key, value in state.items() if not key.startswith(CACHE)}
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.drop_folded()
-        super()._load_from_state_dict(*args, **kwargs)
+    frozen = bool(module.__dict__.get(FROZEN))
+    if not can_keep(head, frozen=frozen):
+        return None
+    check_tensors(head)
+    # Outside inference mode, so that the copy can be used outside of it later.
+    with torch.inference_mode(False), torch.no_grad():
+        cache = FoldCache(head, dtype, frozen=frozen)
+    if head.weight.is_cuda:
+        # Another thread may read the copy on another stream.
+        torch.cuda.current_stream(head.weight.device).synchronize()
+    module.__dict__[slot] = cache
+    return cache
 
 
 def _has_state(base: type) -> bool:
@@ -196,7 +203,7 @@ def _has_state(base: type) -> bool:
     return base is not object and not ours and "__getstate__" in vars(base)
 
 
-def _forward_like(original: type[nn.Module]) -> Any:
+def forward_like(original: type[nn.Module]) -> Any:
     """``forward`` of a fused class, for TorchScript the original's.
 
     TorchScript compiles the source that ``__wrapped__`` leads to, with the names that the function
@@ -206,10 +213,10 @@ def _forward_like(original: type[nn.Module]) -> Any:
     plain = original.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        compute = getattr(type(self), "compute", None)
-        if compute is None:  # unfused, under a wrapper that has kept this
+        fused = getattr(type(self), "fused_forward", None)
+        if fused is None:  # unfused, under a wrapper that has kept this
             return plain(self, *args, **kwargs)
-        return compute(self, *args, **kwargs)
+        return fused(self, *args, **kwargs)
 
     ours = types.FunctionType(
         forward.__code__, plain.__globals__, "forward", None, forward.__closure__

@@ -29,6 +29,10 @@ class Unfusable(Exception):
     """The reason why the fused path does not compute a module."""
 
 
+class Unread(Unfusable):
+    """The reason why a forward cannot be read, though nothing is known to speak against it."""
+
+
 def describe_standard(
     module: nn.Module,
     conv: type,
@@ -145,9 +149,9 @@ def check_classes(*kinds: type[nn.Module] | None) -> None:
             raise Unfusable(f"{kind.__name__}.{name} is replaced")
 
 
-def dense_conv(module: nn.Module, at: str) -> nn.Conv2d:
+def dense_conv(module: nn.Module, at: str, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
     """A stride 1, zero "same" padded, odd, ungrouped Conv2d; with or without bias."""
-    conv = part(module, at, nn.Conv2d)
+    conv = part(module, at, kind)
     if conv.groups != 1:
         raise Unfusable(f"{at} has groups={conv.groups}")
     return _same_padded(conv, at)
@@ -200,15 +204,20 @@ def check_tensors(head: Head) -> None:
     """
     dtype = head.weight.dtype
     for conv in head.convs():
-        inputs = conv.in_channels // conv.groups
-        _check_tensor(conv, "weight", (conv.out_channels, inputs, *conv.kernel_size), dtype)
-        _check_tensor(conv, "bias", (conv.out_channels,), dtype)
+        check_conv(conv, dtype)
     wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     for norm in head.folded_norms():
         own = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         kind = wide if all(t is None or t.dtype == wide for t in own) else dtype
         for name in ("weight", "bias", "running_mean", "running_var"):
             _check_tensor(norm, name, (norm.num_features,), kind)
+
+
+def check_conv(conv: Conv, dtype: torch.dtype) -> None:
+    """Refuses a convolution whose parameters are of other shapes than it says, or another dtype."""
+    inputs = conv.in_channels // conv.groups
+    _check_tensor(conv, "weight", (conv.out_channels, inputs, *conv.kernel_size), dtype)
+    _check_tensor(conv, "bias", (conv.out_channels,), dtype)
 
 
 def _check_tensor(

@@ -124,6 +124,7 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 def _attributes(module: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
     """Its own, and those that its class has for all, which an instance may have instead."""
     own = vars(module)
+    seen = set(own)
     for name, value in own.items():
         if name not in _OF_TORCH and not name.startswith("_aspp_ext"):
             yield name, value
@@ -133,8 +134,9 @@ def _attributes(module: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
         if base is nn.Module:
             break
         for name, value in vars(base).items():
-            if not name.startswith("__") and name not in own and isinstance(value, _SIMPLE):
+            if not name.startswith("__") and name not in seen and isinstance(value, _SIMPLE):
                 yield name, value
+        seen.update(vars(base))
 
 
 def _empty(module: nn.Module) -> Iterator[tuple[str, bool]]:

@@ -73,7 +73,8 @@ def _methods_among(kind: type, *names: str) -> list[str]:
 
 @functools.cache
 def _methods(kind: Any) -> frozenset[str]:
-    return frozenset(name for name in dir(kind) if callable(getattr(kind, name, None)))
+    names = set(dir(kind)) - {"original"}  # a fused class's, which is no method
+    return frozenset(name for name in names if callable(getattr(kind, name, None)))
 
 
 def changed_class(kind: type[nn.Module]) -> str | None:
