@@ -241,7 +241,7 @@ REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "convs.1.1 norms 4 channels": replace("convs.1.1", lambda: nn.BatchNorm2d(4)),
     "convs.1 is a Identity": replace("convs.1", nn.Identity),
     "convs.4 is a Sequential": replace("convs.4", nn.Sequential),
-    "project.0 reads 8 channels": replace("project.0", lambda: nn.Conv2d(WIDTH, WIDTH, 1)),
+    "the projection reads 8 channels": replace("project.0", lambda: nn.Conv2d(WIDTH, WIDTH, 1)),
     "convs.3.0 has a hook": lambda m: m.convs[3][0].register_forward_hook(print),
     "project.1 has its forward replaced": lambda m: setattr(m.project[1], "forward", torch.abs),
     "its forward is replaced": lambda m: setattr(m, "forward", torch.abs),

@@ -114,9 +114,9 @@ def agree(original: nn.Module, ours: nn.Module, shapes: Any, in_list: bool) -> N
                 )
 
 
-def fused(module: nn.Module, inputs: Any, in_list: bool) -> FuseReport:
+def fused(module: nn.Module, inputs: Any, in_list: bool, of_one_size: bool) -> FuseReport:
     given = [torch.empty(shape, device="meta") for shape in inputs]
-    needed = in_list or len(given) > 1
+    needed = in_list or len(given) > 1 or of_one_size
     arguments = ((given,) if in_list else tuple(given)) if needed else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -124,10 +124,12 @@ def fused(module: nn.Module, inputs: Any, in_list: bool) -> FuseReport:
         return fuse_report(module, example_inputs=arguments)
 
 
-def check(make: Callable[[], nn.Module], shapes: Any, in_list: bool) -> FuseReport:
+def check(
+    make: Callable[[], nn.Module], shapes: Any, in_list: bool, of_one_size: bool = False
+) -> FuseReport:
     original, ours = twins(make)
     parameters = dict(ours.named_parameters())
-    report = fused(ours, shapes, in_list)
+    report = fused(ours, shapes, in_list, of_one_size)
     assert list(ours.state_dict()) == list(original.state_dict())
     assert all(p is parameters[name] for name, p in ours.named_parameters())
     agree(original, ours, shapes, in_list)
@@ -176,12 +178,11 @@ def test_real_classes(name: str) -> None:
         real.make()
     except ImportError as absent:
         pytest.skip(f"{real.package} is not here: {absent}")
-    report = check(real.make, real.shapes, real.list_input)
+    report = check(real.make, real.shapes, real.list_input, name == FIXED_SIZE)
     if any(part in name for part in NOT_OF_MAPS):
         assert [e.reason for e in report] == ["its convolutions are not of maps but of volumes"]
-    elif name == FIXED_SIZE:
-        assert not any(entry.fused for entry in report)
     elif name == NOT_ATROUS or not real.pyramid:
         assert report == []
     else:
         assert [(e.fused, e.reason) for e in report] == [(True, None)]
+        assert (name == FIXED_SIZE) is (report[0].recognised == "siblings")

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aspp_ext.modules.head import Branch, Head
+from aspp_ext.modules.head import Branch, Head, is_atrous
 from aspp_ext.modules.parts import Unfusable, check_conv, dense_conv, part
 from aspp_ext.modules.siblings import GROUPING, Grouping, read, switch
 
-from .observe import in_a_line
+from .observe import without_values
 from .report import FuseEntry, rates_of, shares
 from .trial import try_out
 
@@ -108,7 +108,7 @@ def _observed(twin: nn.Module, arguments: tuple[Any, ...]) -> list[list[str]]:
                 copied.train(training)(*arguments)
         except Exception as error:
             if not training:
-                raise Unfusable(f"it does not run without memory: {in_a_line(error)}") from error
+                raise without_values(error) from error
             continue  # it may not train on nothing
         runs.append(list(notes))
     if drawn != random.getstate():
@@ -131,12 +131,8 @@ def _is_sibling(module: nn.Module, path: str) -> bool:
 
 def _is_worth_it(convs: Sequence[Any]) -> bool:
     """Whether two of them are atrous, with weights of their own."""
-    return len({id(conv.weight) for conv in convs if _is_atrous(conv)}) > 1
-
-
-def _is_atrous(conv: Any) -> bool:
-    pairs = zip(conv.kernel_size, conv.dilation, strict=True)
-    return any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+    atrous = (conv for conv in convs if is_atrous(conv.kernel_size, conv.dilation))
+    return len({id(conv.weight) for conv in atrous}) > 1
 
 
 def heads_of(groups: Sequence[Sequence[Any]]) -> list[Head]:
@@ -151,7 +147,8 @@ def entry(name: str, kind: str, fused: bool, groups: Sequence[Sequence[Any]], le
     """That of a module of which these convolutions are, or would be, computed together."""
     heads = heads_of(groups)
     what = [f"{len(h.branches)} convolutions{rates_of(h)} in one call" for h in heads]
-    return FuseEntry(name, kind, fused, None, "siblings", "; ".join(what), left, shares(heads))
+    known = (name, kind, fused, None, "siblings", "; ".join(what), left)
+    return FuseEntry(*known, **shares(heads))
 
 
 def entry_of(name: str, kind: str, module: nn.Module) -> FuseEntry:

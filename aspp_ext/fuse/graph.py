@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from aspp_ext.modules.head import is_atrous, same_padding
 from aspp_ext.modules.program import (
     ConvSpec,
     Device,
@@ -29,6 +30,7 @@ from aspp_ext.modules.stages import (
     WEIGHTED_ACTIVATIONS,
 )
 
+from .observe import pair
 from .trace import Traced
 
 _ACTIVATIONS = {
@@ -141,7 +143,7 @@ class Graph:
             bias = None if conv.bias is None else f"{step.path}.bias"
             shape = tuple(conv.weight.shape)
             spec = ConvSpec(
-                step.path, f"{step.path}.weight", bias, _pair(conv.dilation), conv.groups, shape
+                step.path, f"{step.path}.weight", bias, pair(conv.dilation), conv.groups, shape
             )
             return spec if _keeps_size(spec, conv.stride, conv.padding) else None
         if step.target not in ("aten.conv2d.default", "aten.conv2d.padding") or step.keywords:
@@ -154,7 +156,7 @@ class Graph:
             return None
         shape = tuple(find(self.module, weight.path).shape)
         path = None if bias is None else bias.path
-        spec = ConvSpec(None, weight.path, path, _pair(dilation), groups, shape)
+        spec = ConvSpec(None, weight.path, path, pair(dilation), groups, shape)
         return spec if _keeps_size(spec, stride, padding) else None
 
     def is_depthwise(self, conv: ConvSpec) -> bool:
@@ -163,8 +165,7 @@ class Graph:
 
     def looks_around(self, conv: ConvSpec) -> bool:
         """Whether it is atrous."""
-        pairs = zip(conv.shape[2:], conv.dilation, strict=True)
-        return any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+        return is_atrous(conv.shape[2:], conv.dilation)
 
     def is_written(self, value: int, first: int, last: int, apart: set[int]) -> bool:
         """Whether a step from ``first`` to ``last``, but for those apart, writes to its memory."""
@@ -198,16 +199,11 @@ def _is_read(given: Any) -> bool:
     return isinstance(given, Param | Dtype | Device) or any(True for _ in _refs(given))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = (tuple(value) * 2)[:2] if isinstance(value, (tuple, list)) else (value, value)
-    return (first, second)
-
-
 def _keeps_size(conv: ConvSpec, stride: Any, padding: Any) -> bool:
     kernel, rate = conv.shape[2:], conv.dilation
-    if _pair(stride) != (1, 1) or any(k % 2 == 0 for k in kernel):
+    if pair(stride) != (1, 1) or any(k % 2 == 0 for k in kernel):
         return False
-    same = tuple(r * (k - 1) // 2 for k, r in zip(kernel, rate, strict=True))
+    same = same_padding(kernel, rate)
     if isinstance(padding, str):
         return padding == "same" or same == (0, 0)
-    return _pair(padding) == same
+    return pair(padding) == same

@@ -181,10 +181,8 @@ def _entry(
     steps = () if program is None else program.steps
     named = (s.path if isinstance(s, Layer) else _name_of(s) for s in steps)
     left = ", ".join(dict.fromkeys(name for name in named if name))
-    return FuseEntry(
-        *(name, path_of(source), fused, None, recognised),
-        *(in_words(heads), left, shares(heads)),
-    )
+    known = (name, path_of(source), fused, None, recognised, in_words(heads), left)
+    return FuseEntry(*known, **shares(heads))
 
 
 def _name_of(step: Step) -> str | None:

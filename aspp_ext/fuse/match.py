@@ -94,7 +94,7 @@ def _pyramid(graph: Graph, source: int, taken: set[int]) -> tuple[Pyramid, set[i
     if join is not None:
         by_end = {p.stages.out: p for p in paths}
         some = [by_end[end] for end in join.ends]
-        if not _is_pyramid(graph, some) or not _fits(graph, some, join):
+        if not _is_pyramid(graph, some) or not _joins_alike(graph, some, join):
             join = None
         else:
             paths = some
@@ -144,7 +144,7 @@ def _is_pyramid(graph: Graph, paths: list[Path]) -> bool:
     return len(paths) > 1 and looks
 
 
-def _fits(graph: Graph, paths: list[Path], join: Join) -> bool:
+def _joins_alike(graph: Graph, paths: list[Path], join: Join) -> bool:
     """Whether a joint computation draws in the order in which the steps do, and adds like maps."""
     if join.kind == "sum" and len({p.conv.shape[0] for p in paths}) > 1:
         return False
@@ -153,7 +153,7 @@ def _fits(graph: Graph, paths: list[Path], join: Join) -> bool:
 
 
 def _keys(graph: Graph, path: Path) -> list[str]:
-    """Of the stages, what has to be the same in each branch; and what is between."""
+    """Of the stages, what has to be the same in each branch."""
     return [f"{graph.kind(i)}" for i in path.stages.steps]
 
 

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from aspp_ext.modules.head import is_atrous
 from aspp_ext.modules.parts import Unfusable
 
 SIZES = (64, 96)  # of made-up maps, which encoders can halve
@@ -160,8 +161,7 @@ def _convolutions(module: nn.Module) -> Iterator[tuple[int, bool]]:
     """(input channels, whether it looks around with a rate) of those that keep the map's size."""
     if isinstance(module, nn.Conv2d):
         if tuple(module.stride) == (1, 1):
-            pairs = zip(module.kernel_size, module.dilation, strict=True)
-            yield module.in_channels, any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+            yield module.in_channels, is_atrous(module.kernel_size, module.dilation)
     elif not isinstance(module, nn.modules.conv._ConvNd):
         for parameter in module._parameters.values():
             if parameter is not None and _is_filter(parameter):  # at any rate
@@ -195,9 +195,8 @@ class _Watch(TorchFunctionMode):
             # A weight that is computed is of no part, and of another one each time.
             part = self.part_of.get(id(weight), -1 - len(self.read))
             known = isinstance(x, Tensor) and isinstance(weight, Tensor)
-            if known and id(weight) not in self.apart and _pair(stride) == (1, 1):
-                pairs = zip(weight.shape[2:], _pair(dilation), strict=True)
-                atrous = any(kernel > 1 and rate > 1 for kernel, rate in pairs)
+            if known and id(weight) not in self.apart and pair(stride) == (1, 1):
+                atrous = is_atrous(weight.shape[2:], pair(dilation))
                 self.read.append((x, part, atrous))
         return function(*arguments, **keywords)
 
@@ -210,8 +209,10 @@ class _Watch(TorchFunctionMode):
         return max((sum(atrous for _, atrous in found) for found in several), default=0)
 
 
-def _pair(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+def pair(value: Any) -> tuple[Any, Any]:
+    """Both of a setting that may be one for both axes."""
+    first, second = (tuple(value) * 2)[:2] if isinstance(value, (tuple, list)) else (value, value)
+    return (first, second)
 
 
 def siblings(
@@ -310,6 +311,14 @@ def in_a_line(error: Exception) -> str:
     """The beginning of what somebody's error says."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def without_values(error: Exception) -> Unfusable:
+    """That a run on the meta device has failed."""
+    return Unfusable(
+        f"its forward does not run on a made-up map without values ({in_a_line(error)}): "
+        "example_inputs may help"
+    )
 
 
 def to_meta(arguments: Any) -> Any:

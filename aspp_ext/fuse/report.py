@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from aspp_ext.modules.head import Head
 
@@ -23,6 +23,9 @@ class FuseEntry(NamedTuple):
         left: the parts that stay as they are.
         skipped: of the products with the atrous branches' weights the share that is not computed,
             for maps of 33x33 and 65x65.
+        gain: how many times as fast the pyramid would be if products with weights were all that
+            takes time. Fewer passes over memory, minimal filtering and better kernels are not in
+            it: ``python -m benchmarks.run`` measures.
     """
 
     name: str
@@ -33,6 +36,7 @@ class FuseEntry(NamedTuple):
     what: str = ""
     left: str = ""
     skipped: tuple[float, float] | None = None
+    gain: tuple[float, float] | None = None
 
 
 class FuseReport(list[FuseEntry]):
@@ -52,17 +56,28 @@ class FuseReport(list[FuseEntry]):
         """A ``rich.table.Table`` of the entries."""
         from rich.table import Table
 
-        columns = ("module", "class", "recognised by", "fused", "left as it is", "skipped")
-        table = Table(*columns, title="Pyramids" if self else "No pyramid was found")
+        table = Table(title="Pyramids" if self else "No pyramid was found")
+        for column in ("module", "known by", "fused", "left as it is"):
+            table.add_column(column, overflow="fold")
+        table.add_column("skipped\ngain", no_wrap=True)
         for e in self:
             state = "fused" if e.fused else "to be fused"
             fused = e.what or state if e.reason is None else "no"
-            left = e.reason or e.left
-            share = "" if e.skipped is None else " / ".join(f"{s:.0%}" for s in e.skipped)
             kind = e.kind.rpartition(":")[2]
-            table.add_row(e.name or "(the model)", kind, e.recognised or "", fused, left, share)
+            shares = [
+                " / ".join(form.format(number) for number in pair)
+                for form, pair in (("{:.0%}", e.skipped), ("{:.1f}x", e.gain))
+                if pair is not None
+            ]
+            table.add_row(
+                *(f"{e.name or '(the model)'}\n{kind}", e.recognised or "", fused),
+                *(e.reason or e.left, "\n".join(shares)),
+            )
         if self:
-            table.caption = "skipped: products with padding, in maps of 33x33 / 65x65"
+            table.caption = (
+                "In maps of 33x33 / 65x65. skipped: of the products of atrous branches those with "
+                "padding. gain: expected by that alone, of the whole pyramid"
+            )
         return table
 
 
@@ -74,8 +89,7 @@ def in_words(heads: list[Head]) -> str:
 def _one(head: Head) -> str:
     separable = any(b.depthwise is not None for b in head.branches)
     words = [f"{len(head.branches)} branches{', separable' if separable else ''}{rates_of(head)}"]
-    stages = {type(s).__name__ for b in head.branches for s in b.stages}
-    if stages:
+    if any(b.stages for b in head.branches):
         words.append("norms and activations")
     if head.join != "none":
         words.append({"cat": "concatenation", "sum": "sum"}[head.join])
@@ -97,21 +111,47 @@ def _shown(rate: tuple[int, int]) -> str:
     return str(rate[0]) if rate[0] == rate[1] else f"{rate[0]}x{rate[1]}"
 
 
-def skipped(heads: list[Head], size: int) -> float:
-    """The share of products with weights that would multiply padding, in maps of that size."""
-    live = every = 0.0
+class Shares(TypedDict):
+    """Two attributes of an entry."""
+
+    skipped: tuple[float, float]
+    gain: tuple[float, float]
+
+
+class Work(NamedTuple):
+    """Products with weights for one pixel of a map, on average."""
+
+    atrous: float  # of the branches' filters, padding included
+    padding: float  # of these the ones with padding, which are not computed
+    others: float  # of what mixes channels behind depthwise filters, and of the projection
+
+
+def work(heads: list[Head], size: int) -> Work:
+    """That of all of them together, in maps of size x size."""
+    atrous = padding = others = 0.0
     for head in heads:
         for branch in head.branches:
             conv = branch.depthwise or branch.conv
-            weights = conv.weight.numel()
             share = 1.0
             for kernel, rate in zip(conv.kernel_size, branch.rate, strict=True):
                 taps = range(-(kernel // 2), kernel // 2 + 1)
                 share *= sum(max(0, size - abs(t * rate)) for t in taps) / (kernel * size)
-            live, every = live + weights * share, every + weights
-    return 1 - live / every if every else 0.0
+            atrous += conv.weight.numel()
+            padding += (1 - share) * conv.weight.numel()
+            others += 0 if branch.depthwise is None else branch.conv.weight.numel()
+        others += 0 if head.project is None else head.project.weight.numel()
+    return Work(atrous, padding, others)
 
 
-def shares(heads: list[Head]) -> tuple[float, float]:
-    """:func:`skipped` of maps of 33x33 and of 65x65."""
-    return (skipped(heads, 33), skipped(heads, 65))
+def shares(heads: list[Head]) -> Shares:
+    """``skipped`` and ``gain`` of an entry, in maps of 33x33 and of 65x65."""
+    small, large = (work(heads, size) for size in (33, 65))
+    return {
+        "skipped": (small.padding / small.atrous, large.padding / large.atrous),
+        "gain": (_gain(small), _gain(large)),
+    }
+
+
+def _gain(work: Work) -> float:
+    products = work.atrous + work.others
+    return products / (products - work.padding)

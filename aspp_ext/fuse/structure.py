@@ -17,7 +17,7 @@ from aspp_ext.modules.snapshot import check, take
 
 from . import floor
 from .match import program_of
-from .observe import in_a_line, looks_like_pyramid, made_up, on_meta, siblings
+from .observe import in_a_line, looks_like_pyramid, made_up, on_meta, siblings, without_values
 from .trace import trace
 from .trial import generators, try_out
 
@@ -83,10 +83,7 @@ def _describe(
         except Exception as error:
             failures.append(error)
     if failures and looks_like_pyramid(module):
-        raise Unfusable(
-            f"its forward does not run on a made-up map without values ({in_a_line(failures[0])}): "
-            "example_inputs may help"
-        )
+        raise without_values(failures[0])
     if not atrous or arguments is None:
         return None
     check_calls()

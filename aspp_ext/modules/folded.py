@@ -11,9 +11,8 @@ from torch import Tensor
 
 from aspp_ext.ops.formats import pointwise_as_channels_last
 
-from .head import Branch, Conv, Head, has_between, lead
+from .head import Branch, Conv, Head, columns, has_between, lead
 from .joint_norm import Norm
-from .layers import columns
 
 Affine = tuple[Tensor, Tensor]
 

@@ -47,6 +47,16 @@ class RawConv(NamedTuple):
 Conv = nn.Conv2d | RawConv
 
 
+def is_atrous(kernel: Sequence[int], rate: Sequence[int]) -> bool:
+    """Whether a convolution reads pixels that are apart."""
+    return any(k > 1 and r > 1 for k, r in zip(kernel, rate, strict=True))
+
+
+def same_padding(kernel: Sequence[int], rate: Sequence[int]) -> tuple[int, ...]:
+    """That with which an odd kernel keeps the size of a map."""
+    return tuple(r * (k - 1) // 2 for k, r in zip(kernel, rate, strict=True))
+
+
 class Branch(NamedTuple):
     """stages(conv(between(depthwise(x)))), where a dense or 1x1 branch has no depthwise part."""
 
@@ -165,6 +175,17 @@ class Head(NamedTuple):
 
 def _all_idle(stages: Sequence[Stage]) -> bool:
     return all(is_idle(s) for s in stages)
+
+
+def columns(head: Head, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a projection's weight [P, sum O + Q, ...] that read the branches, and the pooled."""
+    assert head.pool is not None
+    first = sum(head.widths[: head.pool.place])
+    sizes = [first, head.pool.conv.out_channels, sum(head.widths) - first]
+    if sizes[2] == 0:
+        return weight.split(sizes[:2], 1)
+    before, of_pooled, behind = weight.split(sizes, 1)
+    return (behind if first == 0 else torch.cat([before, behind], 1)), of_pooled
 
 
 def gives_channels_last(head: Head, x: Tensor) -> bool:

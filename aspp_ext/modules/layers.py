@@ -18,6 +18,7 @@ from .head import (
     Conv,
     Head,
     branches_lie_channels_last,
+    columns,
     gives_channels_last,
     has_between,
     lead,
@@ -108,17 +109,6 @@ def finish(
     if head.project is not None:
         y = _run_all(stages, project(y, pooled), inner)
     return y.contiguous(memory_format=inner)
-
-
-def columns(head: Head, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of a projection's weight [P, sum O + Q, ...] that read the branches, and the pooled."""
-    assert head.pool is not None
-    first = sum(head.widths[: head.pool.place])
-    sizes = [first, head.pool.conv.out_channels, sum(head.widths) - first]
-    if sizes[2] == 0:
-        return weight.split(sizes[:2], 1)
-    before, of_pooled, behind = weight.split(sizes, 1)
-    return (behind if first == 0 else torch.cat([before, behind], 1)), of_pooled
 
 
 def spread(head: Head, y: Tensor, pooled: Tensor) -> Tensor:

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .head import Branch, Conv, Head, Pool, RawConv
+from .head import Branch, Conv, Head, Pool, RawConv, same_padding
 from .joint_norm import Norm
 from .meaning import gives_meaning
+from .stages import BATCH_NORMS, DROPOUTS
 from .untouched import changed_class, changed_function, changed_methods
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 Part = TypeVar("Part", bound=nn.Module)
-DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Identity)
-LAYERS = (nn.Sequential, nn.ModuleList, nn.Conv2d, *NORMS, nn.ReLU, nn.AdaptiveAvgPool2d)
+LAYERS = (nn.Sequential, nn.ModuleList, nn.Conv2d, *BATCH_NORMS, nn.ReLU, nn.AdaptiveAvgPool2d)
 
 
 class Unfusable(Exception):
@@ -96,7 +95,7 @@ def describe_standard(
     project = pointwise(project, "project.0")
     norm = batch_norm(norm, "project.1", project)
     part(relu, "project.2", nn.ReLU)
-    part(dropout, "project.3", *DROPOUTS)
+    part(dropout, "project.3", *DROPOUTS, nn.Identity)
     stages = (norm, relu, dropout)
     head = Head(tuple(branches), pooled, "cat", (), project, stages)
     check_channels(head)
@@ -177,7 +176,7 @@ def depthwise_conv(module: nn.Module, at: str) -> nn.Conv2d:
 
 def batch_norm(module: nn.Module, at: str, conv: nn.Conv2d) -> Norm:
     """A BatchNorm2d or SyncBatchNorm over the convolution's channels."""
-    norm: Norm = part(module, at, *NORMS)
+    norm: Norm = part(module, at, *BATCH_NORMS)
     if norm.num_features != conv.out_channels:
         raise Unfusable(f"{at} norms {norm.num_features} channels of {conv.out_channels}")
     return norm
@@ -191,10 +190,11 @@ def check_channels(head: Head) -> None:
     for i, conv in enumerate(readers):
         mixes = i >= len(head.branches) or head.branches[i].conv.in_channels == channels
         if conv.in_channels != channels or not mixes:
-            raise Unfusable(f"convs.{i} does not read {channels} channels")
+            at = f"branch {i}" if i < len(head.branches) else "the pooled branch"
+            raise Unfusable(f"{at} does not read {channels} channels")
     width = sum(head.widths) + (0 if head.pool is None else head.pool.conv.out_channels)
     if head.project is not None and head.project.in_channels != width:
-        raise Unfusable(f"project.0 reads {head.project.in_channels} channels of {width}")
+        raise Unfusable(f"the projection reads {head.project.in_channels} channels of {width}")
 
 
 def check_tensors(head: Head) -> None:
@@ -249,7 +249,7 @@ def _same_padded(conv: nn.Conv2d, at: str) -> nn.Conv2d:
     kernel, rate = conv.kernel_size, conv.dilation
     if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
         raise Unfusable(f"{at} has the even kernel_size={kernel}")
-    same = (rate[0] * (kernel[0] - 1) // 2, rate[1] * (kernel[1] - 1) // 2)
+    same = same_padding(kernel, rate)
     if conv.padding not in (same, "same", "valid" if same == (0, 0) else same):
         raise Unfusable(f"{at} has padding={conv.padding}, not {same}: the map changes size")
     return conv

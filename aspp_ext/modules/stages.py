@@ -29,6 +29,11 @@ WEIGHTED_ACTIVATIONS = (nn.PReLU,)
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 _RELUS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
+_DRAWING = tuple(
+    getattr(torch.ops.aten, f"{name}{in_place}").default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for in_place in ("", "_")
+)
 
 
 class Function(NamedTuple):
@@ -64,6 +69,8 @@ def is_idle(stage: Stage) -> bool:
 
 def is_random(stage: Stage) -> bool:
     """Whether it may draw, in the order of the map's memory."""
+    if isinstance(stage, Function):
+        return stage.op in _DRAWING
     return not (
         is_batch_norm(stage) or is_relu(stage) or type(stage) in (*OTHER_NORMS, *ACTIVATIONS)
     )
