@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aspp_ext.ops.formats import is_channels_last, memory_format
@@ -141,10 +142,57 @@ def run_beside(
             y = joint_norm(stages, y, *(statistics or ()))
         elif alike(stages):
             y = activate(stages[0], y)
+        elif (joint := _joint(stages, y, widths)) is not None:
+            y = joint
         else:
             return _each([stages[k:] for stages in lists], y, widths, channels_last)
         statistics = None
     return y
+
+
+def _joint(stages: Sequence[Any], y: Tensor, widths: Sequence[int]) -> Tensor | None:
+    """What layers with parameters of their own compute side by side, where one call does."""
+    first = stages[0]
+    if type(first) is nn.PReLU:
+        return _joint_prelu(stages, y, widths)
+    pairs = list(zip(stages, widths, strict=True))
+    known = _shared(first, widths[0])
+    if known is None or any(_shared(norm, width) != known for norm, width in pairs):
+        return None
+    weight, bias = (
+        None if getattr(first, name) is None else torch.cat([getattr(s, name) for s in stages])
+        for name in ("weight", "bias")
+    )
+    if type(first) is nn.GroupNorm:  # more groups of the same size
+        return F.group_norm(y, sum(s.num_groups for s in stages), weight, bias, first.eps)
+    return F.instance_norm(y, weight=weight, bias=bias, eps=first.eps)
+
+
+def _shared(norm: Any, width: int) -> tuple[Any, ...] | None:
+    """What has to be the same of norms without memory that are computed at once."""
+    group = 1
+    if type(norm) is nn.GroupNorm and width % norm.num_groups == 0:
+        group = width // norm.num_groups
+    elif type(norm) is not nn.InstanceNorm2d or norm.track_running_stats:
+        return None
+    tensors = (norm.weight, norm.bias)
+    if any(t is not None and not _is_of(t, width) for t in tensors):
+        return None
+    return (type(norm), group, norm.eps, *(None if t is None else t.dtype for t in tensors))
+
+
+def _joint_prelu(stages: Sequence[Any], y: Tensor, widths: Sequence[int]) -> Tensor | None:
+    weights = []
+    for stage, width in zip(stages, widths, strict=True):
+        if type(stage) is not nn.PReLU or not (_is_of(w := stage.weight, 1) or _is_of(w, width)):
+            return None
+        weights.append(w.expand(width))
+    return F.prelu(y, torch.cat(weights)) if len({w.dtype for w in weights}) == 1 else None
+
+
+def _is_of(t: Any, width: int) -> bool:
+    """Whether it is a tensor of so many numbers that gives functions no other meaning."""
+    return type(t) in (nn.Parameter, Tensor) and tuple(t.shape) == (width,)
 
 
 def _each(
