@@ -192,7 +192,8 @@ def check_channels(head: Head) -> None:
         if conv.in_channels != channels or not mixes:
             at = f"branch {i}" if i < len(head.branches) else "the pooled branch"
             raise Unfusable(f"{at} does not read {channels} channels")
-    width = sum(head.widths) + (0 if head.pool is None else head.pool.conv.out_channels)
+    width = sum(head.widths) if head.join == "cat" else head.widths[0]
+    width += 0 if head.pool is None else head.pool.conv.out_channels
     if head.project is not None and head.project.in_channels != width:
         raise Unfusable(f"the projection reads {head.project.in_channels} channels of {width}")
 

@@ -183,6 +183,19 @@ class Spread(nn.Module):
         return self.fuse(torch.cat([*ys, self.spread(self.pool(x), ys[0])], dim=1))
 
 
+class SumProjected(nn.Module):
+    """The sum is as wide as one branch."""
+
+    def __init__(self, c=16, w=8, rates=(2, 3, 6)):
+        super().__init__()
+        self.convs = nn.ModuleList(conv_bn(c, w, 3, r) for r in rates)
+        self.mix = unit(w, w, 1)
+        self.last = nn.Conv2d(w, 5, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.mix(sum(conv(x) for conv in self.convs)))
+
+
 class SumOf(nn.Module):
     """One class for the ways to add branches up."""
 
@@ -375,6 +388,7 @@ FORMS = {
     "sum_stack": summed("stack", "torch.stack and sum"),
     "sum_mean": summed("mean", "torch.stack and mean"),
     "sum_reduce": summed("reduce", "functools.reduce with torch.add"),
+    "sum_projected": Case(SumProjected, ONE, "a sum that a 1x1 unit reads, and a 3x3"),
     "weighted_sum": Case(WeightedSum, ONE, "learned shares, softmax of a parameter"),
     "deeplab_v2": Case(DeepLabV2, ONE, "biased convolutions to the classes, +="),
     "horizontal_stack": Case(HorizontalStack, ONE, "torch.hstack; two branches"),
