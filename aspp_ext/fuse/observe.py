@@ -44,6 +44,8 @@ def on_meta(module: nn.Module) -> nn.Module:
             if b is not None and id(b) not in memo:
                 memo[id(b)] = _on_meta(b)
     twin = own_copy(module, memo)
+    if any(isinstance(t, Tensor) and not t.is_meta for t in _held(twin)):
+        raise Unfusable("a part of it is copied in a way of its own, not tensor by tensor")
     for m in twin.modules():
         if type(m) is nn.SyncBatchNorm:  # which asks for a GPU where processes have been grouped
             m.__class__ = nn.BatchNorm2d  # type: ignore[assignment]

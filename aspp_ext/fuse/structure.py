@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from aspp_ext.modules.described import Description, become, taken_name
+from aspp_ext.modules.described import Description, become, fused_class, taken_name
 from aspp_ext.modules.parts import Unfusable, Unread, check_calls
 from aspp_ext.modules.program import Layer, Operator, Program, Pyramid
 from aspp_ext.modules.snapshot import check, take
@@ -18,6 +18,7 @@ from aspp_ext.modules.snapshot import check, take
 from . import floor
 from .match import program_of
 from .observe import in_a_line, looks_like_pyramid, made_up, on_meta, siblings
+from .own_class import check_super, is_asked_for
 from .trace import trace
 from .trial import generators, try_out
 
@@ -91,6 +92,7 @@ def _describe(
         return None
     check_calls()
     try:
+        check_super(type(module))
         traced = trace(twin, arguments, whole)
         program = program_of(traced, module)
     except Unfusable as reason:
@@ -108,7 +110,16 @@ def _describe(
         # Its own snapshot, as norms of the twin may be of other classes.
         become(copied, description._replace(snapshot=take(copied, layers, live)))
 
+    def only_derive(copied: nn.Module) -> None:
+        copied.__class__ = fused_class(type(copied))
+
     try_out(twin, fuse, arguments)
+    if is_asked_for(type(module)):
+        try:
+            try_out(twin, only_derive, arguments)
+        except Unfusable:
+            said = "its own forward computes something else in a subclass, as fused classes are"
+            return floor.plan(module, twin, arguments, whole, said)
     return description
 
 
