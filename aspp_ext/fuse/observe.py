@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_map
 
 from aspp_ext.modules.parts import Unfusable
 
+from .apart import replaced
+
 SIZES = (64, 96)  # of made-up maps, which encoders can halve
 _NO_FORWARD = nn.Module.forward
 
@@ -271,11 +273,9 @@ def _assignments(twin: nn.Module) -> Iterator[list[str]]:
             names.append(name)
         plain(module, name, value)
 
-    nn.Module.__setattr__ = noting  # type: ignore[method-assign, assignment]
-    try:
+    with replaced(nn.Module, "__setattr__", noting):
         yield names
-    finally:
-        nn.Module.__setattr__ = plain  # type: ignore[method-assign]
+    own.clear()
 
 
 def _attributes(twin: nn.Module) -> dict[str, Any]:
