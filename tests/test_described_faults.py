@@ -119,13 +119,6 @@ def test_models_with_parts_that_cannot_be_read() -> None:
 
     assert [e.reason for e in fuse_report(fuse(Masked()))] == [None]
 
-    class Keyed(Plain):
-        def __init_subclass__(cls, *, key: str) -> None:
-            super().__init_subclass__()
-
-    with pytest.warns(UserWarning, match="cannot be read: TypeError"):
-        fuse(Keyed())
-
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()

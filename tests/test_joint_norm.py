@@ -151,12 +151,28 @@ def test_first_and_second_derivatives(joint) -> None:
 
 
 @each_way
-def test_writes_are_counted(joint) -> None:
-    """The copy of folded weights is dropped when a version moves."""
-    norms = make_norms()
+def test_writes_are_counted_as_the_norms_count_them(joint) -> None:
+    """The number of batches by its version; the statistics have none that moves, as others save."""
+    norms, other = make_norms(), make_norms()
     before = [b._version for b in norms.buffers()]
     joint(norms, make_y())
-    assert all(b._version > v for b, v in zip(norms.buffers(), before, strict=True))
+    one_by_one(other, make_y())
+    moved = [b._version - v for b, v in zip(norms.buffers(), before, strict=True)]
+    assert moved == [b._version - v for b, v in zip(other.buffers(), before, strict=True)]
+    assert sum(moved) == len(WIDTHS)
+
+
+@each_way
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_norm_that_was_called_before_in_the_same_graph(joint, training: bool) -> None:
+    kept, grads = make_norms(), []
+    for call in (one_by_one, joint):
+        norms, y = copy.deepcopy(kept), make_y().requires_grad_()
+        before = norms.train(training)[1](y[:, 5:6])
+        (call(norms.train(), y) + before).square().sum().backward()
+        assert y.grad is not None
+        grads.append(y.grad)
+    torch.testing.assert_close(*grads, **TIGHT)
 
 
 class Other(nn.BatchNorm2d):

@@ -91,7 +91,7 @@ def alone(stages: list[nn.Module], y: Tensor) -> Tensor:
 
 
 def beside(stages: list[nn.Module], y: Tensor) -> Tensor:
-    return run_beside([[s] for s in stages], y, WIDTHS, channels_last=True)
+    return run_beside([[s] for s in stages], y, WIDTHS, channels_last=[True] * 3)
 
 
 @pytest.mark.parametrize("name", [*AT_ONCE, *ONE_BY_ONE])

@@ -98,7 +98,7 @@ def fuse(
     _check_inputs("fuse", example_inputs)
     before = _restore_what_has_changed(model)
     try:
-        findings = inspect(model, example_inputs, "fuse")
+        findings = inspect(model, example_inputs, "fuse", before.keys())
     except ValueError:
         for module in model.modules():
             _put_back(module, before)

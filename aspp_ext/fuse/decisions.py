@@ -14,6 +14,8 @@ from types import FrameType
 
 import torch
 
+from .apart import replaced
+
 
 @contextlib.contextmanager
 def decisions_by_size() -> Iterator[list[str]]:
@@ -32,11 +34,8 @@ def decisions_by_size() -> Iterator[list[str]]:
                 noted.append(home)
         return truth
 
-    torch.SymBool.__bool__ = noting  # type: ignore[method-assign]
-    try:
+    with replaced(torch.SymBool, "__bool__", noting):
         yield noted
-    finally:
-        torch.SymBool.__bool__ = plain  # type: ignore[method-assign]
 
 
 def _asking(frame: FrameType | None) -> str:

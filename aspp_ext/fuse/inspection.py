@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -34,9 +35,13 @@ class Finding(NamedTuple):
 
 
 def inspect(
-    model: nn.Module, example_inputs: tuple[Any, ...] | None = None, op: str = "fuse"
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | None = None,
+    op: str = "fuse",
+    anew: Collection[int] = (),
 ) -> list[Finding]:
-    """Every pyramid in ``model``, in the order of its modules; ``op`` says who asks."""
+    """Every pyramid in ``model``, in the order of its modules; ``op`` says who asks. Modules of the
+    ids ``anew`` have been unfused to be read again, also in one that is fused and calls them."""
     load_adapters()
     names = dict(model.named_modules())
     order = {name: i for i, name in enumerate(names)}
@@ -49,7 +54,9 @@ def inspect(
     found: list[Finding] = []
     inside: set[int] = set()  # of modules that are looked after
     for name, module in names.items():
-        if id(module) in inside:
+        if id(module) in anew:
+            inside.difference_update(map(id, module.modules()))
+        if id(module) in inside and not _is_fused(module):
             continue
         finding = _known(name, module, given.get(name))
         if finding is not None:
@@ -218,6 +225,10 @@ def _of_fused(name: str, module: FusedModule) -> FuseEntry:
             return FuseEntry(name, source, True, reason, recognised)
     program = module.__dict__[PROGRAM].program if described else None
     return _entry(name, module, True, recognised, heads, program)._replace(kind=source)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return GROUPING in vars(module) or descends(type(module), FusedModule)
 
 
 def is_of_an_earlier_import(module: nn.Module) -> bool:

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_map
 from aspp_ext.modules.head import is_atrous
 from aspp_ext.modules.parts import Unfusable
 
+from .apart import replaced
+
 SIZES = (64, 96)  # of made-up maps, which encoders can halve
 _NO_FORWARD = nn.Module.forward
 
@@ -45,6 +47,8 @@ def on_meta(module: nn.Module) -> nn.Module:
             if b is not None and id(b) not in memo:
                 memo[id(b)] = _on_meta(b)
     twin = own_copy(module, memo)
+    if any(isinstance(t, Tensor) and not t.is_meta for t in _held(twin)):
+        raise Unfusable("a part of it is copied in a way of its own, not tensor by tensor")
     for m in twin.modules():
         if type(m) is nn.SyncBatchNorm:  # which asks for a GPU where processes have been grouped
             m.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
@@ -270,11 +274,9 @@ def _assignments(twin: nn.Module) -> Iterator[list[str]]:
             names.append(name)
         plain(module, name, value)
 
-    nn.Module.__setattr__ = noting  # type: ignore[method-assign, assignment]
-    try:
+    with replaced(nn.Module, "__setattr__", noting):
         yield names
-    finally:
-        nn.Module.__setattr__ = plain  # type: ignore[method-assign]
+    own.clear()
 
 
 def _attributes(twin: nn.Module) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+import types
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from aspp_ext.modules.described import Description, become, taken_name
+from aspp_ext.modules.described import Description, become, fused_class, taken_name
 from aspp_ext.modules.parts import Unfusable, Unread, check_calls
 from aspp_ext.modules.program import Layer, Operator, Program, Pyramid
 from aspp_ext.modules.snapshot import check, take
@@ -18,6 +20,7 @@ from aspp_ext.modules.snapshot import check, take
 from . import floor
 from .match import program_of
 from .observe import in_a_line, looks_like_pyramid, made_up, on_meta, siblings, without_values
+from .own_class import check_super, is_asked_for
 from .trace import trace
 from .trial import generators, try_out
 
@@ -66,6 +69,10 @@ def _describe(
         raise
     except Exception as error:
         raise Unfusable(f"it cannot be copied: {in_a_line(error)}") from error
+    if not _takes_maps(module):
+        if looks_like_pyramid(module):
+            raise Unfusable("its forward takes no map by place")
+        return None
     if arguments is not None:
         arguments = tree_map(_of_several, arguments)
     whole = {name for name, part in module.named_modules() if id(part) in apart}
@@ -88,6 +95,8 @@ def _describe(
         return None
     check_calls()
     try:
+        _check_readable(module, arguments)
+        check_super(type(module))
         traced = trace(twin, arguments, whole)
         program = program_of(traced, module)
     except Unfusable as reason:
@@ -105,8 +114,44 @@ def _describe(
         # Its own snapshot, as norms of the twin may be of other classes.
         become(copied, description._replace(snapshot=take(copied, layers, live)))
 
+    def only_derive(copied: nn.Module) -> None:
+        copied.__class__ = fused_class(type(copied))
+
     try_out(twin, fuse, arguments)
+    if is_asked_for(type(module)):
+        try:
+            try_out(twin, only_derive, arguments)
+        except Unfusable:
+            said = "its own forward computes something else in a subclass, as fused classes are"
+            return floor.plan(module, twin, arguments, whole, said)
     return description
+
+
+def _takes_maps(module: nn.Module) -> bool:
+    """Whether its forward can be called with anything by place."""
+    try:
+        inspect.signature(module.forward).bind(None)
+    except TypeError as error:
+        return "too many" not in str(error)
+    except ValueError:  # of what is not written in Python
+        pass
+    return True
+
+
+def _check_readable(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Raises Unread."""
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__:
+        raise Unread("its class has a __call__ of its own")
+    # A partialmethod makes another function each time.
+    if not isinstance(kind.forward, types.FunctionType) or kind.forward is not kind.forward:
+        made = type(inspect.getattr_static(kind, "forward")).__name__
+        raise Unread(f"its forward is a {made}, not a function")
+    for x in tree_leaves(arguments):
+        if not isinstance(x, Tensor):
+            raise Unread(f"its forward takes a {type(x).__name__}")
+        if x.dim() != 4 or not x.is_floating_point():
+            raise Unread("its forward takes something else than maps")
 
 
 def _of_several(x: Any) -> Any:

@@ -8,10 +8,7 @@ cannot read what may well be harmless, the refusal is an :class:`Unread`.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
 import operator
 import random
 import re
@@ -28,6 +25,7 @@ from torch.utils._pytree import tree_map, tree_unflatten
 from aspp_ext.modules.parts import Unfusable, Unread
 from aspp_ext.modules.program import Device, Dtype, Layer, Operator, Param, Ref, Training, find
 
+from .apart import quiet
 from .decisions import decisions_by_size
 from .observe import in_a_line
 
@@ -106,25 +104,21 @@ def _export(twin: nn.Module, arguments: tuple[Any, ...]) -> torch.export.Exporte
         height, width = (torch.export.Dim(f"{axis}{i}", min=2) for axis in "hw")
         return {0: batch, 2: height, 3: width}
 
-    loud = [logging.getLogger(name) for name in ("torch", "torch.export", "torch.fx")]
-    levels = [logger.level for logger in loud]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
-        torch.use_deterministic_algorithms(False)  # in which one operator becomes many
-        for logger in loud:
-            logger.setLevel(logging.CRITICAL)
-        silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, decisions_by_size() as decided:
+        if deterministic:  # in which one operator becomes many
+            torch.use_deterministic_algorithms(False)
+        with warnings.catch_warnings(), quiet(), decisions_by_size() as decided:
             warnings.simplefilter("ignore")
-            shapes = tree_map(dims, arguments)
+            named = inspect.signature(twin.forward).bind(*arguments).arguments
+            shapes = tree_map(dims, dict(named))  # of *arguments those are one
             exported = torch.export.export(twin, arguments, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise _refusal(error, bool(decided)) from error
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warns)
-        for logger, level in zip(loud, levels, strict=True):
-            logger.setLevel(level)
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=warns)
     # Of these no step and no range tells. That maps are of one batch is asked for above.
     guards = getattr(exported, "_guards_code", None) or []
     if any(_EQUAL_BATCHES.fullmatch(guard) is None for guard in guards):

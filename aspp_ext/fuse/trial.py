@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from aspp_ext.modules.described import no_way_out
 from aspp_ext.modules.parts import Unfusable
@@ -65,7 +65,11 @@ def try_out(
 
 
 def _random(arguments: tuple[Any, ...], shape: tuple[int, int, int] | None) -> tuple[Any, ...]:
-    def drawn(x: Tensor) -> Tensor:
+    def drawn(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        if x.dim() != 4 or not x.is_floating_point():
+            return torch.zeros(x.shape, dtype=x.dtype)
         sizes = x.shape if shape is None else (shape[0], x.shape[1], *shape[1:])
         return torch.randn(sizes, dtype=torch.double)
 
@@ -77,7 +81,7 @@ def _both(
 ) -> bool:
     """Whether the plain one takes such maps, so that they were compared."""
     mode = "training mode" if training else "eval mode"
-    results: list[dict[str, Tensor]] = []
+    results: list[dict[str, Any]] = []
     for module in (plain, fused):
         try:
             with contextlib.nullcontext() if module is plain else no_way_out():
@@ -147,18 +151,23 @@ def _length(twin: nn.Module) -> int:
     return min(max([7, *(r + 2 for r in rates)]), _LONGEST)
 
 
-def _run(module: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str, Tensor]:
+def _run(module: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str, Any]:
     torch.default_generator.manual_seed(1)
     random.seed(1)
     with torch.set_grad_enabled(training):
-        leaves, structure = tree_flatten(inputs)
-        leaves = [x.clone().requires_grad_(training) for x in leaves]
-        results, _ = tree_flatten(module(*torch.utils._pytree.tree_unflatten(leaves, structure)))
-        found = {f"result {i}": r.detach() for i, r in enumerate(results)}
+        given, structure = tree_flatten(inputs)
+        leaves = [x.clone().requires_grad_(training) for x in given if _is_real(x)]
+        rest = iter(leaves)
+        # Copies: it may write to them, which nobody may to leaves.
+        given = [next(rest).clone() if _is_real(x) else x for x in given]
+        results, _ = tree_flatten(module(*tree_unflatten(given, structure)))
+        found: dict[str, Any] = {f"result {i}": _detached(r) for i, r in enumerate(results)}
+        found.update((f"input {i}", _detached(x)) for i, x in enumerate(given))
         if training:
             for p in module.parameters():
                 p.grad = None
-            total = sum((r * torch.randn(r.shape, dtype=r.dtype)).sum() for r in results)
+            numbers = filter(_is_real, results)
+            total = sum((r * torch.randn(r.shape, dtype=r.dtype)).sum() for r in numbers)
             if isinstance(total, Tensor) and total.requires_grad:
                 total.backward()
             for i, leaf in enumerate(leaves):
@@ -169,20 +178,38 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], training: bool) -> dict[str
     return found
 
 
+def _is_real(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def _given(grad: Tensor | None) -> Tensor:
     return torch.zeros(()) if grad is None else grad
 
 
 def _are_few(inputs: tuple[Any, ...]) -> bool:
-    return any(x.shape[0] == 1 or 1 in x.shape[2:] for x in tree_flatten(inputs)[0])
+    maps = (x for x in tree_flatten(inputs)[0] if isinstance(x, Tensor))
+    return any(x.shape[0] == 1 or 1 in x.shape[2:] for x in maps)
 
 
-def _compare(plain: dict[str, Tensor], fused: dict[str, Tensor], mode: str) -> None:
-    numbers = [v for v in plain.values() if v.numel() and v.is_floating_point()]
+def _compare(plain: dict[str, Any], fused: dict[str, Any], mode: str) -> None:
+    tensors = [v for v in plain.values() if isinstance(v, Tensor)]
+    numbers = [v for v in tensors if v.numel() and v.is_floating_point()]
     largest = max((v.abs().max().item() for v in numbers), default=0.0)
     for name, value in plain.items():
         other = fused.get(name)
-        if other is None or other.shape != value.shape or other.dtype != value.dtype:
+        if not isinstance(value, Tensor):
+            if type(other) is not type(value) or other != value:
+                raise Unfusable(f"what was read of its forward gives another {name} in {mode}")
+            continue
+        if (
+            not isinstance(other, Tensor)
+            or other.shape != value.shape
+            or other.dtype != value.dtype
+        ):
             raise Unfusable(f"what was read of its forward gives another {name} in {mode}")
         if not value.numel():
             continue

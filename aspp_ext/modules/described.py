@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import copyreg
 import functools
 import threading
-import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .fused import (
     PROGRAM,
     FusedModule,
     dtype_of,
+    forward_like,
     frozen_copy,
     infer_folded,
     needs_plain_operators,
@@ -49,12 +51,20 @@ class DescribedForward(FusedModule):
     the module's own forward computes.
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        if "original" in vars(cls):
+            cls.forward = forward_like(cls.original)
+        else:  # somebody's own, of which the original's may take note
+            super().__init_subclass__(**keywords)
+
     def fused_forward(self, *arguments: Any, **keywords: Any) -> Any:
         """The forward, of the arguments that the original's takes."""
         own = _refuse if getattr(_on_trial, "on", False) else super().forward
+        description: Description | None = self.__dict__.get(PROGRAM)
+        if description is None:  # made by its class, not by fuse
+            return super().forward(*arguments, **keywords)
         if keywords or needs_plain_operators():
             return own(*arguments, **keywords)
-        description: Description = self.__dict__[PROGRAM]
         program = description.program
         inputs = bind(program.arguments, arguments)
         if inputs is None or not _are_features(inputs, program):
@@ -97,7 +107,9 @@ class DescribedForward(FusedModule):
         Raises:
             Unfusable: naming what has changed since the module was described.
         """
-        description: Description = module.__dict__[PROGRAM]
+        description: Description | None = module.__dict__.get(PROGRAM)
+        if description is None:
+            raise Unfusable("it was made by its class and has not been read: fuse it again")
         if look:
             check_calls()
             check(module, description.snapshot)
@@ -111,9 +123,21 @@ class DescribedForward(FusedModule):
         return heads
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not fused_class(type(self).original):
-            return super().__reduce_ex__(protocol)
-        return _revive, (type(self).original,), self.__getstate__()
+        kind, made = type(self), super().__reduce_ex__(max(protocol, 2))
+        if kind is not fused_class(kind.original) or not isinstance(made, tuple):
+            return made
+        make, arguments, *state = made
+        if make in (copyreg.__newobj__, copyreg.__newobj_ex__):  # type: ignore[attr-defined]
+            return _revive, (kind.original, *_for_new(make, arguments)), *state
+        # The original's own way, of the class that can be found by its name.
+        make, *arguments = (kind.original if a is kind else a for a in (make, *arguments))
+        return make, tuple(arguments), *state
+
+
+def _for_new(make: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the original's ``__new__`` takes."""
+    plain = make is copyreg.__newobj__  # type: ignore[attr-defined]
+    return (arguments[1:], {}) if plain else arguments[1:]
 
 
 _on_trial = threading.local()
@@ -151,20 +175,23 @@ def taken_name(module: nn.Module) -> str | None:
 
 
 def fused_class(original: Any) -> type[DescribedForward]:
-    """``class Fused<original>(DescribedForward, original)``, made when first asked for."""
+    """``class Head(DescribedForward, Head)``, made when first asked for."""
     return _made_class(original)
 
 
 @functools.cache
 def _made_class(original: Any) -> Any:
-
-    def fill(body: dict[str, Any]) -> None:
-        body["original"] = original
-        body["__module__"] = original.__module__
-        body["__doc__"] = f"``{original.__module__}.{original.__qualname__}``, fused."
-
-    name = f"Fused{original.__name__}"
-    return types.new_class(name, (DescribedForward, original), {}, fill)
+    # Under the original's name, by which its methods may look things up, and behind the back of
+    # registries: neither __init_subclass__ nor what a metaclass does to new classes runs.
+    body = {
+        "original": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": f"``{original.__module__}.{original.__qualname__}``, fused.",
+    }
+    meta = type(original)
+    plain = abc.ABCMeta if issubclass(meta, abc.ABCMeta) else type
+    return plain.__new__(meta, original.__name__, (DescribedForward, original), body)
 
 
 def become(module: nn.Module, description: Description) -> None:
@@ -173,9 +200,11 @@ def become(module: nn.Module, description: Description) -> None:
     vars(module)[PROGRAM] = description
 
 
-def _revive(original: type[nn.Module]) -> DescribedForward:
+def _revive(
+    original: type[nn.Module], arguments: Sequence[Any] = (), keywords: Any = None
+) -> DescribedForward:
     kind = fused_class(original)
-    return kind.__new__(kind)
+    return kind.__new__(kind, *arguments, **(keywords or {}))
 
 
 def _are_features(inputs: list[Tensor], program: Program) -> bool:

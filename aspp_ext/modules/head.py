@@ -189,21 +189,33 @@ def columns(head: Head, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gives_channels_last(head: Head, x: Tensor) -> bool:
-    """Whether the layers' own result would be channels_last.
-
-    The pooled map that is spread over the plane is contiguous, and so is its concatenation with the
-    branches in whatever format: the projection's weight alone decides. It matters to a dropout,
-    which draws in the order of the memory.
-    """
-    if head.pool is not None:
-        return head.project is not None and is_channels_last(head.project.weight)
-    last = branches_lie_channels_last(head, x)
+    """Whether the layers' own result would be channels_last: by its projection's weight, if it does
+    not read such a map."""
+    last = joins_channels_last(head, x)
     return last or (head.project is not None and is_channels_last(head.project.weight))
 
 
-def branches_lie_channels_last(head: Head, x: Tensor) -> bool:
-    """The same of the branches' own maps."""
-    return is_channels_last(x) or any(is_channels_last(b.conv.weight) for b in head.branches)
+def joins_channels_last(head: Head, x: Tensor) -> bool:
+    """Whether the branches' own maps, joined, would be. It matters to a dropout, which draws in the
+    order of the memory.
+
+    A concatenation is if all of its maps are, which the pooled map, spread over the plane, never
+    is. A sum lies as the first of what it adds.
+    """
+    if head.pool is not None:
+        return False
+    last = branches_lie_channels_last(head, x)
+    return last[0] if head.join == "sum" else all(last)
+
+
+def branches_lie_channels_last(head: Head, x: Tensor) -> list[bool]:
+    """The same of each branch's own map: its convolutions' weights and x decide."""
+    last = is_channels_last(x)
+    return [last or any(is_channels_last(c.weight) for c in _convs(b)) for b in head.branches]
+
+
+def _convs(branch: Branch) -> list[Conv]:
+    return [branch.conv] if branch.depthwise is None else [branch.depthwise, branch.conv]
 
 
 POOL_BATCH_OF_ONE = ("error", "running_stats")

@@ -105,7 +105,7 @@ def infer(
             channels_last=last,
         )
 
-    return finish(head, y, pooled, last, project, _busy(after.rest))
+    return finish(head, x, y, pooled, project, _busy(after.rest))
 
 
 def _busy(stages: Sequence[Stage]) -> list[Stage]:

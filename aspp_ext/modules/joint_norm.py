@@ -173,7 +173,11 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 
 @torch.no_grad()
 def _track(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
-    """Moves the running statistics towards the batch's mean and unbiased variance ``[sum O]``."""
+    """Moves the running statistics towards the batch's mean and unbiased variance ``[sum O]``.
+
+    Their versions stay, as they do in PyTorch's batch norm, which has saved them where a norm has
+    been called before in the same graph: its backward would raise. The count's version moves.
+    """
     counts = _present([n.num_batches_tracked for n in norms])
     if counts:
         torch._foreach_add_(counts, 1)
@@ -184,6 +188,8 @@ def _track(norms: Sequence[Norm], mean: Tensor, var: Tensor) -> None:
         if not running:
             continue
         _check_memory(running)
+        if not is_traced():  # a compiler has ways of its own to write to them
+            running = [r.data for r in running]
         wide = [r.to(mean.dtype) for r in running]
         if momentum is not None:
             torch._foreach_lerp_(wide, of_batch.split(sizes), momentum)

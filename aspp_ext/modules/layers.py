@@ -21,6 +21,7 @@ from .head import (
     columns,
     gives_channels_last,
     has_between,
+    joins_channels_last,
     lead,
     pooled_norm,
     single_pooled_value,
@@ -48,7 +49,6 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
         ValueError: the pooled branch would train its batch norm on one value per channel.
     """
     by_running_stats = single_pooled_value(head, x, pool_batch_of_one)
-    channels_last = gives_channels_last(head, x)
     y, statistics = _convolved(head.branches, x, polyphase)
     lists = [b.stages for b in head.branches]
     y = run_beside(lists, y, head.widths, branches_lie_channels_last(head, x), statistics)
@@ -66,7 +66,7 @@ def forward_layers(head: Head, x: Tensor, pool_batch_of_one: str, polyphase: boo
         rates = [(rate_h, rate_w)]
         return atrous_pyramid(y, [weight], rates, shift=shift, polyphase=polyphase)
 
-    return finish(head, y, pooled, channels_last, project, head.stages)
+    return finish(head, x, y, pooled, project, head.stages)
 
 
 def _pooled_map(head: Head, x: Tensor, by_running_stats: bool) -> Tensor:
@@ -82,9 +82,9 @@ def _pooled_map(head: Head, x: Tensor, by_running_stats: bool) -> Tensor:
 
 def finish(
     head: Head,
+    x: Tensor,
     y: Tensor,
     pooled: Tensor | None,
-    channels_last: bool,
     project: Callable[[Tensor, Tensor | None], Tensor],
     stages: Sequence[Stage],
 ) -> Result:
@@ -92,23 +92,23 @@ def finish(
 
     Args:
         head: the parts.
+        x: [N, C, H, W], the features, which with the weights say how maps lie in memory.
         y: [N, sum O, H, W], the branches side by side, ours.
         pooled: [N, Q, 1, 1], or None.
-        channels_last: how the result is to lie in memory.
         project: the projection, of the joint map, or of the branches and the pooled map.
         stages: what follows the projection.
     """
-    inner = memory_format(channels_last)
     if head.join == "none":
-        return parts(y, head.widths, inner)
+        return parts(y, head.widths, branches_lie_channels_last(head, x))
+    last = memory_format(gives_channels_last(head, x))
     if head.join == "sum":
         y = y.unflatten(1, (len(head.branches), head.widths[0])).sum(1)
     if pooled is not None and not head.pools_into_bias:
         y, pooled = spread(head, y, pooled), None
-    y = _run_all(head.joined, y, inner)
+    y = _run_all(head.joined, y, memory_format(joins_channels_last(head, x)))
     if head.project is not None:
-        y = _run_all(stages, project(y, pooled), inner)
-    return y.contiguous(memory_format=inner)
+        y = _run_all(stages, project(y, pooled), last)
+    return y.contiguous(memory_format=last)
 
 
 def spread(head: Head, y: Tensor, pooled: Tensor) -> Tensor:

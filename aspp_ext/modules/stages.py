@@ -124,7 +124,7 @@ def run_beside(
     lists: Sequence[Sequence[Stage]],
     y: Tensor,
     widths: Sequence[int],
-    channels_last: bool,
+    channels_last: Sequence[bool],
     statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """``cat_b lists[b](y_b)``.
@@ -133,7 +133,7 @@ def run_beside(
         lists: of each branch its stages; as many, and of the same kinds one by one.
         y: ``[N, sum widths, H, W]``, ours.
         widths: channels of each branch.
-        channels_last: how the branches' maps lie in memory, for who draws in that order.
+        channels_last: how each branch's map lies in memory, for who draws in that order.
         statistics: of y, as :func:`joint_norm` takes them.
     """
     columns = list(zip(*lists, strict=True))
@@ -196,23 +196,30 @@ def _is_of(t: Any, width: int) -> bool:
 
 
 def _each(
-    lists: Sequence[Sequence[Stage]], y: Tensor, widths: Sequence[int], channels_last: bool
+    lists: Sequence[Sequence[Stage]],
+    y: Tensor,
+    widths: Sequence[int],
+    channels_last: Sequence[bool],
 ) -> Tensor:
     draws = any(is_random(s) for stages in lists for s in stages)
-    inner = memory_format(channels_last if draws else is_channels_last(y))
+    ours = [is_channels_last(y)] * len(widths)
     results = []
-    for stages, part in zip(lists, parts(y, widths, inner), strict=True):
+    copies = parts(y, widths, channels_last if draws else ours)
+    for stages, part in zip(lists, copies, strict=True):
         for stage in stages:
             part = run(stage, part)
         results.append(part)
     return torch.cat(results, 1)
 
 
-def parts(y: Tensor, widths: Sequence[int], inner: torch.memory_format) -> list[Tensor]:
-    """Each branch's channels of y, copied.
+def parts(y: Tensor, widths: Sequence[int], channels_last: Sequence[bool]) -> list[Tensor]:
+    """Each branch's channels of y, copied, in its format.
 
     Split, not slices: its backward is one concatenation instead of a padded map per branch. A batch
     norm of a strided slice takes up to 100 times as long as one of a dense copy.
     """
+    formats = map(memory_format, channels_last)
+    if len(widths) == 1:
+        return [y.contiguous(memory_format=next(formats))]
     split = y.split(list(widths), 1)
-    return [p.clone(memory_format=inner) for p in split] if len(split) > 1 else [y]
+    return [p.clone(memory_format=f) for p, f in zip(split, formats, strict=True)]
