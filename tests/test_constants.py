@@ -35,9 +35,16 @@ class Inner:
     k: float = 2.0
     rates: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
 
+    def scaled(self, y: Tensor) -> Tensor:
+        return y * self.k
+
     @property
     def computed(self) -> float:
         return self.k + self.rates[0]
+
+
+class Degree(float):
+    """A number of somebody's own."""
 
 
 class Slotted:
@@ -54,6 +61,12 @@ class Pair(collections.namedtuple("Pair", "k inner")):
 CONFIG: dict[str, Any] = {"k": 2.0, "inner": Inner(), "scale": numpy.float64(2)}
 NAMESPACE = types.SimpleNamespace(k=2.0, inner=types.SimpleNamespace(k=2.0))
 K = 2.0
+
+
+def shifted(y: Tensor) -> Tensor:
+    return y + 1
+
+
 BY_PARTIAL = functools.partial(torch.mul, other=2.0)
 
 
@@ -103,7 +116,9 @@ class Base(nn.Module):
         self.mode, self.size, self.chosen = Mode.ONCE, torch.Size([2, 3]), {1, 2}
         self.range, self.array = range(3), numpy.array([2.0])
         self.object_ = self.cfg
-        self.queue = collections.deque([2.0])
+        self.queue, self.degree = collections.deque([2.0]), Degree(2)
+        self.functions = types.SimpleNamespace(act=F.relu, size=self.pair.count, own=shifted)
+        self.functions.bound = self.cfg.model.scaled
 
     @property
     def by_property(self) -> float:
@@ -159,6 +174,21 @@ OWN: dict[str, tuple[LAST, Callable[[Any], object], str]] = {
         lambda s, y: y * float(s.fraction),
         set_("", "fraction", fractions.Fraction(1, 3)),
         "fraction",
+    ),
+    "number of its own": (
+        lambda s, y: y * s.degree,
+        set_("", "degree", Degree(3)),
+        "degree",
+    ),
+    "function": (
+        lambda s, y: s.functions.own(y),
+        set_("functions", "own", F.relu),
+        "functions.own",
+    ),
+    "method's object": (
+        lambda s, y: s.functions.bound(y),
+        set_("cfg.model", "k", 3.0),
+        "cfg.model.k",
     ),
     "enum": (lambda s, y: y * s.mode.value, set_("", "mode", Mode.TWICE), "mode"),
     "size": (lambda s, y: y * s.size[0], set_("", "size", torch.Size([3, 3])), "size"),

@@ -29,7 +29,7 @@ _ARRAY = 1 << 14  # bytes of an array
 _OF_TORCH = frozenset(vars(nn.Module()))
 _FOREIGN = frozenset(("torch", "numpy", "aspp_ext", "builtins")) | sys.stdlib_module_names
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_VALUES = (*VALUES, torch.Size, range, slice, fractions.Fraction, Decimal)
+_VALUES = (*VALUES, torch.Size, range, slice, fractions.Fraction, Decimal, enum.Enum)
 _OBJECTS: tuple[type, ...] = (types.SimpleNamespace, argparse.Namespace, collections.UserDict)
 _OBJECTS += (collections.UserList, collections.ChainMap)
 _SEQUENCES = (list, tuple, collections.deque)
@@ -126,18 +126,18 @@ class Look:
         if self.left < 0:
             raise Unseen("is too large to be watched")
         kind = kind_of(value)
-        if kind in _VALUES or isinstance(value, enum.Enum) or _is_numpy(value, "generic"):
+        if isinstance(value, _VALUES) or _is_numpy(value, "generic"):
             return Constant(kind, "value", value)
         if isinstance(value, (types.FunctionType, type)):
             self.met.append(value)
-            return Constant(kind, "same", Same(value))
+            return _same(value)
         if id(value) in self._around:
             return Constant(kind, "around")
         for how, is_of, read in _READ:
             if is_of(value):
                 return Constant(kind, how, read(value))
         if isinstance(value, Tensor):  # which is no constant
-            return Constant(kind, "same", Same(value))
+            return _same(value)
         if isinstance(value, (set, frozenset)):
             return Constant(kind, "set", frozenset(value))
         if hasattr(kind, "__next__") and is_foreign(kind.__module__):
@@ -150,7 +150,7 @@ class Look:
             if not is_installed(kind.__module__.partition(".")[0]):
                 raise
             self.left = left  # a logger, for instance
-            return Constant(kind, "same", Same(value))
+            return _same(value)
         finally:
             self._around.discard(id(value))
 
@@ -166,14 +166,20 @@ class Look:
         if is_foreign(kind.__module__) and not attributes and type(value) not in _OBJECTS:
             if (inner := getattr(value, "__dict__", {}).get("__wrapped__")) is not None:
                 self.met.append(inner)
-            return Constant(kind, "same", Same(value))
+            return _same(value)
+        # Pickle does not know the class of methods.
+        kind = object if kind is types.MethodType else kind
         return Constant(kind, "object", None, (), *held)
+
+
+def _same(value: Any) -> Constant:
+    return Constant(object, "same", Same(value))
 
 
 def difference(value: Any, known: Constant) -> str | None:
     """Where in it a value is another than it was: ``".rates[0]"``, or ``""`` as a whole."""
     kind, how, was, items, names, attributes = known
-    if kind_of(value) is not kind:
+    if kind is not object and kind_of(value) is not kind:
         return ""
     if how == "value":
         return None if is_same(value, was) else ""
@@ -241,7 +247,7 @@ def is_same(value: Any, known: Any) -> bool:
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """Of an object that is looked into."""
-    kind = type(value)
+    kind: Any = type(value)
     if (parts := _PARTS.get(kind)) is not None:
         yield from ((name, getattr(value, name, Missing)) for name in parts)
     elif isinstance(value, nn.Module):
