@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,8 +21,11 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from aspp_ext.modules.constants import leaves
 from aspp_ext.modules.head import is_atrous
 from aspp_ext.modules.parts import Unfusable
+from aspp_ext.modules.reads import Written
+from aspp_ext.modules.snapshot import reads
 
 from .apart import replaced
 
@@ -55,7 +58,8 @@ def on_meta(module: nn.Module) -> nn.Module:
     return twin
 
 
-_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+_OF_TORCH = frozenset(vars(nn.Module()))
+_HOOKS = frozenset(name for name in _OF_TORCH if name.endswith("_hooks"))
 
 
 def _on_meta(t: Tensor) -> Tensor:
@@ -237,30 +241,51 @@ def siblings(
         Unfusable: they do, but the run leaves traces in the module: a count, a setting.
         Exception: whatever the run raises, where they have not by then.
     """
-    watch, before = _Watch(twin, apart, deep), _attributes(twin)
+    watch, left = _Watch(twin, apart, deep), _Left(twin.eval())
     with torch.no_grad(), warnings.catch_warnings(), _assignments(twin) as assigned:
         warnings.simplefilter("ignore")
         try:
             with watch:
-                twin.eval()(*arguments)
+                twin(*arguments)
         except Exception:
             if not watch.siblings():
                 raise
         if not watch.siblings():
             return 0
-        assigned.clear()
+        left.check(assigned)
         for training in (False, True):
-            twin.train(training)
+            left = _Left(twin.train(training))
             assigned.clear()
             with contextlib.suppress(Exception):  # where it cannot train on nothing
                 twin(*arguments)
-            if assigned:
-                raise Unfusable(f"its forward sets {assigned[0]}")
-    changed = _attributes(twin)
-    for name in {**before, **changed}:
-        if before.get(name) != changed.get(name):
-            raise Unfusable(f"its forward changes {name}")
+            left.check(assigned)
     return watch.siblings()
+
+
+class _Left:
+    """What a forward may leave behind: in its modules, and in all else that it reads."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.twin, self.before = twin, _attributes(twin)
+        self.reads: Written | None = None
+        self.refusal: Unfusable | None = None
+        try:
+            self.reads = reads(twin)
+        except Unfusable as refusal:
+            self.refusal = refusal
+
+    def check(self, assigned: Sequence[str]) -> None:
+        """Raises Unfusable, naming it."""
+        if assigned:
+            raise Unfusable(f"its forward sets {assigned[0]}")
+        if self.refusal is not None:
+            raise self.refusal
+        changed = _attributes(self.twin)
+        names = [n for n in {**self.before, **changed} if self.before.get(n) != changed.get(n)]
+        if self.reads is not None and (name := self.reads.change()) is not None:
+            names.append(name)
+        if names:
+            raise Unfusable(f"its forward changes {names[0]}")
 
 
 @contextlib.contextmanager
@@ -285,19 +310,19 @@ def _attributes(twin: nn.Module) -> dict[str, Any]:
     for path, module in twin.named_modules():
         for key, value in vars(module).items():
             if key != "training":
-                found[f"{path}.{key}" if path else key] = _looked_at(value)
+                name = f"{path}.{key}" if path else key
+                found[name] = _looked_at(value)
+                if key not in _OF_TORCH and not isinstance(value, nn.Module):
+                    found.update((name + inside, leaf) for inside, leaf in leaves(value))
     return found
 
 
-def _looked_at(value: Any, deep: bool = True) -> Any:
+def _looked_at(value: Any) -> Any:
     if isinstance(value, dict):
         return (type(value), [(k, id(v)) for k, v in value.items()])
-    if isinstance(value, Collection) and not isinstance(value, (Tensor, nn.Module, str)):
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
         return (type(value), [id(v) for v in value])
-    inner = vars(value) if deep and hasattr(value, "__dict__") else {}
-    if isinstance(value, (Tensor, nn.Module, type)):
-        inner = {}
-    return (type(value), id(value), {k: _looked_at(v, False) for k, v in inner.items()})
+    return (type(value), id(value))
 
 
 def made_up(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:

@@ -21,8 +21,8 @@ from torch import nn
 
 # Methods on the way from calling a module to its result. PyTorch's tracers replace the first ones
 # for a while, by functions that call what was there.
-_CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
-_ON_THE_WAY = (*_CALLING, "forward", "_conv_forward", "_check_input_dim", "__iter__")
+CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+ON_THE_WAY = (*CALLING, "forward", "_conv_forward", "_check_input_dim", "__iter__")
 _TRACERS = ("torch.fx.", "torch.export.", "torch._export.", "torch.onnx.", "torch.jit.")
 
 # What the layers call in turn, in torch.nn.functional.
@@ -46,22 +46,22 @@ def known_when_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _guard(owner: Any, names: tuple[str, ...]) -> None:
+def guard(owner: Any, names: tuple[str, ...]) -> None:
     """Lets Dynamo compile again once one of these is replaced: it guards what it sees compared."""
     for name in names:
         _ = getattr(owner, name) is None
 
 
 @known_when_compiling
-def _guarded(kind: type) -> tuple[str, ...]:
+def guarded(kind: type) -> tuple[str, ...]:
     """Of what Dynamo reads as Python does, what a class has: absence is guarded slowly."""
-    return tuple(name for name in _ON_THE_WAY if hasattr(kind, name))
+    return tuple(name for name in ON_THE_WAY if hasattr(kind, name))
 
 
 def changed_methods(module: nn.Module) -> list[str]:
     """The names of the methods that are replaced on the instance."""
     if torch.compiler.is_compiling():
-        _guard(module, _guarded(type(module)))
+        guard(module, guarded(type(module)))
     return _methods_among(type(module), *module.__dict__)
 
 
@@ -80,7 +80,7 @@ def _methods(kind: Any) -> frozenset[str]:
 def changed_class(kind: type[nn.Module]) -> str | None:
     """The name of a method of the class, or of a class above it, that is not its author's."""
     if torch.compiler.is_compiling():
-        _guard(kind, _guarded(kind))
+        guard(kind, guarded(kind))
     return _changed_class(kind)
 
 
@@ -93,76 +93,11 @@ def _changed_class(kind: type[nn.Module]) -> str | None:
             return name
     if kind.__getattribute__ is not object.__getattribute__:
         return "__getattribute__"
-    methods = [getattr(kind, name, None) for name in _ON_THE_WAY]
-    return _first_changed(kind, _ON_THE_WAY, methods, functools.partial(_is_of_its_class, kind))
+    methods = [getattr(kind, name, None) for name in ON_THE_WAY]
+    return _first_changed(kind, ON_THE_WAY, methods, functools.partial(_is_of_its_class, kind))
 
 
-class Written:
-    """How a class was written at some time: of two that are the same nothing has changed since.
-
-    In another process it is how the class is written there.
-    """
-
-    def __init__(self, kind: type, seen: tuple[Any, ...]) -> None:
-        self.kind, self.seen = kind, seen
-
-    def __deepcopy__(self, memo: Any) -> Written:
-        return self
-
-    def __reduce__(self) -> Any:
-        return written, (self.kind,)
-
-
-# What a class was written as, the last of it in the end: a patch may be taken back.
-_written: dict[type, list[Written]] = {}
-
-
-def written(kind: type) -> Written:
-    """How a class of anybody's is written now."""
-    if torch.compiler.is_compiling():
-        _guard(kind, _guarded(kind))
-    return _as_written(kind)
-
-
-@known_when_compiling
-def _as_written(kind: type) -> Written:
-    home = sys.modules.get(kind.__module__)
-    # What tracers put in front for a while is passed by.
-    methods = [getattr(kind, name, None) for name in _ON_THE_WAY if name not in _CALLING]
-    members = [m for base in kind.__mro__ if _is_users(base) for m in vars(base).items()]
-    functions = [m for _, m in members if isinstance(m, types.FunctionType) and not _is_tracers(m)]
-    values = [m for m in members if isinstance(m[1], _VALUES)]
-    codes = [f.__code__ for f in (*methods, *functions) if isinstance(f, types.FunctionType)]
-    read = [f.__globals__.get(name) for f in functions for name in _names_in(f.__code__)]
-    read = [value for value in read if isinstance(value, _COMPARED)]
-    globals_ = (getattr(home, name, None) for name in ("F", "torch"))
-    seen = (*methods, *functions, *codes, *values, *read, *globals_, kind.__getattribute__)
-    history = _written.setdefault(kind, [])
-    known = next((w for w in history if w.seen == seen), None)
-    if known is None:
-        known = Written(kind, seen)
-        history.append(known)
-        del history[:-_REMEMBERED]
-    return known
-
-
-_REMEMBERED = 16
-_VALUES = (bool, int, float, str, tuple, type(None))
-# Of what methods know by global names: flags, and functions that somebody may replace.
-_COMPARED = (bool, int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType)
-
-
-@functools.cache
-def _names_in(code: types.CodeType) -> tuple[str, ...]:
-    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return (*code.co_names, *(name for c in inner for name in _names_in(c)))
-
-
-def _is_users(base: type) -> bool:
-    return base.__module__.partition(".")[0] not in ("torch", "builtins", "aspp_ext")
-
-
-def _is_tracers(function: Any) -> bool:
+def is_tracers(function: Any) -> bool:
     home = getattr(function, "__globals__", {}).get("__name__")
     return f"{home}.".startswith(_TRACERS)
 
@@ -170,9 +105,9 @@ def _is_tracers(function: Any) -> bool:
 def changed_function() -> str | None:
     """The name of a function that the layers call and that is not PyTorch's."""
     if torch.compiler.is_compiling():
-        _guard(F, ("torch",))
+        guard(F, ("torch",))
         for module, names in _CALLED:
-            _guard(module, names)
+            guard(module, names)
     return _changed_function()
 
 
@@ -248,6 +183,6 @@ def _is_written_in(function: Any, home: types.ModuleType, owner: type | None = N
 
 
 def _is_of_a_tracer(name: str, function: Any) -> bool:
-    if name not in _CALLING or not isinstance(function, types.FunctionType):
+    if name not in CALLING or not isinstance(function, types.FunctionType):
         return False
     return f"{function.__globals__.get('__name__')}.".startswith(_TRACERS)
