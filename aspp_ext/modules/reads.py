@@ -34,7 +34,9 @@ from .constants import (
 from .parts import Unfusable
 from .untouched import CALLING, ON_THE_WAY, guard, guarded, is_tracers, known_when_compiling
 
-_MAKING = ("__init__", "__init_subclass__")  # which no forward calls
+# Which no forward calls.
+_MAKING = ("__init__", "__init_subclass__", "__new__", "__deepcopy__", "__copy__")
+_MAKING += ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 
 class Names(NamedTuple):
