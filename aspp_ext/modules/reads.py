@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from .constants import (
+    LARGEST,
     Constant,
     Look,
     Missing,
@@ -37,6 +38,9 @@ from .untouched import CALLING, ON_THE_WAY, guard, guarded, is_tracers, known_wh
 # Which no forward calls.
 _MAKING = ("__init__", "__init_subclass__", "__new__", "__deepcopy__", "__copy__")
 _MAKING += ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+_SPECIAL = frozenset((*ON_THE_WAY, "__getattribute__"))  # which nobody has to name
 
 
 class Names(NamedTuple):
@@ -123,7 +127,8 @@ class Written:
         self.places, self.cells = list(reader.places.values()), list(reader.cells.values())
         self.texts, self.orders = list(reader.texts.values()), list(reader.orders.items())
         owners = (o for o in reader.owners.values() if o.names is None)
-        self.absent = [(o.held.keys(), self.names - o.held.keys(), o.said) for o in owners]
+        names = self.names | _SPECIAL
+        self.absent = [(o.held.keys(), names - o.held.keys(), o.said) for o in owners]
         self.imported = reader.imported
         self.number = next(_numbers)
         _by_number[self.number] = self
@@ -167,7 +172,21 @@ class Written:
         return self
 
     def __reduce__(self) -> Any:
-        return written, (self.roots,)
+        return _there, (self.roots,)
+
+
+class _Lost(Written):
+    """Of classes that cannot be watched where they are."""
+
+    def change(self) -> str | None:
+        return "something"
+
+
+def _there(roots: tuple[Any, ...]) -> Written:
+    try:
+        return written(roots)
+    except Unfusable:
+        return _Lost(())
 
 
 # What was written at some time, the last of it in the end: a patch may be taken back.
@@ -244,6 +263,8 @@ class _Reader:
             self._meet(root, root.__name__)
         size = None
         while size != (size := (len(self.places), len(self.names), len(self.owners))):
+            if len(self.places) + len(self.texts) > LARGEST:
+                raise Unfusable("its code reads too much to be watched")
             for (key, _), (held, said, names) in list(self.owners.items()):
                 for name in held.keys() & (self.names if names is None else names):
                     # Of what is Python's or PyTorch's that it is there is all that counts.
@@ -310,6 +331,7 @@ class _Reader:
                 if not own:  # what is on the way from a call to its result
                     if is_module and name in ON_THE_WAY and name not in CALLING:
                         self._add(id(base), members, name, said + name, follow=False)
+                        self._text(member)
                 elif name == "forward" or (name[:2] == "__" and name not in making):
                     self._add(id(base), members, name, said + name)
                 elif is_module:
