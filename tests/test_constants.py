@@ -376,6 +376,16 @@ SHARED: dict[str, tuple[LAST, Callable[[Patch], object], str]] = {
         lambda p: p.setattr(F, "gelu", torch.tanh),
         "gelu",
     ),
+    "torch's own": (
+        lambda s, y: torch.sigmoid(y),
+        lambda p: p.setattr(torch, "sigmoid", torch.tanh),
+        "sigmoid",
+    ),
+    "method of a tensor": (
+        lambda s, y: y.sigmoid(),
+        lambda p: p.setattr(Tensor, "sigmoid", Tensor.tanh),
+        "Tensor.sigmoid",
+    ),
 }
 
 

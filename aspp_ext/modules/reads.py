@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .constants import (
     LARGEST,
@@ -36,8 +36,15 @@ from .parts import Unfusable
 from .untouched import CALLING, ON_THE_WAY, guard, guarded, is_tracers, known_when_compiling
 
 # Which no forward calls.
-_MAKING = ("__init__", "__init_subclass__", "__new__", "__deepcopy__", "__copy__")
-_MAKING += ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+_MAKING = frozenset(("__init__", "__init_subclass__", "__new__"))
+_MAKING |= {
+    "__deepcopy__",
+    "__copy__",
+    "__reduce__",
+    "__reduce_ex__",
+    "__getstate__",
+    "__setstate__",
+}
 
 
 _SPECIAL = frozenset((*ON_THE_WAY, "__getattribute__"))  # which nobody has to name
@@ -230,6 +237,8 @@ def _change(number: int) -> str | None:
 def _difference(found: Any, value: Any, constant: Constant | None) -> str | None:
     if constant is not None:
         return difference(found, constant)
+    if value is Missing:
+        return None if found is Missing else ""
     return None if Same(value).holds(found) else ""
 
 
@@ -270,6 +279,9 @@ class _Reader:
                     # Of what is Python's or PyTorch's that it is there is all that counts.
                     follow = names is None or isinstance(held[name], types.ModuleType)
                     self._add(key, held, name, said + name, names, follow)
+        for name in self.names:
+            if hasattr(Tensor, name):  # which has most from above
+                self._add(id(Tensor), vars(Tensor), name, f"Tensor.{name}", follow=False)
 
     def _is_others(self, home: Any) -> bool:
         top = _top(home)
@@ -319,7 +331,7 @@ class _Reader:
         self.orders[kind] = kind.__mro__
         self._class(type(kind))
         is_module = issubclass(kind, nn.Module)
-        making = _MAKING if is_module else ()
+        making = _MAKING if is_module else frozenset()
         for base in kind.__mro__:
             members, said = vars(base), f"{base.__name__}."
             own = not self._is_others(base.__module__)
