@@ -8,7 +8,7 @@ import importlib
 import types
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 K = 2.0
 CONFIG = types.SimpleNamespace(k=2.0)
@@ -42,3 +42,14 @@ class Static:
     @staticmethod
     def scaled(y: Tensor) -> Tensor:
         return y * K
+
+
+class Parent(nn.Module):
+    """Held in a list, so that it is no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.linear = 2.0, nn.Linear(2, 2)
+
+
+PARENT = Parent()

@@ -186,6 +186,49 @@ def test_what_a_fused_class_refuses_is_said() -> None:
     assert entry.left == "branches.1.2 is a GELU, not a ReLU"
 
 
+def raising(module: nn.Module) -> Any:
+    raise KeyError("high")
+
+
+class Strange(FusedWindow):
+    original = Window
+
+    @classmethod
+    def describe(cls, module: nn.Module) -> Head:
+        return super().describe(module)._replace(join="concat")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"fused": f"{HERE}:Nothing"}, "the fused class of its adapter cannot be used: Attribute"),
+        ({"fused": Strange}, "the fused class of its adapter cannot be used: KeyError: 'concat'"),
+        ({"example_inputs": raising}, "the example_inputs of its adapter cannot be used: KeyError"),
+        ({"example_inputs": lambda m: [one_map()]}, "it must give a tuple, it gave list"),
+    ],
+    ids=["no such class", "describes nonsense", "raises", "no tuple"],
+)
+def test_an_adapter_that_is_wrong_stops_nothing(given: dict[str, Any], reason: str) -> None:
+    register_adapter(Window, **given)
+    model = nn.ModuleList([Window(), OfOne()])
+    with pytest.warns(UserWarning, match="0: the .* of its adapter cannot be used"):
+        fuse(model)
+    first, second = fuse_report(model)
+    assert reason in first.reason
+    assert second.fused
+
+
+class OfOne(nn.Module):
+    """Any that needs no adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branch(rate) for rate in (1, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([b(x) for b in self.branches], 1)
+
+
 def test_the_last_one_said_counts() -> None:
     register_adapter(Window, example_inputs=lambda module: (one_map().float(),))
     register_adapter(Window, FusedWindow)

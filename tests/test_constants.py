@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from constants_elsewhere import PARENT, Parent
 from test_described import features
 from torch import Tensor, nn
 
@@ -115,7 +116,7 @@ class Base(nn.Module):
         self.number, self.fraction = numpy.float64(2), fractions.Fraction(1, 2)
         self.mode, self.size, self.chosen = Mode.ONCE, torch.Size([2, 3]), {1, 2}
         self.range, self.array = range(3), numpy.array([2.0])
-        self.object_ = self.cfg
+        self.object_, self.parents, self.idle = self.cfg, [Parent()], [nn.Dropout()]
         self.queue, self.degree = collections.deque([2.0]), Degree(2)
         self.functions = types.SimpleNamespace(act=F.relu, size=self.pair.count, own=shifted)
         self.functions.bound = self.cfg.model.scaled
@@ -157,6 +158,16 @@ OWN: dict[str, tuple[LAST, Callable[[Any], object], str]] = {
         lambda s, y: y * s.cfg.model.computed,
         lambda m: m.cfg.model.rates.__setitem__(0, 7),
         "cfg.model.rates[0]",
+    ),
+    "a parent's": (
+        lambda s, y: y * s.parents[0].k,
+        lambda m: setattr(m.parents[0], "k", 3.0),
+        "parents[0].k",
+    ),
+    "mode of what is no part": (
+        lambda s, y: y * 2 if s.idle[0].training else y,
+        lambda m: m.idle[0].eval(),
+        "idle[0].training",
     ),
     "slots": (lambda s, y: y * s.slotted.k, set_("slotted", "k", 3.0), "slotted.k"),
     "behind slots": (
@@ -370,6 +381,11 @@ SHARED: dict[str, tuple[LAST, Callable[[Patch], object], str]] = {
         lambda s, y: y * elsewhere.cached()["k"],
         lambda p: p.setitem(elsewhere.KEPT, "k", 3.0),
         "KEPT['k']",
+    ),
+    "a module's": (
+        lambda s, y: y * PARENT.k,
+        lambda p: p.setattr(PARENT, "k", 3.0),
+        "PARENT.k",
     ),
     "function of PyTorch's": (
         lambda s, y: F.gelu(y),

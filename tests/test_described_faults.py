@@ -172,7 +172,7 @@ def test_names_of_the_fused_classes_own() -> None:
         original = 3
 
     for kind, name in ((Settled, "drop_folded"), (Original, "original")):
-        with pytest.warns(UserWarning, match=f"it has a {name} of its own"):
+        with pytest.warns(UserWarning, match=f"its {name} has the name"):
             fuse(kind())
 
 
@@ -207,3 +207,36 @@ def test_fusing_draws_nothing(pair) -> None:
     state = torch.get_rng_state()
     fuse_report(pair[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Scaled(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * self.share if hasattr(self, "share") else y
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda m: m.register_buffer("share", torch.tensor(3.0).double()),
+        lambda m: m.register_parameter("share", nn.Parameter(torch.tensor(3.0).double())),
+    ],
+    ids=["buffer", "parameter"],
+)
+def test_a_tensor_that_comes_later(add: Callable[[nn.Module], None]) -> None:
+    ours = fuse(Scaled().double().eval())
+    x = features()
+    before = ours(x)
+    add(ours)
+    torch.testing.assert_close(ours(x), 3 * before)
+    assert fuse_report(ours)[0].reason is not None
+
+
+def test_a_forward_that_decides_by_the_memory_format() -> None:
+    class ByFormat(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return 2 * y if x.is_contiguous(memory_format=torch.channels_last) else y
+
+    with pytest.warns(UserWarning, match="gives another result 0 in eval mode"):
+        fuse(ByFormat())

@@ -239,7 +239,7 @@ REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "convs.2.0 has the even kernel_size=(4, 4)": replace("convs.2.0", conv(kernel_size=4)),
     "convs.2.0 is a LazyConv2d": replace("convs.2.0", lambda: nn.LazyConv2d(WIDTH, 1)),
     "convs.1.1 norms 4 channels": replace("convs.1.1", lambda: nn.BatchNorm2d(4)),
-    "convs.1 is a Identity": replace("convs.1", nn.Identity),
+    "convs.1 is an Identity": replace("convs.1", nn.Identity),
     "convs.4 is a Sequential": replace("convs.4", nn.Sequential),
     "the projection reads 8 channels": replace("project.0", lambda: nn.Conv2d(WIDTH, WIDTH, 1)),
     "convs.3.0 has a hook": lambda m: m.convs[3][0].register_forward_hook(print),

@@ -69,8 +69,8 @@ def test_a_model_of_torchvision(capsys, monkeypatch) -> None:
     name = "torchvision.models.segmentation:deeplabv3_mobilenet_v3_large"
     assert main(["fuse", name, "weights=None", "weights_backbone=None"]) == 0
     said = words(capsys)
-    assert "skipped module known by fused left as it is gain" in said
-    assert "classifier.0 name 4 branches (rates 12, 24, 36)" in said
+    assert "skipped module state together left as it is gain" in said
+    assert "classifier.0 fused 4 branches (rates 12, 24, 36)" in said
     assert re.search(r"\d+% / \d+%", said)
 
 
@@ -148,8 +148,8 @@ def test_verbose(capsys) -> None:
     with pytest.warns(UserWarning, match="1: "):
         fuse(model, verbose=True)
     said = words(capsys)
-    assert "0 name 4 branches" in said
-    assert "1 no convs.1.0 has stride" in said
+    assert "0 fused 4 branches" in said
+    assert "1 left alone convs.1.0 has stride" in said
     assert fuse(model[0]) is model[0]
     assert capsys.readouterr().out == ""
 

@@ -12,6 +12,7 @@ from marks import sanitized
 from minimal_bound import assert_sums_are_exact, choice_of, problem_of
 from table import dtype_id
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 import aspp_ext
 from aspp_ext import reference
@@ -296,11 +297,16 @@ def test_threads_that_divide_a_branch_otherwise_change_no_bit(face) -> None:
         "_grad_input": (grad, [weight], [12, 12]),
         "_grad_weight": (grad, x, [3, 3], [20], [12, 12]),
     }[face]
-    results = []
+    results: list[Tensor] = []
+    plain: list[Tensor] = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         result = getattr(torch.ops.aspp_ext, f"atrous_pyramid{face}")(*arguments)
         results.append(result[0] if face == "_grad_weight" else result)
+        if face == "_grad_weight":  # which is PyTorch's but for what is filtered minimally
+            plain.append(conv2d_weight(x, weight.shape, grad, padding=12, dilation=12))
+    if any(not torch.equal(plain[0], other) for other in plain):
+        pytest.skip("on this processor the bits of PyTorch's own gradient are its threads'")
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 

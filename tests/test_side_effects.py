@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import collections
 import itertools
+import random
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import constants_elsewhere as elsewhere
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ class Base(nn.Module):
         self.branches = nn.ModuleList(nn.Conv2d(16, 4, 3, padding=r, dilation=r) for r in (1, 2, 3))
         self.mix = nn.Conv2d(12, 4, 1)
         self.queue, self.counter = collections.deque([0], maxlen=1), Counter()
+        self.random, self.numbers = random.Random(0), numpy.random.default_rng(0)
         self.nested = {"a": [types.SimpleNamespace(calls=0)]}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +80,8 @@ def add(owner: Any, name: str) -> None:
 
 NOTES: dict[str, tuple[Callable[[Any, Tensor], object], str]] = {
     "deque": (lambda s, x: s.queue.append(len(s.queue) + s.queue[0]), "queue"),
+    "its own generator": (lambda s, x: s.random.random(), "random"),
+    "its own of numpy": (lambda s, x: s.numbers.random(), "numbers"),
     "object with slots": (lambda s, x: add(s.counter, "calls"), "counter.calls"),
     "nested": (lambda s, x: add(s.nested["a"][0], "calls"), "nested"),
     "global list": (lambda s, x: SEEN.append(x.shape), "SEEN"),

@@ -15,7 +15,7 @@ from aspp_ext import _native, _triton
 from aspp_ext.evidence import rulings
 from aspp_ext.modules.aspp import ASPP
 from aspp_ext.modules.described import DescribedForward
-from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedModule
+from aspp_ext.modules.fused import PROGRAM, SETTINGS, FusedForward, FusedModule
 from aspp_ext.modules.head import check_pool_batch_of_one
 from aspp_ext.modules.parts import Unfusable
 from aspp_ext.modules.siblings import GROUPING, SiblingConv2d, resume
@@ -23,7 +23,7 @@ from aspp_ext.ops.checks import check_flag, check_module, shown
 
 from . import floor
 from .adapters import ADAPTERS, Adapter, register_adapter
-from .inspection import Finding, inspect, is_of_an_earlier_import
+from .inspection import inspect, is_of_an_earlier_import
 from .report import FuseEntry, FuseReport
 from .restore import descends, is_ours, restore, restore_siblings
 
@@ -134,7 +134,9 @@ def fuse(
             "pass, and a module that takes something else than one map needs example_inputs"
         )
     if verbose:
-        print(_report(findings))
+        made = [f.entry.fused or f.fused is not None or f.plan is not None for f in findings]
+        pairs = zip(findings, made, strict=True)
+        print(FuseReport(finding.entry._replace(fused=fused) for finding, fused in pairs))
     return model
 
 
@@ -157,6 +159,12 @@ def _restore_what_has_changed(model: nn.Module) -> dict[int, tuple[Any, dict[str
             except Unfusable:
                 before[id(module)] = (type(module), state)
                 restore(module)
+        elif isinstance(module, FusedForward) and not isinstance(module, ASPP):
+            try:
+                type(module).read(module)
+            except Unfusable:
+                before[id(module)] = (type(module), state)
+                restore(module)
     return before
 
 
@@ -172,10 +180,6 @@ def _put_back(module: Any, before: dict[int, tuple[Any, dict[str, Any]]]) -> Non
 def _check_inputs(op: str, example_inputs: Any) -> None:
     if example_inputs is not None and not isinstance(example_inputs, tuple):
         raise TypeError(f"{op}: example_inputs must be a tuple, got {shown(example_inputs)}")
-
-
-def _report(findings: list[Finding]) -> FuseReport:
-    return FuseReport(finding.entry for finding in findings)
 
 
 def _tell_of_verify(model: nn.Module) -> None:
@@ -230,7 +234,7 @@ def fuse_report(model: nn.Module, *, example_inputs: tuple[Any, ...] | None = No
     """
     check_module("fuse_report", model)
     _check_inputs("fuse_report", example_inputs)
-    return _report(inspect(model, example_inputs, "fuse_report"))
+    return FuseReport(f.entry for f in inspect(model, example_inputs, "fuse_report"))
 
 
 __all__ = [

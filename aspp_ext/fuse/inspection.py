@@ -15,6 +15,7 @@ from aspp_ext.modules.head import Head
 from aspp_ext.modules.parts import Unfusable, check_tensors
 from aspp_ext.modules.program import Layer, Operator, Program, Step, head_of
 from aspp_ext.modules.siblings import GROUPING
+from aspp_ext.ops.checks import shown
 
 from . import floor, observe
 from .adapters import adapter_of, load_adapters, path_of
@@ -99,17 +100,23 @@ def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> F
         return None
     if "forward" in module.__dict__:
         return Finding(_refused(name, module, "its forward is replaced"), module)
-    fused = adapter.fused_class()
     said: str | None = None
-    if fused is not None:
-        try:
+    try:
+        if (fused := adapter.fused_class()) is not None:
             head = fused.read(module)
             check_tensors(head)
             return Finding(_entry(name, module, False, "name", [head]), module, fused)
-        except Unfusable as refusal:
-            said = str(refusal)
+    except Unfusable as refusal:
+        said = str(refusal)
+    except Exception as error:  # of anybody's adapter
+        return Finding(_refused(name, module, _by_adapter("fused class", error)), module)
     if arguments is None and adapter.example_inputs is not None:
-        arguments = observe.to_meta(adapter.example_inputs(module))
+        try:
+            arguments = observe.to_meta(adapter.example_inputs(module))
+            if not isinstance(arguments, tuple):
+                raise TypeError(f"it must give a tuple, it gave {shown(arguments)}")
+        except Exception as error:
+            return Finding(_refused(name, module, _by_adapter("example_inputs", error)), module)
     try:
         description = describe(module, arguments, deep=True)
     except Unfusable as refusal:
@@ -119,6 +126,11 @@ def _known(name: str, module: nn.Module, arguments: tuple[Any, ...] | None) -> F
     if said is not None and isinstance(description, floor.Plan):
         description = description._replace(left=said)
     return _described(name, module, description)
+
+
+def _by_adapter(part: str, error: Exception) -> str:
+    kind = type(error).__name__
+    return f"the {part} of its adapter cannot be used: {kind}: {observe.in_a_line(error)}"
 
 
 def _by_structure(

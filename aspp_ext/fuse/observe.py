@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -311,13 +312,17 @@ def _attributes(twin: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items():
             if key != "training":
                 name = f"{path}.{key}" if path else key
-                found[name] = _looked_at(value)
                 if key not in _OF_TORCH and not isinstance(value, nn.Module):
                     found.update((name + inside, leaf) for inside, leaf in leaves(value))
+                found[name] = (_looked_at(value), found.get(name))
     return found
 
 
 def _looked_at(value: Any) -> Any:
+    if isinstance(value, random.Random):
+        return (type(value), value.getstate())
+    if (bits := getattr(value, "bit_generator", None)) is not None:  # numpy's
+        return (type(value), repr(bits.state))
     if isinstance(value, dict):
         return (type(value), [(k, id(v)) for k, v in value.items()])
     if isinstance(value, (list, tuple, set, frozenset, deque)):

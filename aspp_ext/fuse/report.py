@@ -15,7 +15,7 @@ class FuseEntry(NamedTuple):
     Attributes:
         name: path in the model, "" for the model itself.
         kind: "module:name" of the class it was written as.
-        fused: whether its forward is the fused one.
+        fused: whether it has been fused. Where there is a reason, its own layers run all the same.
         reason: why the fused forward is not, or cannot be, taken; None where it is, or would be.
         recognised: "name", "structure", "siblings" where its forward cannot be read and stays as it
             is, but for its convolutions of one map, or None where it was not.
@@ -23,7 +23,7 @@ class FuseEntry(NamedTuple):
         left: the parts that stay as they are.
         skipped: of the products with the atrous branches' weights the share that is not computed,
             for maps of 33x33 and 65x65.
-        gain: how many times as fast the pyramid would be if products with weights were all that
+        gain: how many times as fast what is fused would be if products with weights were all that
             takes time. Fewer passes over memory, minimal filtering and better kernels are not in
             it: ``python -m benchmarks.run`` measures.
     """
@@ -57,28 +57,33 @@ class FuseReport(list[FuseEntry]):
         from rich.table import Table
 
         table = Table(title="Pyramids" if self else "No pyramid was found")
-        for column in ("module", "known by", "fused", "left as it is"):
+        for column in ("module", "state", "together", "left as it is"):
             table.add_column(column, overflow="fold")
         table.add_column("skipped\ngain", no_wrap=True)
         for e in self:
-            state = "fused" if e.fused else "to be fused"
-            fused = e.what or state if e.reason is None else "no"
-            kind = e.kind.rpartition(":")[2]
             shares = [
                 " / ".join(form.format(number) for number in pair)
                 for form, pair in (("{:.0%}", e.skipped), ("{:.1f}x", e.gain))
                 if pair is not None
             ]
             table.add_row(
-                *(f"{e.name or '(the model)'}\n{kind}", e.recognised or "", fused),
+                *(f"{e.name or '(the model)'}\n{e.kind.rpartition(':')[2]}", _state(e), e.what),
                 *(e.reason or e.left, "\n".join(shares)),
             )
-        if self:
+        if any(e.gain for e in self):
             table.caption = (
                 "In maps of 33x33 / 65x65. skipped: of the products of atrous branches those with "
-                "padding. gain: expected by that alone, of the whole pyramid"
+                "padding. gain: how many times fewer products what is together has by that; an "
+                "estimate, nothing was timed"
             )
         return table
+
+
+def _state(entry: FuseEntry) -> str:
+    if entry.reason is not None:
+        return "fused, but runs\nits own layers" if entry.fused else "left alone"
+    how = {"siblings": "as siblings"}.get(str(entry.recognised), f"by {entry.recognised}")
+    return f"{'fused' if entry.fused else 'would be fused'}\n{how}"
 
 
 def in_words(heads: list[Head]) -> str:

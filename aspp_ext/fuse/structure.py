@@ -46,7 +46,7 @@ def describe(
         Unfusable: it may be a pyramid, but cannot be fused; why.
     """
     if (name := taken_name(module)) is not None:
-        raise Unfusable(f"it has a {name} of its own, which is a name of the fused forward's")
+        raise Unfusable(f"its {name} has the name of something that fused modules have")
     with _LOCK, generators():
         try:
             return _describe(module, arguments, apart, deep)

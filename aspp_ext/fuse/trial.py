@@ -56,6 +56,8 @@ def try_out(
         for module in (plain, fused):
             module.train(training)
         inputs = [_random(arguments, shape) for shape in shapes]
+        if not training:  # by which a forward may decide
+            inputs.append(tree_map(_channels_last, _random(arguments, (2, 3, 5))))
         tried = [_both(plain, fused, given, training, any_size) for given in inputs]
         if any_size or any(tried):
             continue
@@ -76,6 +78,11 @@ def _random(arguments: tuple[Any, ...], shape: tuple[int, int, int] | None) -> t
     return tree_map(drawn, arguments)
 
 
+def _channels_last(x: Any) -> Any:
+    is_map = isinstance(x, Tensor) and x.dim() == 4
+    return x.contiguous(memory_format=torch.channels_last) if is_map else x
+
+
 def _both(
     plain: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], training: bool, any_size: bool
 ) -> bool:
@@ -89,12 +96,15 @@ def _both(
         except Exception as error:
             if module is plain and any_size and _are_few(inputs):
                 return False  # of which a norm may make nothing
-            if any_size or results:
-                reason = f"it does not run on random maps, in {mode}: {in_a_line(error)}"
-                raise Unfusable(reason) from error
+            if results:
+                what = "what was read of its forward does not run"
+                raise Unfusable(f"{what} in {mode}: {in_a_line(error)}") from error
+            if any_size:
+                said = f"it does not run on random maps, in {mode}: {in_a_line(error)}"
+                raise Unfusable(said) from error
     if not results:
         return False
-    if len(results) == 1:
+    if len(results) == 1:  # the fused one alone took them
         raise Unfusable(f"what was read of its forward takes other maps in {mode}")
     expected, got = results
     _compare(expected, got, mode)

@@ -251,10 +251,12 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     if (parts := _PARTS.get(kind)) is not None:
         yield from ((name, getattr(value, name, Missing)) for name in parts)
     elif isinstance(value, nn.Module):
-        if next(itertools.chain(value.parameters(), value.buffers()), None) is None:
-            for name, held in (*vars(value).items(), *value._modules.items()):
-                if name not in _OF_TORCH and not name.startswith("_aspp_ext"):
-                    yield name, held
+        has_none = next(itertools.chain(value.parameters(), value.buffers()), None) is None
+        # Of one with parameters, a parent for instance, not all that is in it.
+        for name, held in (*vars(value).items(), *(value._modules.items() if has_none else ())):
+            ours = name.startswith("_aspp_ext") or (name == "training" and not has_none)
+            if (name not in _OF_TORCH or name == "training") and not ours:
+                yield name, held
     elif kind in _OBJECTS or not is_foreign(kind.__module__):
         yield from getattr(value, "__dict__", {}).items()
         for name in _slots(kind):

@@ -154,7 +154,7 @@ def no_way_out() -> Iterator[None]:
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    raise Unfusable("what was read of its forward does not run here")
+    raise Unfusable("its own forward would run")
 
 
 # A module's own names come behind those of the mix-in.

@@ -64,7 +64,7 @@ def describe_standard(
         at = f"convs.{i}"
         kind = type(block)
         if kind not in (nn.Sequential, conv, separable_conv):
-            raise Unfusable(f"{at} is a {kind.__name__}")
+            raise Unfusable(f"{at} is {a(kind)}")
         first, norm, relu = children(part(block, at, kind), at, 3)
         part(relu, f"{at}.2", nn.ReLU)
         depthwise = None
@@ -117,8 +117,8 @@ def children(module: nn.Module, at: str, expected: int | tuple[str, ...]) -> lis
 def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
     """``module``, when it is exactly one of ``kinds`` and nobody watches or patches it."""
     if type(module) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise Unfusable(f"{at} is a {type(module).__name__}, not a {names}")
+        names = " or ".join(map(a, kinds))
+        raise Unfusable(f"{at} is {a(type(module))}, not {names}")
     if module.__dict__.get("_compiled_call_impl") is not None:
         raise Unfusable(f"{at} is compiled, or called otherwise, on its own")
     if (
@@ -131,6 +131,11 @@ def part(module: nn.Module, at: str, *kinds: type[Part]) -> Part:
     if replaced := changed_methods(module):
         raise Unfusable(f"{at} has its {replaced[0]} replaced")
     return module  # type: ignore[return-value]
+
+
+def a(kind: type) -> str:
+    """Its name, with an article."""
+    return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}"
 
 
 def check_calls() -> None:

@@ -148,7 +148,7 @@ def check(module: nn.Module, known: Snapshot, path: str = "") -> None:
     for name, constant in known.objects:
         if (inside := difference(getattr(module, name, Missing), constant)) is not None:
             raise Unfusable(f"{name}{inside} of {where} has changed: fuse it again")
-    if known.empty and tuple(_empty(module)) != known.empty:
+    if not _is_torchs(known.kind) and tuple(_empty(module)) != known.empty:
         raise Unfusable(f"{where} has other parameters or buffers than it had: fuse it again")
     for name, child in known.children:
         found, at = module._modules[name], f"{path}.{name}" if path else name

@@ -103,9 +103,11 @@ def activate(stage: Stage, y: Tensor) -> Tensor:
     """``stage(y)``, of an activation, over y where nobody else has seen it.
 
     What a subclass of Tensor makes inside an autograd function is a view, not to be written over,
-    and what linearize records is kept.
+    what linearize records is kept, and so is what an activation before this one has saved.
     """
     ours = type(y) is Tensor and not in_forward_mode()
+    if not torch.compiler.is_compiling():  # which writes over nothing
+        ours = ours and not hasattr(y.grad_fn, "_saved_result")
     if is_relu(stage):
         return y.relu_() if ours else y.relu()
     return stage(y if ours else y.clone())

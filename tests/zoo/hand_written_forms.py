@@ -196,6 +196,17 @@ class SumProjected(nn.Module):
         return self.last(self.mix(sum(conv(x) for conv in self.convs)))
 
 
+class ActAgain(nn.Module):
+    """No norms; what each branch gives is rectified, and what they are together."""
+
+    def __init__(self, c=16, w=8, rates=(2, 3, 6)):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, w, 3, padding=r, dilation=r) for r in rates)
+
+    def forward(self, x):
+        return F.relu(torch.cat([F.relu(conv(x)) for conv in self.convs], 1))
+
+
 class SumOf(nn.Module):
     """One class for the ways to add branches up."""
 
@@ -389,6 +400,7 @@ FORMS = {
     "sum_mean": summed("mean", "torch.stack and mean"),
     "sum_reduce": summed("reduce", "functools.reduce with torch.add"),
     "sum_projected": Case(SumProjected, ONE, "a sum that a 1x1 unit reads, and a 3x3"),
+    "act_again": Case(ActAgain, ONE, "a ReLU behind the concatenation of ReLUs"),
     "weighted_sum": Case(WeightedSum, ONE, "learned shares, softmax of a parameter"),
     "deeplab_v2": Case(DeepLabV2, ONE, "biased convolutions to the classes, +="),
     "horizontal_stack": Case(HorizontalStack, ONE, "torch.hstack; two branches"),
